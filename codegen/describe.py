@@ -1,0 +1,67 @@
+"""What a library says about itself: the JSON that is part of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from sparsec import __version__
+from sparsec.codegen.pack_weights import WeightBlob
+from sparsec.codegen.program import KernelCall, Port, Program
+from sparsec.ir.dims import Dim
+
+
+def describe_program(
+    program: Program, blob: WeightBlob, *, isa: str, metadata: Mapping[str, Any]
+) -> str:
+    """Stable JSON text; `metadata` (passes, versions, target) is added at the top level."""
+    description = {
+        "name": program.name,
+        "sparsec": __version__,
+        "isa": isa,
+        "symbols": list(program.symbols),
+        "inputs": [_port(p) for p in program.inputs],
+        "outputs": [_port(p) for p in program.outputs],
+        "steps": [_step(c) for c in program.calls],
+        "arena": {"slot_bytes": [_dim(s) for s in program.slots]},
+        "weights": {
+            "count": len(program.weights),
+            "bytes": blob.nbytes,
+            "blake2b_128": blob.digest,
+        },
+    }
+    items = {**description, **metadata}.items()
+    return (
+        "{\n" + ",\n".join(f"{json.dumps(key)}: {_lines(value)}" for key, value in items) + "\n}"
+    )
+
+
+def _lines(value: Any) -> str:
+    """JSON with one line per record of a list."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "[\n" + ",\n".join(f" {json.dumps(record)}" for record in value) + "\n]"
+    return json.dumps(value)
+
+
+def _port(port: Port) -> dict[str, Any]:
+    return {
+        "name": port.name,
+        "dtype": port.type.dtype.value,
+        "shape": [_dim(d) for d in port.type.shape],
+    }
+
+
+def _step(call: KernelCall) -> dict[str, Any]:
+    return {
+        "kernel": call.kernel.name,
+        "isa": call.kernel.isa,
+        "comment": call.comment,
+        "items": _dim(call.items),
+        "grain": call.grain,
+        "scratch_bytes": _dim(call.scratch_bytes),
+    }
+
+
+def _dim(dim: Dim) -> int | str:
+    return dim if isinstance(dim, int) else str(dim)

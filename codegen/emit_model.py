@@ -1,0 +1,361 @@
+"""Program -> model.c: a readable call sequence over the runtime's context.
+
+The text depends on nothing but the Program, the weight offsets and the metadata: the same input
+gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from sparsec import __version__
+from sparsec.codegen.c_text import C_TYPES, c_float, c_names, c_string, comment_text, magnitude
+from sparsec.codegen.describe import describe_program
+from sparsec.codegen.pack_weights import SYMBOL, WeightBlob
+from sparsec.codegen.program import (
+    Arg,
+    BufferRef,
+    Kernel,
+    KernelCall,
+    Kind,
+    Parameter,
+    Port,
+    Program,
+    Region,
+)
+from sparsec.errors import InvalidGraph
+from sparsec.ir import dims
+from sparsec.ir.dims import Dim, Expr, Symbol
+
+MAX_RANK = 8  # SPARSEC_MAX_RANK
+
+_HEAD = """\
+/* {name}: made by sparsec {version} for {isa}. Do not edit: compile the model again. */
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "context.h"
+#include "cpu_check.h"
+
+/* The {weights} constants, {nbytes} bytes. */
+extern const unsigned char {symbol}[];
+
+static inline void *weight(int64_t offset) {{ return (void *)(uintptr_t)({symbol} + offset); }}
+static inline void *slot(const sparsec_frame *f, int index) {{
+  return f->arena + f->slots[index];
+}}
+static inline void *input(const sparsec_frame *f, int index) {{
+  return (void *)(uintptr_t)f->inputs[index];
+}}
+static inline void *output(const sparsec_frame *f, int index) {{ return f->outputs[index]; }}
+"""
+
+_TAIL = """\
+static const sparsec_code code;
+
+static const char *missing_feature(void) {{ return sparsec_missing_feature({isa}); }}
+
+static int32_t create(const sparsec_options_v1 *options, sparsec_context **context) {{
+  return sparsec_context_create(&code, options, context);
+}}
+
+static const sparsec_model_v1 model = {{
+    .struct_bytes = sizeof(sparsec_model_v1),
+    .abi_version = SPARSEC_ABI_VERSION,
+    .name = {name},
+    .description = description,
+    .required_isa = {isa},
+    .input_count = {inputs},
+    .output_count = {outputs},
+    .symbol_count = {symbols},
+    .inputs = inputs,
+    .outputs = outputs,
+    .symbols = symbol_names,
+    .weights = {weights},
+    .weights_bytes = {nbytes},
+    .missing_feature = missing_feature,
+    .status_text = sparsec_status_text,
+    .context_create = create,
+    .context_destroy = sparsec_context_destroy,
+    .prepare = sparsec_prepare,
+    .output_shape = sparsec_output_shape,
+    .run = sparsec_run,
+    .last_error = sparsec_last_error,
+    .arena_bytes = sparsec_arena_bytes,
+    .thread_count = sparsec_thread_count,
+}};
+
+static const sparsec_code code = {{
+    .model = &model,
+    .dim_count = {dims},
+    .slot_count = {slots},
+    .step_count = {steps},
+    .limit_count = {limits},
+    .steps = steps,
+    .limits = limits,
+    .magnitude = magnitude,
+    .sizes = sizes,
+}};
+
+__attribute__((visibility("default")))
+const sparsec_model_v1 *sparsec_query(uint32_t abi_version) {{
+  return abi_version == SPARSEC_ABI_VERSION ? &model : NULL;
+}}
+"""
+
+# Names that functions of model.c use themselves.
+_TAKEN = ("f", "s", "scratch", "begin", "end", "values", "weight", "slot", "input", "output")
+
+
+def emit_model(
+    program: Program, blob: WeightBlob, *, isa: str, metadata: Mapping[str, Any]
+) -> str:
+    """The text of model.c. Raises InvalidGraph when an input shape can not bind the symbols."""
+    _check_bindings(program)
+    kernels = {c.kernel.name: c.kernel for c in program.calls}
+    names = _Symbols(program, kernels)
+    sections = [
+        _HEAD.format(
+            name=comment_text(program.name),
+            version=__version__,
+            isa=isa,
+            weights=len(program.weights),
+            nbytes=blob.nbytes,
+            symbol=SYMBOL,
+        ),
+        "\n".join(_declaration(kernels[name]) for name in sorted(kernels)) + "\n",
+        *(_step(i, call, blob, names) for i, call in enumerate(program.calls)),
+        _step_table(program.calls),
+        _limit_table(program),
+        _magnitude(program, names),
+        _sizes(program, names),
+        _ports("input", program.inputs, program.symbols),
+        _ports("output", program.outputs, program.symbols),
+        _array("const char *const symbol_names", [c_string(s) for s in program.symbols]),
+        _description(describe_program(program, blob, isa=isa, metadata=metadata)),
+        _tail(program, blob, isa),
+    ]
+    return "\n".join(s for s in sections if s.strip())
+
+
+class _Symbols:
+    """C variables for the program's symbols."""
+
+    def __init__(self, program: Program, kernels: Iterable[str]):
+        self.names = program.symbols
+        self.variables = dict(
+            zip(program.symbols, c_names(program.symbols, (*_TAKEN, *kernels)), strict=True)
+        )
+
+    def text(self, dim: Dim) -> str:
+        renamed = {old: dims.symbol(new) for old, new in self.variables.items()}
+        return dims.c_text(dims.substitute(dim, renamed))
+
+    def declare(self, values: Iterable[Dim], source: str, type: str = "int64_t") -> str:
+        """Local variables for the symbols that `values` depend on."""
+        used = {name for value in values for name in dims.symbols(value)}
+        return "".join(
+            f"  const {type} {self.variables[name]} = {source}[{index}];\n"
+            for index, name in enumerate(self.names)
+            if name in used
+        )
+
+
+def _check_bindings(program: Program) -> None:
+    shapes = [d for port in program.inputs for d in port.type.shape]
+    bound = {name for d in shapes if (name := _symbol_of(d)) is not None}
+    unbound = [s for s in program.symbols if s not in bound]
+    if unbound:
+        raise InvalidGraph(
+            f"{program.name}: no input has an axis of size {unbound[0]}; "
+            "its value could not be known when the model runs"
+        )
+    for port in (*program.inputs, *program.outputs):
+        if port.type.rank > MAX_RANK:
+            raise InvalidGraph(f"{port.name}: rank {port.type.rank} is above {MAX_RANK}")
+
+
+def _symbol_of(dim: Dim) -> str | None:
+    match dim:
+        case Expr(terms=(((Symbol(name),), 1),)):
+            return name
+    return None
+
+
+def _declaration(kernel: Kernel) -> str:
+    parts = [f"{_c_type(p)}{_parameter_name(p)}" for p in kernel.parameters]
+    if kernel.has_scratch:
+        parts.append("void *scratch")
+    parts += ["int64_t begin", "int64_t end"]
+    text = f"int32_t {kernel.name}("
+    width = len(text)
+    for part in parts:
+        separator = "" if text.endswith("(") else ", "
+        if width + len(separator + part) > 96:
+            separator, width = ",\n    ", 4
+        text += separator + part
+        width += len(separator + part)
+    return f"{text});"
+
+
+def _parameter_name(parameter: Parameter) -> str:
+    return c_names([parameter.name], ())[0]
+
+
+def _c_type(parameter: Parameter) -> str:
+    if parameter.kind is Kind.POINTER:
+        return f"{C_TYPES[parameter.dtype]} *"
+    return f"{parameter.kind.value} "
+
+
+def _step(index: int, call: KernelCall, blob: WeightBlob, names: _Symbols) -> str:
+    kernel = call.kernel
+    pairs = list(zip(kernel.parameters, call.args, strict=True))
+    sizes = [a for p, a in pairs if p.kind is Kind.INT and isinstance(a, (int, Expr))]
+    args = [f"{_argument(p, a, blob, names)} /* {_meaning(p, a)} */" for p, a in pairs]
+    args += (["scratch"] if kernel.has_scratch else []) + ["begin, end"]
+    return (
+        f"/* step {index}: {comment_text(call.comment)} */\n"
+        f"static int32_t step_{index}(const sparsec_frame *f, void *scratch, "
+        "int64_t begin, int64_t end) {\n"
+        + names.declare(sizes, "f->symbols")
+        + f"  return {kernel.name}(\n      "
+        + ",\n      ".join(args)
+        + ");\n}\n"
+    )
+
+
+def _argument(parameter: Parameter, arg: Arg, blob: WeightBlob, names: _Symbols) -> str:
+    match parameter.kind, arg:
+        case Kind.POINTER, None:
+            return "NULL"
+        case Kind.POINTER, BufferRef(region=Region.WEIGHTS, index=index):
+            return f"weight({blob.offsets[index]})"
+        case Kind.POINTER, BufferRef(region=Region.ARENA, index=index):
+            return f"slot(f, {index})"
+        case Kind.POINTER, BufferRef(region=region, index=index):
+            return f"{region.value}(f, {index})"
+        case Kind.INT, int() | Expr():
+            return names.text(arg)
+        case Kind.FLOAT, int() | float():
+            return c_float(arg)
+    raise AssertionError(f"{parameter} can not take {arg!r}")
+
+
+def _meaning(parameter: Parameter, arg: Arg) -> str:
+    if isinstance(arg, BufferRef):
+        return comment_text(f"{parameter.name}: {arg.name}, {arg.type}")
+    return comment_text(parameter.name)
+
+
+def _step_table(calls: Sequence[KernelCall]) -> str:
+    rows = [
+        f"{{step_{i}, {call.grain}, {c_string(comment_text(call.comment))}}}"
+        for i, call in enumerate(calls)
+    ]
+    return _array("const sparsec_step steps", rows)
+
+
+def _limit_table(program: Program) -> str:
+    rows = [
+        f"{{{limit.most}, {c_string(str(limit.dim))}, {c_string(limit.reason)}}}"
+        for limit in program.limits
+    ]
+    return _array("const sparsec_limit limits", rows)
+
+
+def _magnitude(program: Program, names: _Symbols) -> str:
+    ports = (*program.inputs, *program.outputs)
+    values: list[Dim] = [d for port in ports for d in port.type.shape]
+    values += [*program.slots, *(limit.dim for limit in program.limits)]
+    for call in program.calls:
+        values += [call.items, call.scratch_bytes]
+        values += [a for a in call.args if isinstance(a, (int, Expr))]
+    bound = magnitude(values)
+    return (
+        "/* No size that is computed from the symbols is larger than this. */\n"
+        "static double magnitude(const double *values) {\n"
+        + names.declare([bound], "values", "double")
+        + f"  return {names.text(bound)};\n}}\n"
+    )
+
+
+def _sizes(program: Program, names: _Symbols) -> str:
+    ports = (*program.inputs, *program.outputs)
+    port_dims = [d for port in ports for d in port.type.shape]
+    values = [*port_dims, *program.slots]
+    values += [d for c in program.calls for d in (c.items, c.scratch_bytes)]
+    values += [limit.dim for limit in program.limits]
+    lines: list[str] = []
+    position = 0
+    for port in ports:
+        lines.append(f"  /* {comment_text(f'{port.name}: {port.type}')} */")
+        for dim in port.type.shape:
+            lines.append(f"  s->dims[{position}] = {names.text(dim)};")
+            position += 1
+    lines.append("")
+    for i, slot in enumerate(program.slots):
+        lines.append(f"  s->slot_bytes[{i}] = {names.text(slot)};")
+    lines.append("")
+    for i, call in enumerate(program.calls):
+        lines.append(f"  s->items[{i}] = {names.text(call.items)};")
+        lines.append(f"  s->scratch_bytes[{i}] = {names.text(call.scratch_bytes)};")
+    for i, limit in enumerate(program.limits):
+        lines.append(f"  s->limits[{i}] = {names.text(limit.dim)};")
+    return (
+        "static void sizes(const int64_t *values, const sparsec_sizes *s) {\n"
+        + names.declare(values, "values")
+        + "\n".join(lines).rstrip()
+        + "\n}\n"
+    )
+
+
+def _ports(what: str, ports: Sequence[Port], symbols: Sequence[str]) -> str:
+    text = ""
+    rows: list[str] = []
+    for index, port in enumerate(ports):
+        dims_name = f"{what}_{index}_dims"
+        dtype = f"SPARSEC_{port.type.dtype.name}"
+        rows.append(f"{{{c_string(port.name)}, {dtype}, {port.type.rank}, {dims_name}}}")
+        axes = [_axis(d, symbols) for d in port.type.shape]
+        text += _array(f"const sparsec_dim_v1 {dims_name}", axes)
+    return text + _array(f"const sparsec_tensor_v1 {what}s", rows)
+
+
+def _axis(dim: Dim, symbols: Sequence[str]) -> str:
+    name = _symbol_of(dim)
+    symbol = -1 if name is None else list(symbols).index(name)
+    size = dim if isinstance(dim, int) else -1
+    return f"{{{size}, {symbol}, 0, {c_string(str(dim))}}}"
+
+
+def _array(declaration: str, rows: Sequence[str]) -> str:
+    """A static array; C has no empty ones, so an empty table has one element of zeros."""
+    nothing = "NULL" if "*" in declaration else "{0}"
+    body = "".join(f"    {row},\n" for row in rows or [nothing])
+    return f"static {declaration}[] = {{\n{body}}};\n"
+
+
+def _description(text: str) -> str:
+    lines = text.splitlines(keepends=True)
+    literals = "\n".join(f"    {c_string(line)}" for line in lines)
+    return f"static const char description[] =\n{literals};\n"
+
+
+def _tail(program: Program, blob: WeightBlob, isa: str) -> str:
+    ports = (*program.inputs, *program.outputs)
+    return _TAIL.format(
+        name=c_string(program.name),
+        isa=c_string(isa),
+        inputs=len(program.inputs),
+        outputs=len(program.outputs),
+        symbols=len(program.symbols),
+        weights=SYMBOL,
+        nbytes=blob.nbytes,
+        dims=sum(p.type.rank for p in ports),
+        slots=len(program.slots),
+        steps=len(program.calls),
+        limits=len(program.limits),
+    )

@@ -1,0 +1,25 @@
+"""Instruction sets wrapped as TIR expressions."""
+
+from __future__ import annotations
+
+from sparsec.codegen.isa.avx2 import AVX2
+from sparsec.codegen.isa.avx512 import AVX512
+from sparsec.codegen.isa.vector import VectorIsa
+from sparsec.target import Isa, Target
+
+VECTOR_ISAS: tuple[VectorIsa, ...] = (AVX2, AVX512)  # weakest first
+
+# LLVM features of all kernels of an instruction-set level.
+FEATURES: dict[Isa, tuple[str, ...]] = {v.isa: v.features for v in VECTOR_ISAS}
+
+__all__ = ["AVX2", "AVX512", "FEATURES", "VECTOR_ISAS", "VectorIsa", "best_vector_isa", "by_name"]
+
+
+def best_vector_isa(target: Target) -> VectorIsa | None:
+    """The widest fp32 vectors that the target has."""
+    return next((v for v in reversed(VECTOR_ISAS) if target.has(v.isa)), None)
+
+
+def by_name(name: str) -> VectorIsa:
+    """The entry of VECTOR_ISAS whose level has this name."""
+    return next(v for v in VECTOR_ISAS if v.name == name)

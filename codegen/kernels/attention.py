@@ -1,0 +1,352 @@
+"""`attention` in fp32 over token panels, computed transposed: keys down, queries in the lanes.
+
+One item is one head of one panel of queries. Sequences are packed without gaps, so a panel may
+hold parts of several. A run of queries of one sequence is computed at a time:
+
+    scores[key][query] = scale * sum_d k[d][key] q[d][query] + mask
+    p = exp(scores - max over keys)
+    y[d][query] = sum_key v[d][key] p[key][query] / sum of p
+
+k, v are broadcast scalars; q, p, y are vectors as they lie in the panels: nothing is transposed,
+and nothing is added across lanes. A full mask is transposed into the scores first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.script.ir_builder import tirx as T
+
+from sparsec.codegen import tir
+from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, best_vector_isa, by_name
+from sparsec.codegen.isa.polynomials import exp_negative
+from sparsec.codegen.isa.vector import keep, ramp, splat, transpose
+from sparsec.codegen.kernels.base import Binder
+from sparsec.codegen.kernels.panels import (
+    GROUP,
+    WIDTH,
+    const,
+    div,
+    groups_in_panel,
+    is_planar,
+    loop,
+    mod,
+)
+from sparsec.codegen.program import Arg, Kernel, KernelCall, Kind, Parameter
+from sparsec.ir.dims import Dim, ceildiv, round_up
+from sparsec.ir.graph import Node
+from sparsec.ir.schedule import Schedule, Workload
+from sparsec.ir.types import DType, TensorType
+from sparsec.target import Target
+
+# (groups of 16 queries at once, keys or channels at once) per vector length
+REGISTER_BLOCKS = {8: ((1, 6),), 16: ((4, 4), (2, 8))}
+MASKS = ("none", "key", "full")
+LOWEST = -3.4028234663852886e38
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """`mask` is "none", "key" (one value per key) or "full" (one per query and key)."""
+
+    vector: VectorIsa
+    groups: int
+    rows: int
+    mask: str
+
+    @property
+    def name(self) -> str:
+        return f"attention_f32_{self.rows}x{self.groups * GROUP}_mask_{self.mask}_{self.isa}"
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """The mask is read at batch, head, query and key times their steps; a key's step is 1."""
+        masked = self.mask != "none"
+        pointers = ["q", "k", "v", *(["mask"] if masked else []), "y"]
+        sizes = ["tokens", "seq", "heads", "head_size"]
+        sizes += [f"{x}_{what}" for x in "qkv" for what in ("channels", "offset")]
+        sizes += ["batch_step", "head_step", "query_step"] if masked else []
+        return (
+            *(Parameter(n) for n in pointers),
+            *(Parameter(n, Kind.INT) for n in sizes),
+            Parameter("scale", Kind.FLOAT),
+        )
+
+    @property
+    def has_scratch(self) -> bool:
+        return True
+
+    @property
+    def isa(self) -> str:
+        return self.vector.name
+
+    def build(self) -> Any:
+        return tir.kernel_function(self.name, self.parameters, self._body, scratch="float32")
+
+    def _body(self, s: tir.KernelScope) -> None:
+        seq, tokens = s["seq"], s["tokens"]
+        with loop(s.begin, s.end) as item:
+            panel, head = keep(div(item, s["heads"])), keep(mod(item, s["heads"]))
+            groups = keep(groups_in_panel(tokens, panel))
+            token = keep(panel * WIDTH)
+            after = keep(T.min(token + WIDTH, tokens))
+            one_sequence = div(token, seq) == div(after - 1, seq)
+            blocks = keep(T.Select(one_sequence, div(groups, self.groups), const(0)))
+            if self.groups > 1:
+                with loop(0, blocks) as block:
+                    first = keep(token + block * (self.groups * GROUP))
+                    self._run(s, head, first, div(first, seq), self.groups)
+            rest = self.groups if self.groups > 1 else 0
+            with loop(blocks * rest, groups) as group:
+                first = keep(token + group * GROUP)
+                last = keep(T.min(first + (GROUP - 1), tokens - 1))
+                with loop(div(first, seq), div(last, seq) + 1) as sequence:
+                    self._run(s, head, first, sequence, 1)
+
+    def _run(self, s: tir.KernelScope, head: Any, token: Any, sequence: Any, groups: int) -> None:
+        """All that `groups` groups of queries from `token` on need of one sequence."""
+        start = keep(sequence * s["seq"])
+        block = _Block(self, s, head, token, start, keep(start + s["seq"]), groups)
+        block.load_mask()
+        block.compute_scores()
+        block.exponentiate()
+        block.compute_context()
+
+
+class _Block:
+    """Code for one run of queries against the keys [start, stop)."""
+
+    def __init__(
+        self, kernel: Attention, s: tir.KernelScope, head: Any, token: Any, start: Any, stop: Any,
+        groups: int,
+    ):  # fmt: skip
+        self.kernel, self.s, self.v = kernel, s, kernel.vector
+        self.head, self.token, self.start, self.stop = head, token, start, stop
+        self.lanes = kernel.vector.lanes
+        self.width = groups * GROUP  # queries
+        self.count = self.width // self.lanes  # vectors
+        self.partial = groups == 1  # lanes of other sequences may be among the queries
+        # Keys or channels at a time: as many accumulators for few queries as for many.
+        most = kernel.rows * (kernel.groups // groups)
+        self.steps = tuple(n for n in (most, 4, 1) if n <= most)
+        self.at = [ramp(i * self.lanes, self.lanes) for i in range(self.count)]
+        self.highest = tir.registers("float32", self.width)
+        self.total = tir.registers("float32", self.width)
+        if kernel.mask != "none":
+            sequence = div(start, s["seq"])
+            self.mask0 = keep(sequence * s["batch_step"] + head * s["head_step"])
+
+    def load_mask(self) -> None:
+        """The mask of these queries, keys down, into the scores."""
+        if self.kernel.mask != "full":
+            return
+        n, mask, scores = self.lanes, self.s["mask"], self.s.scratch
+        seq = self.s["seq"]
+        with loop(0, self.count) as i:
+            # Lanes of other sequences read the mask of some query of this one.
+            queries = [self.token - self.start + i * n + lane for lane in range(n)]
+            inside = [T.min(T.max(q, const(0)), seq - 1) for q in queries]
+            rows = [keep(self.mask0 + q * self.s["query_step"]) for q in inside]
+            with loop(0, div(seq, n)) as block:
+                tile = [keep(mask[ramp(row + block * n, n)]) for row in rows]
+                for j, value in enumerate(transpose(tile)):
+                    at = (block * n + j) * self.width + i * n
+                    T.buffer_store(scores, value, [ramp(at, n)])
+            with loop(div(seq, n) * n, seq) as key:
+                for lane, row in enumerate(rows):
+                    T.buffer_store(scores, mask[row + key], [key * self.width + i * n + lane])
+
+    def compute_scores(self) -> None:
+        """scores, and the highest of each query."""
+        for at in self.at:
+            T.buffer_store(self.highest, splat(float("-inf"), self.lanes), [at])
+        self._for_keys(self._score_keys, self.steps)
+
+    def _for_keys(self, body: Callable[[Any, Any, int], None], steps: tuple[int, ...]) -> None:
+        """`body(panel, lane, count)` over all keys: each panel's in `steps`."""
+        with loop(div(self.start, WIDTH), div(self.stop - 1, WIDTH) + 1) as panel:
+            first = keep(T.max(self.start - panel * WIDTH, const(0)))
+            last = keep(T.min(self.stop - panel * WIDTH, const(WIDTH)))
+            _in_steps(first, last, steps, lambda lane, count: body(panel, lane, count))
+
+    def _score_keys(self, panel: Any, lane: Any, rows: int) -> None:
+        s, n = self.s, self.lanes
+        acc = self._zeros(rows)
+        query_panel = div(self.token, WIDTH)
+        q0 = keep(self._row("q", query_panel) + mod(self.token, WIDTH))
+        k0 = keep(self._row("k", panel) + lane)
+        with loop(0, s["head_size"]) as d:
+            qs = [keep(s["q"][ramp(q0 + d * WIDTH + i * n, n)]) for i in range(self.count)]
+            for r in range(rows):
+                key = keep(splat(s["k"][k0 + d * WIDTH + r], n))
+                for q, at in zip(qs, self.at, strict=True):
+                    T.buffer_store(acc[r], acc[r][at] + key * q, [at])
+        key0 = keep(panel * WIDTH + lane - self.start)
+        for r in range(rows):
+            for i, at in enumerate(self.at):
+                where = ramp((key0 + r) * self.width + i * n, n)
+                score = keep(self._masked(acc[r][at] * splat(s["scale"], n), key0 + r, where))
+                T.buffer_store(s.scratch, score, [where])
+                T.buffer_store(self.highest, _higher(self.highest[at], score), [at])
+
+    def _row(self, operand: str, panel: Any) -> Any:
+        """Where this head's first channel of a panel of q, k or v starts."""
+        channels, offset = self.s[f"{operand}_channels"], self.s[f"{operand}_offset"]
+        return (panel * channels + offset + self.head * self.s["head_size"]) * WIDTH
+
+    def _masked(self, score: Any, key: Any, where: Any) -> Any:
+        match self.kernel.mask:
+            case "key":
+                return score + splat(self.s["mask"][self.mask0 + key], self.lanes)
+            case "full":
+                return score + self.s.scratch[where]
+        return score
+
+    def exponentiate(self) -> None:
+        """scores become exp(score - highest); their sums.
+
+        Where all scores are -inf the difference is taken to the lowest number: never NaN.
+        """
+        n = self.lanes
+        highest = [keep(_higher(splat(LOWEST, n), self.highest[at])) for at in self.at]
+        for at in self.at:
+            T.buffer_store(self.total, splat(0.0, n), [at])
+        with loop(0, self.stop - self.start) as key:
+            for i, at in enumerate(self.at):
+                where = ramp(key * self.width + i * n, n)
+                p = exp_negative(self.v, keep(self.s.scratch[where] - highest[i]))
+                T.buffer_store(self.s.scratch, p, [where])
+                T.buffer_store(self.total, self.total[at] + p, [at])
+
+    def compute_context(self) -> None:
+        """y; 0 where all scores are -inf."""
+        size = self.s["head_size"]
+        for at in self.at:
+            inverse = keep(splat(1.0, self.lanes) / self.total[at])
+            dead = self.highest[at] < splat(LOWEST, self.lanes)
+            T.buffer_store(self.total, T.Select(dead, splat(0.0, self.lanes), inverse), [at])
+        _in_steps(const(0), size, self.steps, self._context_channels)
+
+    def _context_channels(self, channel: Any, rows: int) -> None:
+        s, n = self.s, self.lanes
+        acc = self._zeros(rows)
+
+        def add_keys(panel: Any, lane: Any, count: int) -> None:
+            at_key = keep((panel * WIDTH + lane - self.start) * self.width)
+            v0 = keep(self._row("v", panel) + channel * WIDTH + lane)
+            ps = [keep(s.scratch[ramp(at_key + i * n, n)]) for i in range(self.count)]
+            for r in range(rows):
+                value = keep(splat(s["v"][v0 + r * WIDTH], n))
+                for p, at in zip(ps, self.at, strict=True):
+                    T.buffer_store(acc[r], acc[r][at] + value * p, [at])
+
+        self._for_keys(add_keys, (1,))
+        panel = div(self.token, WIDTH)
+        y0 = (panel * s["heads"] + self.head) * s["head_size"] + channel
+        for r in range(rows):
+            for i, at in enumerate(self.at):
+                where = ramp((y0 + r) * WIDTH + mod(self.token, WIDTH) + i * n, n)
+                result = keep(acc[r][at] * self.total[at])
+                T.buffer_store(s["y"], self._blend(result, s["y"][where], i), [where])
+
+    def _blend(self, new: Any, old: Any, vector: int) -> Any:
+        """`new` in the lanes of this sequence and past it: a later sequence overwrites those."""
+        if not self.partial:
+            return new
+        index = T.ramp(T.int32(0), 1, self.lanes)
+        before = T.cast(T.max(self.start - self.token, const(0)), "int32") - vector * self.lanes
+        return T.Select(index < T.broadcast(before, self.lanes), old, new)
+
+    def _zeros(self, rows: int) -> list[Any]:
+        acc = [tir.registers("float32", self.width) for _ in range(rows)]
+        for row in acc:
+            for at in self.at:
+                T.buffer_store(row, splat(0.0, self.lanes), [at])
+        return acc
+
+
+def _in_steps(
+    first: Any, last: Any, steps: tuple[int, ...], body: Callable[[Any, int], None]
+) -> None:
+    """`body(index, count)` over [first, last): `steps[0]` at a time, the rest by smaller steps."""
+    for step in dict.fromkeys(steps):
+        whole = keep(div(last - first, step))
+        with loop(0, whole) as run:
+            body(keep(first + run * step), step)
+        first = keep(first + whole * step)
+
+
+def _higher(a: Any, b: Any) -> Any:
+    return T.Select(b > a, b, a)
+
+
+class AttentionFamily:
+    """`attention` in fp32."""
+
+    ops = ("attention",)
+
+    def workload(self, node: Node) -> Workload:
+        q, mask = node.input(0).type, node.optional_input(3)
+        sizes = tuple((n, int(node.attrs[n])) for n in ("heads", "head_size"))
+        kind = "none" if mask is None else _mask_steps(mask.type, q)[0]
+        return Workload("attention", sizes, str(q.dtype), epilogue=f"mask {kind}")
+
+    def schedules(self, workload: Workload, target: Target) -> list[Schedule]:
+        kind = workload.epilogue.removeprefix("mask ")
+        fits = workload.dtype == str(DType.F32) and kind in MASKS
+        if best_vector_isa(target) is None or not fits:
+            return []
+        return [
+            Schedule("attention", v.name, (("groups", groups), ("rows", rows)))
+            for v in reversed(VECTOR_ISAS)
+            if target.has(v.isa)
+            for groups, rows in REGISTER_BLOCKS[v.lanes]
+        ]
+
+    def lower(self, node: Node, schedule: Schedule, binder: Binder) -> list[KernelCall]:
+        q, y, mask = node.input(0), node.output, node.optional_input(3)
+        assert all(is_planar(v.type) for v in (*map(node.input, range(3)), y)), node
+        kind, steps = ("none", ()) if mask is None else _mask_steps(mask.type, q.type)
+        kernel = Attention(
+            by_name(schedule.isa), schedule.param("groups"), schedule.param("rows"), kind
+        )
+        heads, head_size = int(node.attrs["heads"]), int(node.attrs["head_size"])
+        tokens, seq = q.type.tokens, q.type.shape[-2]
+        args: list[Arg] = [binder.ref(node.input(i)) for i in range(3)]
+        args += [] if mask is None else [binder.ref(mask)]
+        args += [binder.ref(y), tokens, seq, heads, head_size]
+        for i, name in enumerate("qkv"):
+            args += [node.input(i).type.channels, int(node.attrs[f"{name}_offset"])]
+        return [
+            KernelCall(
+                kernel,
+                (*args, *steps, float(node.attrs["scale"])),
+                ceildiv(tokens, WIDTH) * heads,
+                f"{node.name}: {heads} heads of {head_size}, mask {kind}",
+                scratch_bytes=round_up(seq, GROUP) * (WIDTH * 4),
+            )
+        ]
+
+    def variants(self) -> list[Kernel]:
+        return [
+            Attention(v, groups, rows, mask)
+            for v in VECTOR_ISAS
+            for groups, rows in REGISTER_BLOCKS[v.lanes]
+            for mask in MASKS
+        ]
+
+
+def _mask_steps(mask: TensorType, q: TensorType) -> tuple[str, tuple[Dim, ...]]:
+    """The kind of a mask and its (batch, head, query) steps; "other" is one without a kernel."""
+    batch, seq = q.shape[0], q.shape[-2]
+    shape = (1,) * (4 - mask.rank) + mask.shape
+    mask_batch, mask_heads, queries, keys = shape
+    known = mask_batch in (1, batch) and queries in (1, seq) and keys == seq
+    if not known or mask.dtype is not DType.F32 or q.rank != 3:
+        return "other", ()
+    head_step = 0 if mask_heads == 1 else queries * keys
+    batch_step = 0 if mask_batch == 1 else mask_heads * queries * keys
+    kind = "key" if queries == 1 else "full"
+    return kind, (batch_step, head_step, 0 if queries == 1 else keys)

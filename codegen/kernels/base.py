@@ -1,0 +1,44 @@
+"""What a kernel family is: from an op to the kernel calls that compute it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from sparsec.codegen.program import Arg, BufferRef, Kernel, KernelCall
+from sparsec.ir.graph import Node, Value
+from sparsec.ir.op_spec import Array
+from sparsec.ir.schedule import Schedule, Workload
+from sparsec.target import Target
+
+
+class Binder(Protocol):
+    """Gives a family the memory of the values it works on."""
+
+    def ref(self, value: Value) -> BufferRef:
+        """Where `value` lies: arena, weight blob (constants as they are), input or output."""
+
+    def weight(self, name: str, data: Array) -> BufferRef:
+        """Adds a constant in a kernel's own form to the weight blob."""
+
+    def optional(self, value: Value | None) -> Arg:
+        """`ref`, or a null pointer for an absent operand."""
+
+
+class KernelFamily(Protocol):
+    """A family of kernels for one op (or a table of ops)."""
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """The IR ops that it computes."""
+
+    def workload(self, node: Node) -> Workload:
+        """What the node asks for."""
+
+    def schedules(self, workload: Workload, target: Target) -> list[Schedule]:
+        """All valid schedules, the heuristic's choice first; empty when it can not be computed."""
+
+    def lower(self, node: Node, schedule: Schedule, binder: Binder) -> list[KernelCall]:
+        """The calls that compute the node."""
+
+    def variants(self) -> list[Kernel]:
+        """Every kernel that a schedule can ask for: what the kernel tests run over."""

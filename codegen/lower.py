@@ -1,0 +1,134 @@
+"""Graph -> Program: every node becomes kernel calls over buffers, and no graph is left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sparsec.codegen.generic_op import GENERIC
+from sparsec.codegen.kernels import family_for
+from sparsec.codegen.kernels.base import KernelFamily
+from sparsec.codegen.program import (
+    Arg,
+    BufferRef,
+    KernelCall,
+    Port,
+    Program,
+    Region,
+    Weight,
+)
+from sparsec.errors import InvalidGraph, NoSchedule
+from sparsec.ir.dims import symbols
+from sparsec.ir.graph import Graph, Node, Value
+from sparsec.ir.layouts import ROW_MAJOR
+from sparsec.ir.memory_plan import MemoryPlan
+from sparsec.ir.op_spec import Array
+from sparsec.ir.schedule import Schedule
+from sparsec.ir.types import DType, TensorType
+from sparsec.target import Target
+
+
+def family_of(node: Node, target: Target) -> KernelFamily:
+    """The hand-made family that takes the node on this target, else the generic one."""
+    family = family_for(node)
+    if family is not None and family.schedules(family.workload(node), target):
+        return family
+    return GENERIC
+
+
+def schedule_of(node: Node, target: Target) -> Schedule | None:
+    """The heuristic's schedule: the first that the node's family lists."""
+    family = family_of(node, target)
+    schedules = family.schedules(family.workload(node), target)
+    return schedules[0] if schedules else None
+
+
+def lower(graph: Graph, plan: MemoryPlan, target: Target) -> Program:
+    """The flat form of a scheduled graph under a memory plan.
+
+    Raises NoSchedule when a node has no schedule, UnsupportedOp when a node has no lowering.
+    """
+    binder = _Binder(graph, plan)
+    calls: list[KernelCall] = []
+    for node in graph.nodes:
+        if node.output.name in plan.view_of:
+            continue
+        if node.schedule is None:
+            raise NoSchedule(f"{node.name} ({node.op}): no schedule was assigned")
+        calls += family_of(node, target).lower(node, node.schedule, binder)
+    calls += binder.output_copies(target)
+    return Program(
+        name=graph.name,
+        inputs=tuple(Port(v.name, v.type) for v in graph.inputs),
+        outputs=tuple(
+            Port(n, v.type) for n, v in zip(graph.output_names, graph.outputs, strict=True)
+        ),
+        symbols=_symbols(graph),
+        weights=tuple(binder.weights),
+        slots=plan.slots,
+        calls=tuple(calls),
+        limits=tuple(graph.limits),
+    )
+
+
+def _symbols(graph: Graph) -> tuple[str, ...]:
+    """The symbols of the input shapes in order of first appearance."""
+    names: list[str] = []
+    for value in graph.inputs:
+        for dim in value.type.shape:
+            names += sorted(symbols(dim) - set(names))
+    return tuple(names)
+
+
+@dataclass
+class _Binder:
+    """Where each value lies. An output's memory is the caller's: its producer writes it there."""
+
+    graph: Graph
+    plan: MemoryPlan
+    weights: list[Weight] = field(default_factory=list)
+    _constants: dict[str, int] = field(default_factory=dict)
+    _output_of: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._produced = {v.name for n in self.graph.nodes for v in n.outputs}
+        for index, value in enumerate(self.graph.outputs):
+            root = self.plan.root(value.name)
+            if root in self._produced:
+                self._output_of.setdefault(root, index)
+
+    def ref(self, value: Value) -> BufferRef:
+        if value.data is not None:
+            return self._constant(value.name, value.data, value.type)
+        root = self.plan.root(value.name)
+        for index, given in enumerate(self.graph.inputs):
+            if given.name == root:
+                return BufferRef(Region.INPUT, index, value.type, value.name)
+        if root in self._output_of:
+            return BufferRef(Region.OUTPUT, self._output_of[root], value.type, value.name)
+        if root not in self.plan.slot_of:
+            raise InvalidGraph(f"{value.name}: the memory plan has no slot for it")
+        return BufferRef(Region.ARENA, self.plan.slot_of[root], value.type, value.name)
+
+    def weight(self, name: str, data: Array) -> BufferRef:
+        return self._constant(name, data, TensorType(DType.of(data.dtype), data.shape))
+
+    def optional(self, value: Value | None) -> Arg:
+        return None if value is None else self.ref(value)
+
+    def output_copies(self, target: Target) -> list[KernelCall]:
+        """Copies for the outputs that are an input, a constant or another output."""
+        calls: list[KernelCall] = []
+        for index, value in enumerate(self.graph.outputs):
+            root = self.plan.root(value.name)
+            if self._output_of.get(root) == index:
+                continue
+            name = self.graph.output_names[index]
+            to = BufferRef(Region.OUTPUT, index, value.type.with_layout(ROW_MAJOR), name)
+            calls.append(GENERIC.copy(self.ref(value), to, target))
+        return calls
+
+    def _constant(self, name: str, data: Array, type: TensorType) -> BufferRef:
+        if name not in self._constants:
+            self._constants[name] = len(self.weights)
+            self.weights.append(Weight(name, data))
+        return BufferRef(Region.WEIGHTS, self._constants[name], type, name)

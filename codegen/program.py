@@ -1,0 +1,119 @@
+"""The flat and final form of a model: kernel calls over buffers. No graph is left."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from sparsec.ir.dims import Dim
+from sparsec.ir.graph import Limit
+from sparsec.ir.types import TensorType
+
+
+class Kind(enum.Enum):
+    """What a kernel parameter is in C."""
+
+    POINTER = "pointer"
+    INT = "int64_t"
+    FLOAT = "float"
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of a kernel function; `dtype` is the element type behind a pointer."""
+
+    name: str
+    kind: Kind = Kind.POINTER
+    dtype: str = "float32"
+
+
+class Kernel(Protocol):
+    """A generator of one C function.
+
+    `int32_t name(parameters..., [void *scratch,] int64_t begin, int64_t end)` works on the items
+    `[begin, end)` and returns 0 or a status of `sparsec.h`. `scratch` is there when `has_scratch`:
+    memory of the calling worker alone. Pointers are 64-byte aligned, model inputs and outputs
+    excepted.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]: ...
+
+    @property
+    def has_scratch(self) -> bool: ...
+
+    @property
+    def isa(self) -> str: ...
+
+    def build(self) -> Any:
+        """The TIR PrimFunc, of that name and signature."""
+
+
+class Region(enum.Enum):
+    """Which memory a buffer is in."""
+
+    ARENA = "arena"
+    WEIGHTS = "weights"
+    INPUT = "input"
+    OUTPUT = "output"
+
+
+@dataclass(frozen=True, slots=True)
+class BufferRef:
+    """A buffer: `index` is the arena slot, the weight, the model input or the model output."""
+
+    region: Region
+    index: int
+    type: TensorType
+    name: str
+
+
+Arg = BufferRef | Dim | float | None  # None is a null pointer
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCall:
+    """One call: `items` work items that may run in any order and on any worker."""
+
+    kernel: Kernel
+    args: tuple[Arg, ...]
+    items: Dim
+    comment: str
+    scratch_bytes: Dim = 0
+    grain: int = 1  # least number of items worth a worker of its own
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """A model input or output."""
+
+    name: str
+    type: TensorType
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One constant in the form that its kernel reads."""
+
+    name: str
+    data: np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """All that is emitted: `slots` are the byte sizes of the arena's slots."""
+
+    name: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    symbols: tuple[str, ...]  # bound from the input shapes, in this order
+    weights: tuple[Weight, ...]
+    slots: tuple[Dim, ...]
+    calls: tuple[KernelCall, ...]
+    limits: tuple[Limit, ...] = ()  # checked when the symbols are bound

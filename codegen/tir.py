@@ -1,0 +1,154 @@
+"""The only file that knows how TVM turns a function into an object file with plain C symbols.
+
+Kernels are built with TVM's IR builder from ordinary Python, so a kernel family is a loop nest
+with functions as hooks:
+
+    def body(k: KernelScope) -> None:
+        with T.serial(k.begin, k.end) as item:
+            ...
+    tir.kernel_function("name", parameters, body)
+
+Pointers become flat buffers without bounds. Accumulators come from `registers`: a small stack
+buffer that LLVM keeps in vector registers when every index into it is a constant.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import ir, tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+from sparsec.codegen.program import Kind, Parameter
+
+UNBOUNDED = 1 << 40  # elements; buffers behind pointers have no extent of their own
+MAX_FAILURES = 256  # statements in one object that leave a kernel with an error
+_STATUS = "sparsec_status"
+
+
+@dataclass(frozen=True, slots=True)
+class KernelScope:
+    """What the body of a kernel can name: its parameters, `scratch` bytes, and its item range."""
+
+    params: Mapping[str, Any]
+    scratch: Any
+    begin: Any
+    end: Any
+
+    def __getitem__(self, name: str) -> Any:
+        return self.params[name]
+
+
+def kernel_function(
+    name: str,
+    parameters: Sequence[Parameter],
+    body: Callable[[KernelScope], None],
+    *,
+    scratch: str | None = None,
+) -> Any:
+    """The PrimFunc of a kernel: see `program.Kernel` for its C signature.
+
+    `scratch` is the element type under which the body sees its scratch memory. The body returns
+    nothing and falls off its end for status 0; `fail` leaves it early.
+    """
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name(name)
+        T.func_attr({"tirx.noalias": True, "global_symbol": name, "calling_conv": 1})
+        T.func_ret(tvm.ir.PrimType("int32"))
+        args = {p.name: _argument(p) for p in parameters}
+        scratch_arg = T.arg("scratch", T.handle(scratch)) if scratch else None
+        begin, end = T.arg("begin", T.int64()), T.arg("end", T.int64())
+        with T.attr("default", "device_id", 0), T.attr("default", "device_type", 1):
+            bound = {p.name: _bind(p, args[p.name]) for p in parameters}
+            memory = _flat(scratch, scratch_arg) if scratch else None
+            body(KernelScope(bound, memory, begin, end))
+            fail(0)
+    return builder.get()
+
+
+def fail(status: int) -> None:
+    """Return `status` from the kernel."""
+    T.add_to_parent(leave(status))
+
+
+def leave(status: int) -> Any:
+    """The statement that returns `status` from the function.
+
+    TVM can return 0 alone, but it returns the result of a call of a C function when that is not
+    0. The function called here, one of `_status_helpers`, returns its third argument.
+    """
+    if status == 0:
+        return tirx.Return(tirx.const(0, "int32"))
+    null = tirx.reinterpret("handle", tirx.const(0, "uint64"))
+    return tirx.Evaluate(tirx.call_cpacked_lowered(_STATUS, null, 0, status))
+
+
+def registers(dtype: str, lanes: int) -> Any:
+    """A stack buffer of `lanes` elements, under 1 KB: above, TVM would call an allocator."""
+    assert lanes * tvm.DataType(dtype).bits < 8 * 1024, (dtype, lanes)
+    return T.alloc_buffer((lanes,), dtype, scope="global")
+
+
+def build_object(functions: Sequence[Any], features: Sequence[str]) -> bytes:
+    """One ELF object with all `functions`, for LLVM features such as `+avx512f`.
+
+    `functions` come from `kernel_function` or from `te_lowering.te_function`. The same functions
+    give the same bytes.
+    """
+    named = {f.attrs["global_symbol"]: f for f in functions}
+    assert len(named) == len(functions), "two kernels have one name"
+    module = tvm.IRModule({**named, "status_helpers": _status_helpers()})
+    target = tvm.target.Target(
+        {
+            "kind": "llvm",
+            "mtriple": "x86_64-unknown-linux-gnu",
+            "mcpu": "x86-64",
+            "mattr": list(features),
+        }
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernels.o"
+        tirx.build(module, target=target).write_to_file(str(path))
+        data = path.read_bytes()
+    assert _STATUS.encode() not in data, "more than MAX_FAILURES statements of kernels fail"
+    return data
+
+
+def _status_helpers() -> Any:
+    """A function that stays out of the object but brings the helpers of `leave` as LLVM IR.
+
+    LLVM gives every call after the first a callee of its own, named `.1`, `.2` and so on. All
+    are inlined and leave no symbol.
+    """
+    names = [_STATUS, *(f'"{_STATUS}.{i}"' for i in range(1, MAX_FAILURES))]
+    signature = "(ptr %self, ptr %args, i32 %status, ptr %result)"
+    code = "\n".join(f"define i32 @{n}{signature} {{ ret i32 %status }}" for n in names)
+    nothing = tirx.Return(tirx.const(0, "int32"))
+    body = tirx.AttrStmt(
+        ir.StringImm("default"), "pragma_import_llvm", ir.StringImm(code), nothing
+    )
+    return tirx.PrimFunc([], body, ret_type=ir.PrimType("int32"))
+
+
+def _argument(parameter: Parameter) -> Any:
+    match parameter.kind:
+        case Kind.POINTER:
+            return T.arg(parameter.name, T.handle(parameter.dtype))
+        case Kind.INT:
+            return T.arg(parameter.name, T.int64())
+        case Kind.FLOAT:
+            return T.arg(parameter.name, T.float32())
+
+
+def _bind(parameter: Parameter, argument: Any) -> Any:
+    return _flat(parameter.dtype, argument) if parameter.kind is Kind.POINTER else argument
+
+
+def _flat(dtype: str, pointer: Any) -> Any:
+    return T.decl_buffer((UNBOUNDED,), dtype, data=pointer)

@@ -1,0 +1,229 @@
+"""The command line: arguments in, exit status out. The work is done in driver and tools.
+
+Exit status: 0 done; 1 a check that was asked for failed (`verify`); 2 the request or its input
+was wrong: one message on standard error, nothing written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsec import __version__
+from sparsec.errors import CompilerError, InvalidInput
+
+EXAMPLES = """examples:
+  sparsec compile model.onnx -o model.so
+  sparsec verify model.so --onnx model.onnx
+  sparsec bench model.so --batch 1 --seq 128 --threads 1 --onnx model.onnx
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.command(args))
+    except (CompilerError, OSError) as error:
+        print(f"sparsec: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("sparsec: interrupted", file=sys.stderr)
+        return 130
+
+
+def _compile(args: argparse.Namespace) -> int:
+    from sparsec.driver import compile_model
+    from sparsec.options import parse_shape
+    from sparsec.target import Isa
+
+    with _progress(args.quiet) as tell:
+        result = compile_model(
+            args.model,
+            args.output,
+            target=args.target,
+            isa=Isa(args.isa) if args.isa else None,
+            shapes=dict(parse_shape(text) for text in args.shape),
+            dump_ir=args.dump_ir,
+            report=args.report,
+            cc=args.cc,
+            progress=tell,
+        )
+    if not args.quiet:
+        _print_summary(result)
+    return 0
+
+
+def _print_summary(result: Any) -> None:
+    report = result.report
+    size = result.library.stat().st_size
+    total = sum(result.seconds.values())
+    stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.seconds.items())
+    print(f"{result.library}: {size / 1e6:.1f} MB for {report['isa']}, {total:.1f} s ({stages})")
+    slow = sorted({layer["op"] for layer in report["layers"] if layer["generic"]})
+    if slow:
+        print(f"generic (not hand-tuned) ops: {', '.join(slow)}")
+
+
+def _run(args: argparse.Namespace) -> int:
+    from sparsec.tools.run import run_file
+
+    for line in run_file(args.model, args.inputs, args.outputs, threads=args.threads):
+        print(line)
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from sparsec.tools.inspect import inspect_file, print_inspection
+
+    found = inspect_file(args.file)
+    if args.json:
+        print(json.dumps(found, indent=1))
+    else:
+        print_inspection(found)
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from sparsec.tools.verify import print_verification, verify
+
+    with _progress(args.quiet or args.json) as tell:
+        result = verify(
+            args.model,
+            args.onnx,
+            shapes=[_batch_seq(text) for text in args.shapes.split(",")],
+            threads=args.threads,
+            tolerance=args.tolerance,
+            seed=args.seed,
+            progress=tell,
+        )
+    if args.json:
+        print(json.dumps(result, indent=1))
+    else:
+        print_verification(result)
+    return 0 if result["passed"] else 1
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from sparsec.tools.bench import bench, print_bench
+
+    with _progress(args.quiet or args.json) as tell:
+        result = bench(
+            args.model,
+            batch=args.batch,
+            seq=args.seq,
+            threads=args.threads,
+            onnx=args.onnx,
+            against=args.against,
+            seconds=args.seconds,
+            pin=args.pin,
+            progress=tell,
+        )
+    if args.json:
+        print(json.dumps(result, indent=1))
+    else:
+        print_bench(result)
+    return 0
+
+
+def _batch_seq(text: str) -> tuple[int, int]:
+    parts = text.split("x")
+    if len(parts) != 2 or not all(p.isdigit() and int(p) > 0 for p in parts):
+        raise InvalidInput(f"shape {text!r}: wanted BATCHxSEQ, for example 1x128")
+    return int(parts[0]), int(parts[1])
+
+
+@contextlib.contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Tells the present stage on standard error; a spinner where that is a terminal."""
+    if quiet:
+        yield lambda stage: None
+        return
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status("starting") as status:
+        yield lambda stage: status.update(stage)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sparsec",
+        description="Compile a transformer encoder in ONNX into one standalone shared library.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"sparsec {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_compile, _add_run, _add_inspect, _add_verify, _add_bench):
+        add(commands)
+    return parser
+
+
+def _add_compile(commands: Any) -> None:
+    p = commands.add_parser("compile", help="model.onnx -> model.so and its loader model.py")
+    p.add_argument("model", type=Path, help="the ONNX file")
+    p.add_argument("-o", "--output", type=Path, required=True, help="the library, ending in .so")
+    p.add_argument("--target", default="native", help="machine to compile for (default: this one)")
+    p.add_argument("--isa", choices=["avx2", "avx512", "avx512vnni", "amx"], help="use no better")
+    p.add_argument(
+        "--shape",
+        action="append",
+        default=[],
+        metavar="NAME=1x128",
+        help="fix an input's shape; a name instead of a size keeps that axis dynamic",
+    )
+    p.add_argument("--dump-ir", type=Path, metavar="DIR", help="write the graph after each pass")
+    p.add_argument("--report", type=Path, metavar="FILE", help="write what was done, as JSON")
+    p.add_argument("--cc", help="a C compiler to use instead of the packaged one")
+    p.add_argument("-q", "--quiet", action="store_true")
+    p.set_defaults(command=_compile)
+
+
+def _add_run(commands: Any) -> None:
+    p = commands.add_parser("run", help="run a model on the arrays of an npz file")
+    p.add_argument("model", type=Path)
+    p.add_argument("-i", "--inputs", type=Path, required=True, help="npz: one array per input")
+    p.add_argument("-o", "--outputs", type=Path, required=True, help="npz to write")
+    p.add_argument("--threads", type=int, default=0, help="0: all cores (default)")
+    p.set_defaults(command=_run)
+
+
+def _add_inspect(commands: Any) -> None:
+    p = commands.add_parser("inspect", help="what is in an ONNX file or a compiled model")
+    p.add_argument("file", type=Path)
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(command=_inspect)
+
+
+def _add_verify(commands: Any) -> None:
+    p = commands.add_parser("verify", help="compare a compiled model with its ONNX file")
+    p.add_argument("model", type=Path)
+    p.add_argument("--onnx", type=Path, required=True)
+    p.add_argument("--shapes", default="1x1,1x7,3x33,2x128", metavar="BxS,...")
+    p.add_argument("--tolerance", type=float, default=1e-4, help="largest absolute error allowed")
+    p.add_argument("--threads", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--json", action="store_true")
+    p.add_argument("-q", "--quiet", action="store_true")
+    p.set_defaults(command=_verify)
+
+
+def _add_bench(commands: Any) -> None:
+    p = commands.add_parser("bench", help="time a compiled model, interleaved with a peer")
+    p.add_argument("model", type=Path)
+    p.add_argument("--batch", type=int, default=1)
+    p.add_argument("--seq", type=int, default=128)
+    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--onnx", type=Path, help="the ONNX file, for the peer")
+    p.add_argument("--against", choices=["onnxruntime"], help="default with --onnx: onnxruntime")
+    p.add_argument("--seconds", type=float, default=5.0, help="how long to measure")
+    p.add_argument("--no-pin", dest="pin", action="store_false", help="leave threads to the OS")
+    p.add_argument("--json", action="store_true")
+    p.add_argument("-q", "--quiet", action="store_true")
+    p.set_defaults(command=_bench)

@@ -1,0 +1,223 @@
+"""compile_model: the whole flow, top to bottom."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsec.codegen import tir
+from sparsec.codegen.isa import FEATURES
+from sparsec.codegen.lower import lower, schedule_of
+from sparsec.codegen.program import Program
+from sparsec.codegen.toolchain import build_library
+from sparsec.errors import InvalidInput
+from sparsec.frontend.onnx_import import import_model
+from sparsec.ir.graph import Graph, Value
+from sparsec.ir.memory_plan import MemoryPlan
+from sparsec.ir.printer import print_graph
+from sparsec.options import CompileOptions
+from sparsec.passes import default_pipeline
+from sparsec.passes.manager import PassManager
+from sparsec.passes.plan_memory import plan_memory
+from sparsec.target import Isa, Target
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class CompileResult:
+    """What `compile_model` made. `seconds` is the wall time of each stage."""
+
+    library: Path
+    loader: Path
+    report: Mapping[str, Any]
+    seconds: Mapping[str, float]
+
+
+def compile_model(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    target: str | Target | None = None,
+    isa: Isa | None = None,
+    shapes: Mapping[str, Sequence[int | str]] | None = None,
+    dump_ir: str | os.PathLike[str] | None = None,
+    report: str | os.PathLike[str] | None = None,
+    cc: str | None = None,
+    progress: Progress = lambda stage: None,
+) -> CompileResult:
+    """Compile an ONNX model into a shared library, with its loader `model.py` beside it.
+
+    `target` is a Target or the name of one (default: this machine). `shapes` fixes input shapes:
+    per input name the sizes, an int for a fixed one, a name for one that stays dynamic. `dump_ir`
+    is a folder for the graph after each pass, `report` a JSON file. `progress` is told each stage.
+
+    Raises CompilerError: its subclasses say what was wrong with the model or the arguments.
+    Nothing is left behind at `output` when it does.
+    """
+    options = CompileOptions(
+        target=target if isinstance(target, Target) else Target.named(target or "native"),
+        isa=isa,
+        shapes={name: tuple(sizes) for name, sizes in (shapes or {}).items()},
+        dump_ir=Path(dump_ir) if dump_ir is not None else None,
+        report=Path(report) if report is not None else None,
+        cc=cc,
+    )
+    return _compile(Path(model), Path(output), options, progress)
+
+
+def _compile(
+    model: Path, output: Path, options: CompileOptions, progress: Progress
+) -> CompileResult:
+    _check_output(output)
+    clock = _Clock(progress)
+    clock.start("import")
+    graph = import_model(model, overrides=options.shapes)
+    ranges = input_ranges(graph)
+
+    clock.start("passes")
+    target = _limited(options.target, options.isa)
+    pipeline = default_pipeline(schedules=lambda node: schedule_of(node, target))
+    records = PassManager(pipeline, dump=_dumper(options.dump_ir)).run(graph)
+
+    clock.start("lower")
+    plan = plan_memory(graph)
+    program = lower(graph, plan, target)
+
+    clock.start("kernels")
+    objects = build_kernels(program)
+
+    clock.start("link")
+    isa = max((Isa(c.kernel.isa) for c in program.calls), key=list(Isa).index, default=Isa.AVX2)
+    description = _describe(graph, plan, target, ranges)
+    build_library(
+        program,
+        objects,
+        output,
+        isa=isa,
+        metadata=description,
+        cc=options.cc,
+        progress=progress,
+    )
+    clock.stop()
+    report = {"isa": isa.value, **description, "passes": records, "seconds": clock.seconds}
+    if options.report is not None:
+        _write_json(options.report, report)
+    return CompileResult(output, output.with_suffix(".py"), report, clock.seconds)
+
+
+def build_kernels(program: Program) -> dict[str, bytes]:
+    """One object file per instruction set, with every kernel that the program calls."""
+    by_isa: dict[str, dict[str, Any]] = {}
+    for call in program.calls:
+        by_isa.setdefault(call.kernel.isa, {})[call.kernel.name] = call.kernel
+    return {
+        f"kernels_{isa}": tir.build_object(
+            [kernel.build() for _, kernel in sorted(kernels.items())], FEATURES[Isa(isa)]
+        )
+        for isa, kernels in sorted(by_isa.items())
+    }
+
+
+def input_ranges(graph: Graph) -> dict[str, int]:
+    """For each input that indexes a constant table: the number of rows, so ids are below it."""
+    ranges: dict[str, int] = {}
+    inputs = set(graph.inputs)
+    for node in graph.nodes:
+        if node.op != "gather":
+            continue
+        table, ids = node.input(0), _origin(node.input(1))
+        if ids in inputs and table.is_constant and node.attrs["axis"] == 0:
+            rows = table.type.shape[0]
+            assert isinstance(rows, int)
+            ranges[ids.name] = min(rows, ranges.get(ids.name, rows))
+    return ranges
+
+
+def _origin(value: Value) -> Value:
+    """The value behind casts and reshapes."""
+    while value.producer is not None and value.producer.op in {"cast", "reshape", "identity"}:
+        value = value.producer.input(0)
+    return value
+
+
+def _limited(target: Target, isa: Isa | None) -> Target:
+    if isa is None:
+        return target
+    levels = list(Isa)
+    keep = tuple(i for i in target.isas if levels.index(i) <= levels.index(isa))
+    return Target(
+        target.name, keep, target.cores, target.l1d_bytes, target.l2_bytes, target.l3_bytes
+    )
+
+
+def _describe(
+    graph: Graph, plan: MemoryPlan, target: Target, ranges: Mapping[str, int]
+) -> dict[str, Any]:
+    """How each layer was compiled, as plain data: part of the library, so without any times."""
+    layers = [
+        {
+            "node": node.name,
+            "op": node.op,
+            "type": str(node.output.type),
+            "schedule": str(node.schedule),
+            "source": node.schedule.source if node.schedule else "",
+            "generic": node.schedule is not None and node.schedule.family == "generic",
+        }
+        for node in graph.nodes
+        if node.output.name not in plan.view_of
+    ]
+    return {
+        "target": target.name,
+        "input_ranges": dict(ranges),
+        "layers": layers,
+    }
+
+
+def _check_output(output: Path) -> None:
+    if output.suffix != ".so":
+        raise InvalidInput(f"{output}: the output must end in .so")
+    if not output.parent.is_dir():
+        raise InvalidInput(f"{output}: the folder {output.parent} does not exist; create it first")
+
+
+def _dumper(folder: Path | None) -> Callable[[int, str, Graph], None] | None:
+    if folder is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def dump(index: int, name: str, graph: Graph) -> None:
+        (folder / f"{index:02d}_{name}.txt").write_text(print_graph(graph))
+
+    return dump
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(data, indent=1) + "\n")
+    temporary.replace(path)
+
+
+class _Clock:
+    """Times the stages and tells them."""
+
+    def __init__(self, progress: Progress):
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+        self._stage = ""
+        self._since = 0.0
+
+    def start(self, stage: str) -> None:
+        self.stop()
+        self._stage, self._since = stage, time.perf_counter()
+        self._progress(stage)
+
+    def stop(self) -> None:
+        if self._stage:
+            self.seconds[self._stage] = time.perf_counter() - self._since
+        self._stage = ""

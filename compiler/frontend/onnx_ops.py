@@ -1,0 +1,13 @@
+"""CONVERTERS: one small function per ONNX op."""
+
+from __future__ import annotations
+
+from sparsec.frontend.call import Converter
+from sparsec.frontend.onnx_ops_control import CONTROL
+from sparsec.frontend.onnx_ops_index import INDEX
+from sparsec.frontend.onnx_ops_math import MATH
+from sparsec.frontend.onnx_ops_nn import NN
+from sparsec.frontend.onnx_ops_reduce import REDUCE
+from sparsec.frontend.onnx_ops_shape import SHAPE
+
+CONVERTERS: dict[str, Converter] = {**CONTROL, **INDEX, **MATH, **NN, **REDUCE, **SHAPE}

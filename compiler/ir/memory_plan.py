@@ -1,0 +1,34 @@
+"""Where the intermediate values of a graph lie in the arena: plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sparsec.ir.dims import Dim, evaluate
+
+ALIGNMENT = 64  # bytes; a slot starts on a cache line
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """`slot_of` and `view_of` are keyed by value names.
+
+    A value that is a view has no slot: it lies where the value it is a view of lies. `slots` are
+    sizes in bytes; the slots follow each other in the arena, each rounded up to ALIGNMENT.
+    """
+
+    slot_of: Mapping[str, int]
+    slots: tuple[Dim, ...]
+    view_of: Mapping[str, str]
+
+    def root(self, name: str) -> str:
+        """The value whose memory `name` is a view of; `name` itself when it is no view."""
+        while name in self.view_of:
+            name = self.view_of[name]
+        return name
+
+    def arena_bytes(self, env: Mapping[str, int]) -> int:
+        """The size of the arena when the symbols have the values in `env`."""
+        sizes = (evaluate(size, env) for size in self.slots)
+        return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)

@@ -1,0 +1,143 @@
+"""What the rows of the op tables share: operands, broadcasting of dims, layout of results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sparsec.errors import InvalidGraph
+from sparsec.ir.dims import Dim, compare
+from sparsec.ir.layouts import ROW_MAJOR, Layout, Panels
+from sparsec.ir.op_spec import Array, Arrays, Attrs, Evaluate, Types
+from sparsec.ir.types import DType, TensorType
+
+Shape = tuple[Dim, ...]
+Env = Mapping[str, int]
+
+
+def operand(types: Types, index: int) -> TensorType:
+    """The type of a required operand."""
+    type = types[index] if index < len(types) else None
+    if type is None:
+        raise InvalidGraph(f"operand {index} is required and absent")
+    return type
+
+
+def optional(types: Types, index: int) -> TensorType | None:
+    """The type of an operand that may be absent."""
+    return types[index] if index < len(types) else None
+
+
+def array(arrays: Arrays, index: int) -> Array:
+    """A required operand of `evaluate`."""
+    data = arrays[index]
+    assert data is not None, f"operand {index} is absent"
+    return data
+
+
+def optional_array(arrays: Arrays, index: int) -> Array | None:
+    """An operand of `evaluate` that may be absent."""
+    return arrays[index] if index < len(arrays) else None
+
+
+def text(shape: Sequence[Dim]) -> str:
+    """A shape as a message shows it."""
+    return f"[{', '.join(str(d) for d in shape)}]"
+
+
+def broadcast(shapes: Sequence[Shape]) -> Shape:
+    """The NumPy broadcast of shapes of dims; InvalidGraph names the shapes that do not fit."""
+    result: Shape = ()
+    for shape in shapes:
+        rank = max(len(result), len(shape))
+        left: Shape = (1,) * (rank - len(result)) + result
+        right: Shape = (1,) * (rank - len(shape)) + shape
+        pairs = zip(left, right, strict=True)
+        result = tuple(_broadcast_dim(a, b, result, shape) for a, b in pairs)
+    return result
+
+
+def _broadcast_dim(a: Dim, b: Dim, left: Shape, right: Shape) -> Dim:
+    if a == b or b == 1:
+        return a
+    if a == 1:
+        return b
+    sure = isinstance(a, int) and isinstance(b, int)
+    why = "differ" if sure else "are not known to be equal"
+    raise InvalidGraph(
+        f"shapes {text(left)} and {text(right)} do not broadcast: {a} and {b} {why}"
+    )
+
+
+def require_equal(what: str, a: Dim, b: Dim) -> None:
+    """InvalidGraph unless the two dims are the same expression."""
+    if a != b:
+        raise InvalidGraph(f"{what}: {a} and {b} are not equal")
+
+
+def broadcastable_to(shape: Shape, target: Shape) -> bool:
+    """Whether `shape` broadcasts to `target` without enlarging it."""
+    if len(shape) > len(target):
+        return False
+    tail = target[len(target) - len(shape) :]
+    return all(a in (1, b) for a, b in zip(shape, tail, strict=True))
+
+
+def axis_of(axis: int, rank: int) -> int:
+    """A non-negative axis that exists."""
+    if not 0 <= axis < rank:
+        raise InvalidGraph(f"axis {axis} is outside 0..{rank - 1}")
+    return axis
+
+
+def is_positive(dim: Dim) -> bool:
+    """Whether `dim` is at least 1 for all values of its symbols."""
+    return compare(dim, 0) == 1
+
+
+def same_dtype(types: Sequence[TensorType]) -> DType:
+    """The dtype that all operands share."""
+    dtype = types[0].dtype
+    for type in types[1:]:
+        if type.dtype is not dtype:
+            raise InvalidGraph(f"operand dtypes {dtype} and {type.dtype} differ; cast one of them")
+    return dtype
+
+
+def require_float(type: TensorType) -> None:
+    if not type.dtype.is_float:
+        raise InvalidGraph(f"needs a float operand, got {type}")
+
+
+def require_integer(type: TensorType) -> None:
+    if type.dtype.is_float or type.dtype is DType.BOOL:
+        raise InvalidGraph(f"needs an integer operand, got {type}")
+
+
+def elementwise_layout(types: Sequence[TensorType], shape: Shape) -> Layout:
+    """Panels when all operands of the full shape are in the same panels, else rows."""
+    full = [t.layout for t in types if t.shape == shape and t.rank == len(shape)]
+    if full and isinstance(full[0], Panels) and all(x == full[0] for x in full):
+        return full[0]
+    return ROW_MAJOR
+
+
+def panel_layout(types: Sequence[TensorType | None]) -> Layout:
+    """The layout of the result of an op whose kernels read and write panels."""
+    for type in types:
+        if type is not None and isinstance(type.layout, Panels):
+            return type.layout
+    return ROW_MAJOR
+
+
+def pointwise(function: Callable[..., Any]) -> Evaluate:
+    """`evaluate` of an op without attributes: the dtype of the first operand is kept."""
+
+    def evaluate(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
+        operands = [array(arrays, i) for i in range(len(arrays))]
+        with np.errstate(all="ignore"):
+            return [np.asarray(function(*operands)).astype(operands[0].dtype, copy=False)]
+
+    return evaluate

@@ -1,0 +1,11 @@
+"""The table of operations: every op that a Graph may hold, with its types and its meaning."""
+
+from __future__ import annotations
+
+from sparsec.ir.op_spec import OpSpec
+from sparsec.ir.ops_core import CORE_OPS
+from sparsec.ir.ops_elementwise import ELEMENTWISE_OPS
+from sparsec.ir.ops_reduce import REDUCE_OPS
+from sparsec.ir.ops_shape import SHAPE_OPS
+
+OPS: dict[str, OpSpec] = {**ELEMENTWISE_OPS, **REDUCE_OPS, **SHAPE_OPS, **CORE_OPS}

@@ -1,0 +1,140 @@
+"""The machine to compile for: instruction sets, cores and caches.
+
+Instruction sets are read from cpuid flags, never from the CPU's name: guests report wrong names.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsec.errors import InvalidInput, UnsupportedCpu
+
+
+class Isa(enum.Enum):
+    """An instruction-set level; the value is its name in options, kernel names and the ABI."""
+
+    AVX2 = "avx2"
+    AVX512 = "avx512"
+    AVX512_VNNI = "avx512vnni"
+    AMX = "amx"
+
+
+# Flags of /proc/cpuinfo that each level adds to the one before; the runtime's cpu_check.c has the
+# same table. A level without the one below it is of no use to any kernel.
+_FLAGS: dict[Isa, frozenset[str]] = {
+    Isa.AVX2: frozenset({"avx", "f16c", "fma", "movbe", "popcnt", "abm", "bmi1", "bmi2", "avx2"}),
+    Isa.AVX512: frozenset({"avx512f", "avx512dq", "avx512bw", "avx512vl"}),
+    Isa.AVX512_VNNI: frozenset({"avx512_vnni"}),
+    Isa.AMX: frozenset({"amx_tile", "amx_int8"}),
+}
+
+_CPUINFO = Path("/proc/cpuinfo")
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_KB = 1024
+_MB = 1024 * _KB
+# Where the system does not say: the smallest caches of the CPUs in the table below.
+_DEFAULT_CACHES = {"1": 32 * _KB, "2": 256 * _KB, "3": 8 * _MB}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A machine. `isas` are the levels it has, weakest first."""
+
+    name: str
+    isas: tuple[Isa, ...]
+    cores: int
+    l1d_bytes: int
+    l2_bytes: int
+    l3_bytes: int
+
+    def has(self, isa: Isa) -> bool:
+        return isa in self.isas
+
+    @staticmethod
+    def host(cpuinfo: Path = _CPUINFO, caches: Path = _CACHES) -> Target:
+        """The machine this runs on; raises UnsupportedCpu when it has no level at all."""
+        flags = _read_flags(cpuinfo)
+        isas = _levels(flags)
+        if not isas:
+            lacking = sorted(_FLAGS[Isa.AVX2] - flags)
+            raise UnsupportedCpu(
+                f"this CPU lacks {', '.join(lacking)}; name the machine to compile for: "
+                f"{', '.join(_NAMED)}"
+            )
+        sizes = _read_caches(caches)
+        cores = len(os.sched_getaffinity(0))
+        return Target("native", isas, cores, sizes["1"], sizes["2"], sizes["3"])
+
+    @staticmethod
+    def named(name: str) -> Target:
+        """A target of the table below, or the host for "native"."""
+        if name == "native":
+            return Target.host()
+        if name not in _NAMED:
+            known = ", ".join(["native", *_NAMED])
+            raise InvalidInput(f"unknown target {name!r}; known targets are {known}")
+        return _NAMED[name]
+
+
+def required_flags(isa: Isa) -> frozenset[str]:
+    """All flags of /proc/cpuinfo that a level and the ones below it need."""
+    levels = list(Isa)
+    return frozenset().union(*(_FLAGS[i] for i in levels[: levels.index(isa) + 1]))
+
+
+def _read_flags(cpuinfo: Path) -> frozenset[str]:
+    try:
+        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return frozenset()
+    match = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    return frozenset(match[1].split()) if match else frozenset()
+
+
+def _levels(flags: frozenset[str]) -> tuple[Isa, ...]:
+    """All levels up to the first of which a flag is lacking."""
+    levels: list[Isa] = []
+    for isa, wanted in _FLAGS.items():
+        if not wanted <= flags:
+            break
+        levels.append(isa)
+    return tuple(levels)
+
+
+def _read_caches(folder: Path) -> dict[str, int]:
+    """Bytes of the data or unified cache by level."""
+    sizes = dict(_DEFAULT_CACHES)
+    for index in sorted(folder.glob("index*")):
+        try:
+            kind, level, size = (
+                (index / name).read_text(encoding="ascii").strip()
+                for name in ("type", "level", "size")
+            )
+        except OSError:
+            continue
+        match = re.fullmatch(r"(\d+)K", size)
+        if kind != "Instruction" and level in sizes and match:
+            sizes[level] = int(match[1]) * _KB
+    return sizes
+
+
+def _server(name: str, highest: Isa, l1d: int, l2: int, l3: int) -> Target:
+    levels = list(Isa)
+    return Target(name, tuple(levels[: levels.index(highest) + 1]), 8, l1d, l2, l3)
+
+
+# Caches per core and, for L3, of the smallest part that is common in servers.
+_NAMED: dict[str, Target] = {
+    t.name: t
+    for t in (
+        _server("sapphirerapids", Isa.AMX, 48 * _KB, 2 * _MB, 30 * _MB),
+        _server("icelake-server", Isa.AVX512_VNNI, 48 * _KB, 1280 * _KB, 24 * _MB),
+        _server("skylake-avx512", Isa.AVX512, 32 * _KB, 1 * _MB, 16 * _MB),
+        _server("haswell", Isa.AVX2, 32 * _KB, 256 * _KB, 20 * _MB),
+        _server("avx2", Isa.AVX2, 32 * _KB, 256 * _KB, 8 * _MB),
+    )
+}

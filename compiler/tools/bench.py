@@ -1,0 +1,126 @@
+"""Times a compiled model, interleaved with a peer so that a noisy machine hits both alike."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsec.errors import InvalidInput
+from sparsec.runtime import load
+from sparsec.tools.inputs import Arrays, random_inputs
+from sparsec.tools.peers import onnxruntime_runner
+
+WARM_UP_RUNS = 5
+LEAST_RUNS = 20
+
+
+def bench(
+    library: Path,
+    *,
+    batch: int,
+    seq: int,
+    threads: int,
+    onnx: Path | None,
+    against: str | None,
+    seconds: float,
+    pin: bool,
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """Median, p10 and p90 of the latency in ms, over `seconds` and at least 20 runs.
+
+    With `onnx` the peer runs the same inputs in turn; `ratio` is the peer's median over ours.
+    With `pin` the process is bound to the first `threads` cores while it measures.
+    """
+    if against is not None and onnx is None:
+        raise InvalidInput(f"--against {against} needs the ONNX file: add --onnx FILE")
+    if min(batch, seq, threads) < 1:
+        raise InvalidInput("--batch, --seq and --threads must be at least 1")
+    with _pinned(threads) if pin else contextlib.nullcontext():
+        model = load(library, threads=threads)
+        arrays = random_inputs(model, batch, seq, seed=0, padding=False)
+        sides: dict[str, Callable[[Arrays], Any]] = {"sparsec": model}
+        if onnx is not None:
+            progress("loading the peer")
+            name, peer = onnxruntime_runner(onnx, threads)
+            sides[name] = peer
+        progress(f"measuring {batch}x{seq}")
+        times = interleaved_seconds(sides, arrays, seconds)
+    return _result(library, batch, seq, threads, times)
+
+
+def interleaved_seconds(
+    sides: dict[str, Callable[[Arrays], Any]], arrays: Arrays, seconds: float
+) -> dict[str, list[float]]:
+    """Wall times of each side, called in turn."""
+    for run in sides.values():
+        for _ in range(WARM_UP_RUNS):
+            run(arrays)
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    stop = time.perf_counter() + seconds
+    while time.perf_counter() < stop or len(times["sparsec"]) < LEAST_RUNS:
+        for name, run in sides.items():
+            start = time.perf_counter()
+            run(arrays)
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def _result(
+    library: Path, batch: int, seq: int, threads: int, times: dict[str, list[float]]
+) -> dict[str, Any]:
+    figures = {name: _figures(values) for name, values in times.items()}
+    ours, *peers = figures.values()
+    ratio = peers[0]["median_ms"] / ours["median_ms"] if peers else None
+    return {
+        "model": str(library),
+        "batch": batch,
+        "seq": seq,
+        "threads": threads,
+        "engines": figures,
+        "ratio": ratio,
+    }
+
+
+def _figures(seconds: list[float]) -> dict[str, float]:
+    p10, median, p90 = np.percentile(np.array(seconds) * 1e3, [10, 50, 90])
+    return {
+        "median_ms": float(median),
+        "p10_ms": float(p10),
+        "p90_ms": float(p90),
+        "runs": len(seconds),
+    }
+
+
+@contextlib.contextmanager
+def _pinned(threads: int) -> Iterator[None]:
+    before = os.sched_getaffinity(0)
+    if threads > len(before):
+        raise InvalidInput(f"--threads {threads}: this process may use {len(before)} cores only")
+    os.sched_setaffinity(0, sorted(before)[:threads])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def print_bench(result: dict[str, Any]) -> None:
+    """The result as a table on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shape = f"{result['batch']}x{result['seq']}"
+    table = Table(title=f"{result['model']}, {shape}, {result['threads']} thread(s), ms")
+    for column in ("engine", "median", "p10", "p90", "runs"):
+        table.add_column(column)
+    for name, f in result["engines"].items():
+        row = [f"{f[k]:.3f}" for k in ("median_ms", "p10_ms", "p90_ms")]
+        table.add_row(name, *row, str(f["runs"]))
+    Console().print(table)
+    if result["ratio"] is not None:
+        print(f"{result['ratio']:.2f}x the speed of the peer")

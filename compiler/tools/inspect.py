@@ -1,0 +1,105 @@
+"""What is in an ONNX file or in a compiled model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from sparsec.frontend.onnx_import import import_model
+from sparsec.ir.graph import Graph, Node
+from sparsec.runtime import describe
+from sparsec.sparse.bsr import block_zeros
+
+BLOCKS = ((1, 1), (4, 1), (8, 1), (16, 1), (32, 1), (1, 4), (4, 4), (16, 4), (32, 4))
+ELF_MAGIC = b"\x7fELF"
+
+
+def inspect_file(path: Path) -> dict[str, Any]:
+    """A plain-data description; `kind` is `onnx` or `library`."""
+    with path.open("rb") as file:
+        magic = file.read(len(ELF_MAGIC))
+    if magic == ELF_MAGIC:
+        return {"kind": "library", "file": str(path), **describe(path)}
+    return {"kind": "onnx", "file": str(path), **_inspect_graph(import_model(path))}
+
+
+def _inspect_graph(graph: Graph) -> dict[str, Any]:
+    weights = [_weight(node) for node in graph.nodes if _is_weight_product(node)]
+    parameters = sum(v.data.size for v in graph.constants() if v.data is not None)
+    return {
+        "name": graph.name,
+        "inputs": {v.name: str(v.type) for v in graph.inputs},
+        "outputs": {
+            n: str(v.type) for n, v in zip(graph.output_names, graph.outputs, strict=True)
+        },
+        "parameters": parameters,
+        "ops": dict(Counter(node.op for node in graph.nodes).most_common()),
+        "weights": weights,
+    }
+
+
+def _is_weight_product(node: Node) -> bool:
+    return node.op == "matmul" and node.input(1).is_constant and node.input(1).type.rank == 2
+
+
+def _weight(node: Node) -> dict[str, Any]:
+    """One GEMM: output x input channels, and the share of all-zero blocks per block shape."""
+    value = node.input(1)
+    assert value.data is not None
+    dense = value.data.T  # ONNX has input x output channels
+    zeros = block_zeros(dense, BLOCKS)
+    return {
+        "node": node.name,
+        "weight": value.name,
+        "shape": f"{dense.shape[0]}x{dense.shape[1]}",
+        "result": str(node.output.type),
+        "zeros": {f"{r}x{c}": round(share, 4) for (r, c), share in zeros.items()},
+    }
+
+
+def print_inspection(found: dict[str, Any]) -> None:
+    """The description as tables on standard output."""
+    from rich.console import Console
+
+    console = Console()
+    if found["kind"] == "library":
+        _print_library(found, console)
+        return
+    console.print(f"{found['file']}: {found['parameters'] / 1e6:.2f} M parameters")
+    for kind in ("inputs", "outputs"):
+        for name, type in found[kind].items():
+            console.print(f"  {kind[:-1]} {name}: {type}", markup=False, highlight=False)
+    counts = ", ".join(f"{op} {count}" for op, count in found["ops"].items())
+    console.print(f"  ops: {counts}")
+    _print_weights(found["weights"], console)
+
+
+def _print_weights(weights: list[dict[str, Any]], console: Any) -> None:
+    from rich.table import Table
+
+    if not weights:
+        return
+    table = Table(title="weights: share of all-zero blocks, by output x input channels")
+    for column in ("weight", "out x in", *weights[0]["zeros"]):
+        table.add_column(column)
+    for row in weights:
+        table.add_row(row["weight"], row["shape"], *(f"{z:.2f}" for z in row["zeros"].values()))
+    console.print(table)
+
+
+def _print_library(found: dict[str, Any], console: Any) -> None:
+    from rich.table import Table
+
+    made = f"sparsec {found['sparsec']}, for {found['isa']}"
+    console.print(f"{found['file']}: {made}", highlight=False)
+    for kind in ("inputs", "outputs"):
+        for port in found[kind]:
+            shape = ", ".join(str(s) for s in port["shape"])
+            console.print(f"  {kind[:-1]} {port['name']}: {port['dtype']}[{shape}]", markup=False)
+    table = Table(title="layers")
+    for column in ("node", "op", "type", "schedule", "from"):
+        table.add_column(column)
+    for row in found["layers"]:
+        table.add_row(*(row[k] for k in ("node", "op", "type", "schedule", "source")))
+    console.print(table)

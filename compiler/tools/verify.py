@@ -1,0 +1,95 @@
+"""Compares a compiled model with the ONNX file that it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsec.errors import InvalidInput
+from sparsec.runtime import load
+from sparsec.tools.inputs import Arrays, random_inputs
+from sparsec.tools.peers import reference_runner
+
+
+def verify(
+    library: Path,
+    onnx: Path,
+    *,
+    shapes: Sequence[tuple[int, int]],
+    threads: int,
+    tolerance: float,
+    seed: int,
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """Run both on random inputs with padding, for each (batch, seq) in `shapes`.
+
+    The result has, per output, the largest absolute error and the least cosine over all shapes;
+    `passed` says that every error is at most `tolerance`. NaN in one of the two fails.
+    """
+    model = load(library, threads=threads)
+    name, reference = reference_runner(onnx, threads)
+    worst: dict[str, dict[str, float]] = {}
+    for batch, seq in shapes:
+        progress(f"comparing {batch}x{seq}")
+        arrays = random_inputs(model, batch, seq, seed=seed, padding=True)
+        _merge(worst, compare(model(arrays), reference(arrays)))
+    passed = all(w["max_abs_error"] <= tolerance for w in worst.values())
+    return {
+        "reference": name,
+        "shapes": [f"{b}x{s}" for b, s in shapes],
+        "tolerance": tolerance,
+        "outputs": worst,
+        "passed": passed,
+    }
+
+
+def compare(got: Arrays, wanted: Arrays) -> dict[str, dict[str, float]]:
+    """Largest absolute error and cosine per output; NaN on one side alone is an infinite error."""
+    if set(got) != set(wanted):
+        raise InvalidInput(
+            f"the outputs differ: {sorted(got)} compiled, {sorted(wanted)} in the ONNX file; "
+            "is it the file that was compiled?"
+        )
+    return {name: _compare(got[name], wanted[name], name) for name in wanted}
+
+
+def _compare(
+    got: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any], name: str
+) -> dict[str, float]:
+    if got.shape != wanted.shape:
+        raise InvalidInput(f"output {name}: shape {got.shape}, wanted {wanted.shape}")
+    a, b = got.astype(np.float64).ravel(), wanted.astype(np.float64).ravel()
+    if not np.array_equal(np.isnan(a), np.isnan(b)):
+        return {"max_abs_error": float("inf"), "cosine": 0.0}
+    a, b = np.nan_to_num(a), np.nan_to_num(b)
+    norm = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return {
+        "max_abs_error": float(np.abs(a - b).max(initial=0.0)),
+        "cosine": float(a @ b) / norm if norm else float(np.array_equal(a, b)),
+    }
+
+
+def _merge(worst: dict[str, dict[str, float]], new: dict[str, dict[str, float]]) -> None:
+    for name, figures in new.items():
+        old = worst.setdefault(name, dict(figures))
+        old["max_abs_error"] = max(old["max_abs_error"], figures["max_abs_error"])
+        old["cosine"] = min(old["cosine"], figures["cosine"])
+
+
+def print_verification(result: dict[str, Any]) -> None:
+    """The result as a table on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shapes = ", ".join(result["shapes"])
+    table = Table(title=f"against {result['reference']}, shapes {shapes}")
+    for column in ("output", "max abs error", "cosine"):
+        table.add_column(column)
+    for name, figures in result["outputs"].items():
+        table.add_row(name, f"{figures['max_abs_error']:.3g}", f"{figures['cosine']:.9f}")
+    Console().print(table)
+    word = "passed" if result["passed"] else "FAILED"
+    print(f"{word}: tolerance {result['tolerance']:g}")

@@ -1,0 +1,221 @@
+"""Decide where intermediate values lie: values that are never live together share a slot.
+
+    a = f(x); b = g(a); c = h(b)   ->   a and c in slot 0, b in slot 1
+
+Views (a reshape, also one of panels that keeps the channels) lie where their source lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import networkx as nx
+
+from sparsec.errors import PassFailed
+from sparsec.ir.dims import Call, Dim, Expr, evaluate, maximum, substitute, symbol, symbols
+from sparsec.ir.graph import Graph, Node, Value
+from sparsec.ir.layouts import ROW_MAJOR
+from sparsec.ir.memory_plan import MemoryPlan
+
+# Sizes are symbolic: they are ranked as they would be at this size of every symbol.
+TYPICAL_SIZE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A value that owns memory; it and its views are live from step `first` to step `last`."""
+
+    owner: Value
+    first: int
+    last: int
+
+
+def plan_memory(graph: Graph) -> MemoryPlan:
+    """The plan for the present order of nodes.
+
+    Graph inputs, outputs and constants lie outside the arena: neither they nor the values that
+    share their memory get a slot. Outputs that share memory are left for the lowering to copy.
+    """
+    owners = find_owners(graph)
+    families = find_families(graph, owners)
+    interference = _interference(families)
+    slot_of: dict[str, int] = {}
+    slots: list[_Slot] = []
+    # Large first: later values then find slots that are large enough. The order is total.
+    order = sorted(families, key=lambda f: (-typical(f.owner.type.nbytes), f.first, f.owner.name))
+    for family in order:
+        name, size = family.owner.name, family.owner.type.nbytes
+        taken = {slot_of[n] for n in interference[name] if n in slot_of}
+        index = _choose(size, slots, taken)
+        if index == len(slots):
+            slots.append(_Slot())
+        slots[index] = slots[index].including(size)
+        slot_of[name] = index
+    views = {v.name: owner.name for v, owner in owners.items() if owner is not v}
+    plan = MemoryPlan(slot_of, tuple(s.nbytes for s in slots), views)
+    check_plan(graph, plan)
+    return plan
+
+
+def arena_bytes(plan: MemoryPlan, env: Mapping[str, int]) -> int:
+    """The size of the arena when the symbols have the values in `env`."""
+    return plan.arena_bytes(env)
+
+
+def is_view(node: Node) -> bool:
+    """Whether the result has the bytes of operand 0 in the same order."""
+    if node.op != "reshape":
+        return False
+    source, result = node.input(0).type, node.output.type
+    if source.layout != result.layout:
+        return False
+    return result.layout == ROW_MAJOR or source.shape[-1:] == result.shape[-1:]
+
+
+def find_owners(graph: Graph) -> dict[Value, Value]:
+    """For every value the one that it is a view of, through all views; itself when it is none."""
+    owners: dict[Value, Value] = {v: v for v in [*graph.inputs, *graph.constants()]}
+    for node in graph.nodes:
+        for value in node.outputs:
+            owners[value] = owners[node.input(0)] if is_view(node) else value
+    return owners
+
+
+def find_families(graph: Graph, owners: Mapping[Value, Value]) -> list[Family]:
+    """The values that need a slot, with their lifetimes, in order of birth."""
+    outside = {*graph.inputs, *graph.constants(), *(owners[v] for v in graph.outputs)}
+    first: dict[Value, int] = {}
+    last: dict[Value, int] = {}
+    for step, node in enumerate(graph.nodes):
+        for value in node.outputs:
+            first.setdefault(owners[value], step)
+            last[owners[value]] = step
+        for operand in node.inputs:
+            if operand is not None:
+                last[owners[operand]] = step
+    return [Family(v, first[v], last[v]) for v in first if v not in outside]
+
+
+def check_plan(graph: Graph, plan: MemoryPlan) -> None:
+    """PassFailed unless every operand is still whole when it is read.
+
+    Replays the nodes and tracks what each slot holds: independent of how the plan was made.
+    """
+    holds: dict[int, str] = {}
+    for node in graph.nodes:
+        read = {plan.root(v.name) for v in node.inputs if v is not None and not v.is_constant}
+        slots = {plan.slot_of[n]: n for n in read if n in plan.slot_of}
+        for slot, name in slots.items():
+            if holds.get(slot) != name:
+                raise PassFailed(f"{node.name} reads %{name}, but slot {slot} holds {holds[slot]}")
+        for value in node.outputs:
+            slot = plan.slot_of.get(value.name, -1)
+            if slot in slots:
+                raise PassFailed(f"{node.name} writes %{value.name} over what it reads")
+            if slot >= 0 and not at_least(plan.slots[slot], value.type.nbytes):
+                raise PassFailed(f"slot {slot}, {plan.slots[slot]} bytes, is small for {value!r}")
+            holds[slot] = value.name
+    names = {f.owner.name for f in find_families(graph, find_owners(graph))}
+    if names != set(plan.slot_of):
+        raise PassFailed(f"wrong values have slots: {sorted(names ^ set(plan.slot_of))}")
+
+
+def typical(size: Dim) -> int:
+    """A size at TYPICAL_SIZE."""
+    return evaluate(size, dict.fromkeys(symbols(size), TYPICAL_SIZE))
+
+
+def at_least(a: Dim, b: Dim) -> bool:
+    """Whether `a >= b` is certain for all sizes."""
+    if any(at_least(part, b) for part in _maximum_parts(a)):
+        return True
+    match a, b:  # whole panels of more tokens
+        case (
+            Expr(terms=(((Call("floordiv", (e, int(c))),), x),)),
+            Expr(terms=(((Call("floordiv", (f, int(d))),), y),)),
+        ) if c == d and x >= y >= 0 and at_least(e, f):
+            return True
+    return _never_negative(a - b) or _never_negative(_below(a - b))
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """A slot's size is the largest of `sizes`, none of which is certain to be the largest."""
+
+    sizes: tuple[Dim, ...] = ()
+
+    @property
+    def nbytes(self) -> Dim:
+        total: Dim = 0
+        for size in self.sizes:
+            total = maximum(total, size)
+        return total
+
+    def holds(self, size: Dim) -> bool:
+        return any(at_least(s, size) for s in self.sizes)
+
+    def including(self, size: Dim) -> _Slot:
+        if self.holds(size):
+            return self
+        return _Slot((*(s for s in self.sizes if not at_least(size, s)), size))
+
+
+def _interference(families: list[Family]) -> nx.Graph[str]:
+    """An edge between families that are live at the same step.
+
+    A node's result may not overlap its operands, so a birth at the step of a death collides.
+    """
+    graph: nx.Graph[str] = nx.Graph()
+    graph.add_nodes_from(f.owner.name for f in families)
+    live: list[Family] = []
+    for family in families:  # in order of birth
+        live = [f for f in live if f.last >= family.first]
+        graph.add_edges_from((f.owner.name, family.owner.name) for f in live)
+        live.append(family)
+    return graph
+
+
+def _choose(size: Dim, slots: list[_Slot], taken: set[int]) -> int:
+    """The free slot that wastes least: the same size, then one that holds it, then any."""
+
+    def cost(index: int) -> tuple[int, int, int]:
+        slot = slots[index]
+        if slot.sizes == (size,):
+            return 0, 0, index
+        if slot.holds(size):
+            return 1, typical(slot.nbytes), index
+        grown = slot.including(size)
+        return 2 + len(grown.sizes), typical(grown.nbytes) - typical(slot.nbytes), index
+
+    free = [i for i in range(len(slots)) if i not in taken]
+    return min(free, key=cost, default=len(slots))
+
+
+def _never_negative(size: Dim) -> bool:
+    """Sufficient: with every symbol written as 1 + t, t >= 0, no coefficient is negative."""
+    shifted = substitute(size, {name: symbol(name) + 1 for name in symbols(size)})
+    if isinstance(shifted, int):
+        return shifted >= 0
+    return all(factor >= 0 for _, factor in shifted.terms)
+
+
+def _maximum_parts(size: Dim) -> tuple[Dim, ...]:
+    match size:
+        case Expr(terms=(((Call("max", parts),), 1),)):
+            return parts
+    return ()
+
+
+def _below(size: Dim) -> Dim:
+    """A lower bound of `size` without quotients: (e - c + 1) / c <= floordiv(e, c) <= e / c."""
+    if isinstance(size, int):
+        return size
+    total: Dim = 0
+    for monomial, factor in size.terms:
+        match monomial:
+            case (Call("floordiv", (e, int(c))),) if factor % c == 0:
+                total = total + (e - (c - 1) if factor > 0 else e) * (factor // c)
+            case _:
+                total = total + Expr(((monomial, factor),)) if monomial else total + factor
+    return total

@@ -1,0 +1,369 @@
+#define _GNU_SOURCE /* madvise */
+#include "context.h"
+
+#include <inttypes.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <xmmintrin.h>
+
+#include "cpu_check.h"
+#include "parallel.h"
+
+#define ALIGNMENT 64
+#define HUGE_PAGE (INT64_C(2) << 20)
+#define MAX_MAGNITUDE 4.0e18              /* below 2^62: no sum or product has wrapped around */
+#define MAX_ARENA (INT64_C(1) << 46)      /* user address space of x86-64 is 2^47 bytes */
+#define MAX_THREADS 1024
+#define DEFAULT_MXCSR 0x1f80u             /* round to nearest, denormals kept, no traps */
+#define MXCSR_FLAGS 0x3fu                 /* sticky exception flags */
+
+struct sparsec_context {
+  const sparsec_code *code;
+  sparsec_pool *pool;
+  atomic_flag busy;
+  int prepared;
+  unsigned char *arena;
+  int64_t arena_bytes;
+  int64_t scratch_offset; /* of worker 0 in the arena */
+  int64_t scratch_stride; /* between workers */
+  int64_t *symbols;
+  int64_t *slots;
+  sparsec_sizes sizes;
+  char error[512];
+};
+
+/* One step of one run, as the pool's workers see it. */
+typedef struct job {
+  const sparsec_context *context;
+  const sparsec_frame *frame;
+  const sparsec_step *step;
+} job;
+
+const char *sparsec_status_text(int32_t status) {
+  switch (status) {
+    case SPARSEC_OK: return "ok";
+    case SPARSEC_INDEX_OUT_OF_RANGE: return "an index is out of range";
+    case SPARSEC_INVALID_ARGUMENT: return "invalid argument";
+    case SPARSEC_INVALID_SHAPE: return "invalid shape";
+    case SPARSEC_TOO_LARGE: return "the sizes need more memory than can be addressed";
+    case SPARSEC_OUT_OF_MEMORY: return "out of memory";
+    case SPARSEC_UNSUPPORTED_CPU: return "the CPU lacks an instruction set";
+    case SPARSEC_BUSY: return "the context is in use by another thread";
+    case SPARSEC_NOT_PREPARED: return "the context is not prepared";
+    case SPARSEC_THREAD_FAILED: return "a worker thread could not be started or pinned";
+    case SPARSEC_FORKED: return "the context was created before a fork";
+    default: return "unknown status";
+  }
+}
+
+static int32_t fail(sparsec_context *context, int32_t status, const char *format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(context->error, sizeof context->error, format, arguments);
+  va_end(arguments);
+  return status;
+}
+
+/* creation */
+
+static int options_are_valid(const sparsec_options_v1 *o) {
+  for (size_t i = 0; i < sizeof o->reserved / sizeof o->reserved[0]; i++)
+    if (o->reserved[i]) return 0;
+  if (o->threads > MAX_THREADS || o->pin > SPARSEC_PIN_LIST || o->no_spin > 1) return 0;
+  if (o->pin != SPARSEC_PIN_LIST) return 1;
+  return o->cpus && o->threads && o->cpu_count >= o->threads;
+}
+
+static int64_t *take(int64_t **memory, uint32_t count) {
+  int64_t *start = *memory;
+  *memory += count;
+  return start;
+}
+
+static sparsec_context *allocate(const sparsec_code *code) {
+  size_t numbers = code->model->symbol_count + code->dim_count + 2 * (size_t)code->slot_count +
+                   2 * (size_t)code->step_count + code->limit_count;
+  sparsec_context *context = calloc(1, sizeof *context + numbers * sizeof(int64_t));
+  if (!context) return NULL;
+  int64_t *memory = (int64_t *)(context + 1);
+  context->code = code;
+  atomic_flag_clear(&context->busy);
+  context->symbols = take(&memory, code->model->symbol_count);
+  context->slots = take(&memory, code->slot_count);
+  context->sizes.dims = take(&memory, code->dim_count);
+  context->sizes.slot_bytes = take(&memory, code->slot_count);
+  context->sizes.items = take(&memory, code->step_count);
+  context->sizes.scratch_bytes = take(&memory, code->step_count);
+  context->sizes.limits = take(&memory, code->limit_count);
+  return context;
+}
+
+int32_t sparsec_context_create(const sparsec_code *code, const sparsec_options_v1 *options,
+                               sparsec_context **result) {
+  static const sparsec_options_v1 defaults = {.struct_bytes = sizeof(sparsec_options_v1)};
+  if (!result) return SPARSEC_INVALID_ARGUMENT;
+  *result = NULL;
+  if (!options) options = &defaults;
+  if (options->struct_bytes != sizeof *options || !options_are_valid(options))
+    return SPARSEC_INVALID_ARGUMENT;
+  if (sparsec_missing_feature(code->model->required_isa)) return SPARSEC_UNSUPPORTED_CPU;
+
+  sparsec_context *context = allocate(code);
+  if (!context) return SPARSEC_OUT_OF_MEMORY;
+  int32_t status = sparsec_pool_create(options, &context->pool);
+  if (status != SPARSEC_OK) {
+    free(context);
+    return status;
+  }
+  *result = context;
+  return SPARSEC_OK;
+}
+
+void sparsec_context_destroy(sparsec_context *context) {
+  if (!context) return;
+  sparsec_pool_destroy(context->pool);
+  free(context->arena);
+  free(context);
+}
+
+/* preparation */
+
+/* Gives every symbol the size of the first axis that is just this symbol. */
+static int32_t bind_symbols(sparsec_context *context, const int64_t *const *shapes) {
+  const sparsec_model_v1 *model = context->code->model;
+  for (uint32_t s = 0; s < model->symbol_count; s++) context->symbols[s] = 0;
+  for (uint32_t i = 0; i < model->input_count; i++) {
+    const sparsec_tensor_v1 *input = &model->inputs[i];
+    if (input->rank && !shapes[i])
+      return fail(context, SPARSEC_INVALID_ARGUMENT, "input \"%s\": its shape is a null pointer",
+                  input->name);
+    for (uint32_t axis = 0; axis < input->rank; axis++) {
+      int64_t size = shapes[i][axis];
+      if (size < 1)
+        return fail(context, SPARSEC_INVALID_SHAPE,
+                    "input \"%s\", axis %" PRIu32 ": wanted a size of at least 1, got %" PRId64,
+                    input->name, axis, size);
+      int32_t symbol = input->dims[axis].symbol;
+      if (symbol >= 0 && !context->symbols[symbol]) context->symbols[symbol] = size;
+    }
+  }
+  return SPARSEC_OK;
+}
+
+static int32_t check_magnitude(sparsec_context *context) {
+  const sparsec_model_v1 *model = context->code->model;
+  double symbols[model->symbol_count ? model->symbol_count : 1];
+  for (uint32_t s = 0; s < model->symbol_count; s++) symbols[s] = (double)context->symbols[s];
+  if (context->code->magnitude(symbols) < MAX_MAGNITUDE) return SPARSEC_OK;
+  return fail(context, SPARSEC_TOO_LARGE, "the input shapes are too large: sizes exceed 2^62");
+}
+
+static int32_t check_shapes(sparsec_context *context, const int64_t *const *shapes) {
+  const sparsec_model_v1 *model = context->code->model;
+  const int64_t *wanted = context->sizes.dims;
+  for (uint32_t i = 0; i < model->input_count; i++) {
+    const sparsec_tensor_v1 *input = &model->inputs[i];
+    for (uint32_t axis = 0; axis < input->rank; axis++, wanted++) {
+      if (shapes[i][axis] == *wanted) continue;
+      const char *text = input->dims[axis].symbol < 0 && input->dims[axis].size >= 0
+                             ? "fixed"
+                             : input->dims[axis].text;
+      return fail(context, SPARSEC_INVALID_SHAPE,
+                  "input \"%s\", axis %" PRIu32 ": wanted %" PRId64 " (%s), got %" PRId64,
+                  input->name, axis, *wanted, text, shapes[i][axis]);
+    }
+  }
+  for (uint32_t i = 0; i < model->output_count; i++) {
+    const sparsec_tensor_v1 *output = &model->outputs[i];
+    for (uint32_t axis = 0; axis < output->rank; axis++, wanted++)
+      if (*wanted < 0)
+        return fail(context, SPARSEC_INVALID_SHAPE,
+                    "output \"%s\", axis %" PRIu32 ": %s would be %" PRId64
+                    " for these input shapes",
+                    output->name, axis, output->dims[axis].text, *wanted);
+  }
+  return SPARSEC_OK;
+}
+
+static int64_t aligned(int64_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
+
+/* Lays out slots and the workers' scratch; returns all bytes, or -1 when they are too many. */
+static int64_t lay_out(sparsec_context *context) {
+  const sparsec_code *code = context->code;
+  int64_t total = 0, scratch = 0;
+  for (uint32_t i = 0; i < code->slot_count; i++) {
+    int64_t bytes = context->sizes.slot_bytes[i];
+    if (bytes < 0 || bytes > MAX_ARENA || total > MAX_ARENA) return -1;
+    context->slots[i] = total;
+    total += aligned(bytes);
+  }
+  for (uint32_t i = 0; i < code->step_count; i++)
+    scratch = sparsec_max(scratch, context->sizes.scratch_bytes[i]);
+  if (scratch > MAX_ARENA / MAX_THREADS) return -1;
+  context->scratch_offset = total;
+  context->scratch_stride = aligned(scratch);
+  total += context->scratch_stride * sparsec_pool_threads(context->pool);
+  return total <= MAX_ARENA ? total : -1;
+}
+
+static int32_t check_limits(sparsec_context *context) {
+  for (uint32_t i = 0; i < context->code->limit_count; i++) {
+    const sparsec_limit *limit = &context->code->limits[i];
+    if (context->sizes.limits[i] > limit->most)
+      return fail(context, SPARSEC_INVALID_SHAPE,
+                  "%s is %" PRId64 " for these input shapes; it can be at most %" PRId64 ": %s",
+                  limit->text, context->sizes.limits[i], limit->most, limit->reason);
+  }
+  return SPARSEC_OK;
+}
+
+static int32_t grow_arena(sparsec_context *context, int64_t bytes) {
+  if (bytes <= context->arena_bytes) return SPARSEC_OK;
+  free(context->arena);
+  context->arena = NULL;
+  context->arena_bytes = 0;
+  int64_t alignment = bytes >= HUGE_PAGE ? HUGE_PAGE : ALIGNMENT;
+  int64_t rounded = (bytes + alignment - 1) / alignment * alignment;
+  void *memory;
+  if (posix_memalign(&memory, (size_t)alignment, (size_t)rounded) != 0)
+    return fail(context, SPARSEC_OUT_OF_MEMORY, "no memory for an arena of %" PRId64 " bytes",
+                rounded);
+  if (alignment == HUGE_PAGE) madvise(memory, (size_t)rounded, MADV_HUGEPAGE);
+  context->arena = memory;
+  context->arena_bytes = rounded;
+  return SPARSEC_OK;
+}
+
+static int32_t prepare(sparsec_context *context, const int64_t *const *shapes) {
+  context->prepared = 0;
+  if (!shapes && context->code->model->input_count)
+    return fail(context, SPARSEC_INVALID_ARGUMENT, "shapes is a null pointer");
+  int32_t status = bind_symbols(context, shapes);
+  if (status == SPARSEC_OK) status = check_magnitude(context);
+  if (status != SPARSEC_OK) return status;
+
+  context->code->sizes(context->symbols, &context->sizes);
+  status = check_shapes(context, shapes);
+  if (status == SPARSEC_OK) status = check_limits(context);
+  if (status != SPARSEC_OK) return status;
+
+  int64_t bytes = lay_out(context);
+  if (bytes < 0)
+    return fail(context, SPARSEC_TOO_LARGE, "the input shapes need an arena of more than 2^46 bytes");
+  status = grow_arena(context, bytes);
+  if (status != SPARSEC_OK) return status;
+  context->prepared = 1;
+  return SPARSEC_OK;
+}
+
+/* SPARSEC_OK means that this thread has the context until it clears `busy`. The message of the
+ * thread that has it stays untouched. */
+static int32_t enter(sparsec_context *context) {
+  if (!context) return SPARSEC_INVALID_ARGUMENT;
+  if (atomic_flag_test_and_set_explicit(&context->busy, memory_order_acquire)) return SPARSEC_BUSY;
+  return SPARSEC_OK;
+}
+
+static int32_t leave(sparsec_context *context, int32_t status) {
+  atomic_flag_clear_explicit(&context->busy, memory_order_release);
+  return status;
+}
+
+int32_t sparsec_prepare(sparsec_context *context, const int64_t *const *shapes) {
+  int32_t status = enter(context);
+  return status == SPARSEC_OK ? leave(context, prepare(context, shapes)) : status;
+}
+
+static int32_t output_shape(sparsec_context *context, uint32_t index, int64_t *shape) {
+  const sparsec_model_v1 *model = context->code->model;
+  if (!context->prepared)
+    return fail(context, SPARSEC_NOT_PREPARED, "output_shape comes after prepare");
+  if (index >= model->output_count)
+    return fail(context, SPARSEC_INVALID_ARGUMENT, "there are %" PRIu32 " outputs, no output %" PRIu32,
+                model->output_count, index);
+  const int64_t *dims = context->sizes.dims;
+  for (uint32_t i = 0; i < model->input_count; i++) dims += model->inputs[i].rank;
+  for (uint32_t i = 0; i < index; i++) dims += model->outputs[i].rank;
+  if (model->outputs[index].rank)
+    memcpy(shape, dims, model->outputs[index].rank * sizeof *shape);
+  return SPARSEC_OK;
+}
+
+int32_t sparsec_output_shape(sparsec_context *context, uint32_t index, int64_t *shape) {
+  int32_t status = enter(context);
+  return status == SPARSEC_OK ? leave(context, output_shape(context, index, shape)) : status;
+}
+
+/* running */
+
+static int32_t run_range(void *argument, uint32_t worker, int64_t begin, int64_t end) {
+  const job *j = argument;
+  const sparsec_context *context = j->context;
+  unsigned char *scratch =
+      context->arena + context->scratch_offset + worker * context->scratch_stride;
+  /* The caller may flush denormals or round otherwise; all workers must compute the same. */
+  unsigned before = _mm_getcsr();
+  int foreign = (before & ~MXCSR_FLAGS) != DEFAULT_MXCSR;
+  if (foreign) _mm_setcsr(DEFAULT_MXCSR);
+  int32_t status = j->step->run(j->frame, scratch, begin, end);
+  if (foreign) _mm_setcsr(before);
+  return status;
+}
+
+static int32_t check_pointers(sparsec_context *context, const void *const *inputs,
+                              void *const *outputs) {
+  const sparsec_model_v1 *model = context->code->model;
+  for (uint32_t i = 0; i < model->input_count; i++)
+    if (!inputs || !inputs[i])
+      return fail(context, SPARSEC_INVALID_ARGUMENT, "input \"%s\" is a null pointer",
+                  model->inputs[i].name);
+  for (uint32_t i = 0; i < model->output_count; i++)
+    if (!outputs || !outputs[i])
+      return fail(context, SPARSEC_INVALID_ARGUMENT, "output \"%s\" is a null pointer",
+                  model->outputs[i].name);
+  return SPARSEC_OK;
+}
+
+static int32_t run(sparsec_context *context, const void *const *inputs, void *const *outputs) {
+  const sparsec_code *code = context->code;
+  if (!context->prepared) return fail(context, SPARSEC_NOT_PREPARED, "run comes after prepare");
+  if (sparsec_pool_forked(context->pool))
+    return fail(context, SPARSEC_FORKED,
+                "the threads of this context stayed in the parent process; create a new context");
+  int32_t status = check_pointers(context, inputs, outputs);
+  if (status != SPARSEC_OK) return status;
+
+  const sparsec_frame frame = {context->symbols, context->arena, context->slots, inputs, outputs};
+  for (uint32_t i = 0; i < code->step_count; i++) {
+    const sparsec_step *step = &code->steps[i];
+    int64_t items = context->sizes.items[i];
+    if (items < 1) continue;
+    job j = {context, &frame, step};
+    status = sparsec_pool_run(context->pool, items, step->grain, run_range, &j);
+    if (status != SPARSEC_OK)
+      return fail(context, status, "step %" PRIu32 " (%s): %s", i, step->text,
+                  sparsec_status_text(status));
+  }
+  return SPARSEC_OK;
+}
+
+int32_t sparsec_run(sparsec_context *context, const void *const *inputs, void *const *outputs) {
+  int32_t status = enter(context);
+  return status == SPARSEC_OK ? leave(context, run(context, inputs, outputs)) : status;
+}
+
+const char *sparsec_last_error(sparsec_context *context) {
+  return context ? context->error : "the context is a null pointer";
+}
+
+uint64_t sparsec_arena_bytes(sparsec_context *context) {
+  return context ? (uint64_t)context->arena_bytes : 0;
+}
+
+uint32_t sparsec_thread_count(sparsec_context *context) {
+  return context ? sparsec_pool_threads(context->pool) : 0;
+}

@@ -1,0 +1,73 @@
+/* What model.c hands to the runtime, and the functions that its table of functions points to. */
+#ifndef SPARSEC_CONTEXT_H
+#define SPARSEC_CONTEXT_H
+
+#include <stdint.h>
+
+#include "sparsec.h"
+
+/* What a step of model.c sees of one run. */
+typedef struct sparsec_frame {
+  const int64_t *symbols; /* values of the model's symbols */
+  unsigned char *arena;
+  const int64_t *slots; /* byte offsets of the slots in the arena */
+  const void *const *inputs;
+  void *const *outputs;
+} sparsec_frame;
+
+/* One kernel call on the items [begin, end). `scratch` belongs to the calling worker. */
+typedef int32_t (*sparsec_step_function)(const sparsec_frame *frame, void *scratch, int64_t begin,
+                                         int64_t end);
+
+typedef struct sparsec_step {
+  sparsec_step_function run;
+  int64_t grain;    /* least number of items worth a worker of its own */
+  const char *text; /* for error messages */
+} sparsec_step;
+
+/* A value that must not be larger than `most`, or the model has no meaning. */
+typedef struct sparsec_limit {
+  int64_t most;
+  const char *text;   /* of the value: "seq" */
+  const char *reason; /* where the limit comes from */
+} sparsec_limit;
+
+/* All that depends on the symbols. */
+typedef struct sparsec_sizes {
+  int64_t *dims;          /* of all inputs, then of all outputs, axis by axis */
+  int64_t *slot_bytes;    /* per slot */
+  int64_t *items;         /* per step */
+  int64_t *scratch_bytes; /* per step, for each worker */
+  int64_t *limits;        /* the value of each limit */
+} sparsec_sizes;
+
+typedef struct sparsec_code {
+  const sparsec_model_v1 *model;
+  uint32_t dim_count;
+  uint32_t slot_count;
+  uint32_t step_count;
+  uint32_t limit_count;
+  const sparsec_step *steps;
+  const sparsec_limit *limits;
+  /* An upper bound of the absolute value of everything that `sizes` computes on the way. */
+  double (*magnitude)(const double *symbols);
+  void (*sizes)(const int64_t *symbols, const sparsec_sizes *sizes);
+} sparsec_code;
+
+/* See sparsec.h for what these do. */
+const char *sparsec_status_text(int32_t status);
+int32_t sparsec_context_create(const sparsec_code *code, const sparsec_options_v1 *options,
+                               sparsec_context **context);
+void sparsec_context_destroy(sparsec_context *context);
+int32_t sparsec_prepare(sparsec_context *context, const int64_t *const *shapes);
+int32_t sparsec_output_shape(sparsec_context *context, uint32_t index, int64_t *shape);
+int32_t sparsec_run(sparsec_context *context, const void *const *inputs, void *const *outputs);
+const char *sparsec_last_error(sparsec_context *context);
+uint64_t sparsec_arena_bytes(sparsec_context *context);
+uint32_t sparsec_thread_count(sparsec_context *context);
+
+/* Used by expressions in model.c. */
+static inline int64_t sparsec_max(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t sparsec_min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+#endif

@@ -1,0 +1,241 @@
+"""The command line: what it writes, what it prints, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from sparsec.cli import main
+from sparsec.models.tiny import tiny_model
+
+Build = Callable[..., tuple[Path, Path]]
+
+
+def test_compile_writes_library_loader_report_and_ir(tmp_path: Path) -> None:
+    onnx.save(tiny_model(), tmp_path / "m.onnx")
+    library, report, ir = tmp_path / "m.so", tmp_path / "r.json", tmp_path / "ir"
+    words = ["compile", str(tmp_path / "m.onnx"), "-o", str(library), "-q"]
+    assert main([*words, "--report", str(report), "--dump-ir", str(ir)]) == 0
+    assert library.exists()
+    assert (tmp_path / "m.py").exists()
+    assert {layer["op"] for layer in json.loads(report.read_text())["layers"]} >= {"attention"}
+    assert len(list(ir.glob("*.txt"))) > 5
+
+
+def test_run_reads_and_writes_npz(build: Build, tmp_path: Path) -> None:
+    _, library = build("tiny-bert")
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    np.savez(tmp_path / "in.npz", **dict.fromkeys(names, np.ones((2, 6), np.int64)))
+    words = ["run", str(library), "-i", str(tmp_path / "in.npz"), "-o", str(tmp_path / "out.npz")]
+    assert main(words) == 0
+    assert np.load(tmp_path / "out.npz")["last_hidden_state"].shape == (2, 6, 32)
+
+
+def test_verify_passes_and_fails(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
+    path, library = build("tiny-bert")
+    words = ["verify", str(library), "--onnx", str(path), "--shapes", "1x1,3x33", "--json"]
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["passed"] is True
+    assert main([*words, "--tolerance", "0"]) == 1
+
+
+def test_inspect_onnx_and_library(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
+    path, library = build("tiny-bert")
+    assert main(["inspect", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kind"] == "onnx"
+    assert {w["shape"] for w in found["weights"]} == {"32x32", "64x32", "32x64"}
+    assert main(["inspect", str(library), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "library"
+    assert main(["inspect", str(path)]) == 0
+    assert main(["inspect", str(library)]) == 0
+
+
+def test_bench(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
+    _, library = build("tiny-bert")
+    words = ["bench", str(library), "--batch", "1", "--seq", "8", "--seconds", "0.05", "--json"]
+    assert main(words) == 0
+    result = json.loads(capsys.readouterr().out)
+    figures = result["engines"]["sparsec"]
+    assert 0 < figures["p10_ms"] <= figures["median_ms"] <= figures["p90_ms"]
+    assert result["ratio"] is None
+
+
+def one_op(op: str, domain: str = "") -> onnx.ModelProto:
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4])
+    graph = helper.make_graph(
+        [helper.make_node(op, ["x"], ["y"], "odd", domain=domain)], "g", [x], [y]
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.example", 1)]
+    return helper.make_model(graph, opset_imports=opsets)
+
+
+def dangling() -> onnx.ModelProto:
+    model = one_op("Relu")
+    model.graph.node[0].input[0] = "nobody"
+    return model
+
+
+def cyclic() -> onnx.ModelProto:
+    model = one_op("Relu")
+    model.graph.node[0].input[0] = "y"
+    return model
+
+
+def nan_weight() -> onnx.ModelProto:
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4])
+    weight = np.eye(4, dtype=np.float32)
+    weight[1, 2] = np.nan
+    node = helper.make_node("MatMul", ["x", "bad_weight"], ["y"])
+    graph = helper.make_graph(
+        [node], "g", [x], [y], [numpy_helper.from_array(weight, "bad_weight")]
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+
+
+def unsupported_dtype() -> onnx.ModelProto:
+    model = one_op("Identity")
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.STRING
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.STRING
+    return model
+
+
+def no_shape() -> onnx.ModelProto:
+    model = one_op("Relu")
+    model.graph.input[0].type.tensor_type.ClearField("shape")
+    return model
+
+
+def wrong_shape() -> onnx.ModelProto:
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 5])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4])
+    weight = numpy_helper.from_array(np.eye(4, dtype=np.float32), "w")
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"], "mm")], "g", [x], [y], [weight]
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+
+
+BAD_MODELS = {
+    "unknown op": (one_op("Frobnicate", "com.example"), ["Frobnicate", "odd"]),
+    "dangling input": (dangling(), ["nobody"]),
+    "cycle": (cyclic(), ["odd"]),
+    "NaN weight": (nan_weight(), ["bad_weight", "NaN"]),
+    "dtype": (unsupported_dtype(), ["string"]),
+    "missing shape": (no_shape(), ["x", "shape"]),
+    "wrong shape": (wrong_shape(), ["mm"]),
+}
+
+
+def refuses(words: list[str], capsys: pytest.CaptureFixture[str], parts: list[str]) -> None:
+    assert main(words) == 2
+    message = capsys.readouterr().err
+    assert message.count("sparsec: error:") == 1
+    assert "Traceback" not in message
+    for part in parts:
+        assert part.lower() in message.lower(), message
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_bad_model(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, parts = BAD_MODELS[case]
+    (tmp_path / "bad.onnx").write_bytes(model.SerializeToString())
+    words = ["compile", str(tmp_path / "bad.onnx"), "-o", str(tmp_path / "bad.so"), "-q"]
+    refuses(words, capsys, parts)
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.onnx"]
+
+
+def test_not_a_protobuf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.onnx").write_bytes(b"this is no model at all" * 10)
+    words = ["compile", str(tmp_path / "bad.onnx"), "-o", str(tmp_path / "bad.so"), "-q"]
+    refuses(words, capsys, ["bad.onnx"])
+
+
+def test_truncated_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = tiny_model().SerializeToString()
+    (tmp_path / "bad.onnx").write_bytes(whole[: len(whole) // 2])
+    words = ["compile", str(tmp_path / "bad.onnx"), "-o", str(tmp_path / "bad.so"), "-q"]
+    refuses(words, capsys, ["bad.onnx"])
+
+
+def test_missing_external_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    onnx.save(
+        tiny_model(),
+        tmp_path / "m.onnx",
+        save_as_external_data=True,
+        location="m.data",
+        size_threshold=0,
+    )
+    (tmp_path / "m.data").unlink()
+    words = ["compile", str(tmp_path / "m.onnx"), "-o", str(tmp_path / "m.so"), "-q"]
+    refuses(words, capsys, ["m.data"])
+
+
+@pytest.mark.parametrize(
+    ("extra", "parts"),
+    [
+        (["--target", "nonsense"], ["nonsense", "haswell"]),
+        (["--shape", "input_ids"], ["input_ids", "1x128"]),
+        (["--shape", "nobody=1x2"], ["nobody"]),
+    ],
+)
+def test_bad_options(
+    extra: list[str], parts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    onnx.save(tiny_model(), tmp_path / "m.onnx")
+    words = ["compile", str(tmp_path / "m.onnx"), "-o", str(tmp_path / "m.so"), "-q"]
+    refuses([*words, *extra], capsys, parts)
+    assert not (tmp_path / "m.so").exists()
+
+
+@pytest.mark.parametrize(
+    ("arrays", "parts"),
+    [
+        ({"input_ids": np.ones((1, 4), np.int64)}, ["attention_mask"]),
+        ({"odd": np.ones((1, 4), np.int64)}, ["odd"]),
+        ({"input_ids": np.ones((1, 4), np.float32)}, ["input_ids", "float32", "int64"]),
+        ({"input_ids": np.ones(4, np.int64)}, ["input_ids"]),
+        ({"input_ids": np.ones((1, 5), np.int64)}, ["4", "5"]),
+        ({"input_ids": np.full((1, 4), 100, np.int64)}, ["range"]),
+        ({"input_ids": np.full((1, 4), -101, np.int64)}, ["range"]),
+    ],
+    ids=["missing", "unknown", "dtype", "rank", "shape", "id too large", "id too small"],
+)
+def test_bad_run(
+    arrays: dict[str, np.ndarray],
+    parts: list[str],
+    build: Build,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, library = build("tiny-bert")
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    good = {name: np.ones((1, 4), np.int64) for name in names}
+    given = (
+        arrays
+        if "input_ids" in arrays and len(parts) == 1 and parts[0] == "attention_mask"
+        else {**good, **arrays}
+    )
+    np.savez(tmp_path / "in.npz", **given)
+    words = ["run", str(library), "-i", str(tmp_path / "in.npz"), "-o", str(tmp_path / "o.npz")]
+    refuses(words, capsys, parts)
+    assert not (tmp_path / "o.npz").exists()
+
+
+@pytest.mark.parametrize("keep", [10, 3000, 0.5, 0.99])
+def test_truncated_library(
+    keep: float, build: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, library = build("tiny-bert")
+    whole = library.read_bytes()
+    size = keep if isinstance(keep, int) else int(len(whole) * keep)
+    (tmp_path / "cut.so").write_bytes(whole[:size])
+    refuses(["inspect", str(tmp_path / "cut.so")], capsys, ["cut.so"])

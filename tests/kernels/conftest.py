@@ -1,0 +1,143 @@
+"""Builds kernels, calls them through ctypes, and lays arrays out as kernels read them."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sparsec.codegen import tir
+from sparsec.codegen.isa import FEATURES
+from sparsec.codegen.program import Kernel, Kind
+from sparsec.target import Isa
+
+WIDTH = 64
+GUARD = 64  # elements before and after each buffer, to see stray writes
+SENTINEL = 123456.75
+C_TYPES = {Kind.POINTER: ctypes.c_void_p, Kind.INT: ctypes.c_int64, Kind.FLOAT: ctypes.c_float}
+
+Array = np.ndarray[Any, Any]
+
+
+def aligned(array: Array, *, guard: int = 0, fill: float = SENTINEL) -> tuple[Array, Array]:
+    """A copy at a multiple of 64 bytes, and the whole buffer with `guard` elements around it."""
+    size = array.nbytes + 2 * guard * array.itemsize
+    raw = np.zeros(size + 64, np.uint8)
+    skip = -raw.ctypes.data % 64
+    whole = raw[skip : skip + size].view(array.dtype)
+    whole[...] = fill
+    inner = whole[guard : guard + array.size].reshape(array.shape)
+    inner[...] = array
+    return inner, whole
+
+
+@dataclass
+class Runner:
+    """Calls kernels, building each once, and lays arrays out as they read them."""
+
+    folder: Path
+    functions: dict[str, Any] = field(default_factory=dict)
+
+    def function(self, kernel: Kernel) -> Any:
+        if kernel.name not in self.functions:
+            self.functions[kernel.name] = self._load(kernel)
+        return self.functions[kernel.name]
+
+    @staticmethod
+    def to_panels(rows: Array, lanes_past_end: float | None = None) -> Array:
+        """`[tokens, channels]` as `[panel][channel][64]`.
+
+        Past the last token, lanes of its group of 16 hold finite numbers (`lanes_past_end`, or
+        7) and the other lanes NaN: kernels must not let either reach a result.
+        """
+        tokens, channels = rows.shape
+        panels = -(-tokens // WIDTH)
+        padded = np.full((panels * WIDTH, channels), np.nan, rows.dtype)
+        padded[: -(-tokens // 16) * 16] = 7.0 if lanes_past_end is None else lanes_past_end
+        padded[:tokens] = rows
+        return np.ascontiguousarray(padded.reshape(panels, WIDTH, channels).transpose(0, 2, 1))
+
+    @staticmethod
+    def from_panels(panels: Array, tokens: int) -> Array:
+        count, channels, _ = panels.shape
+        return panels.transpose(0, 2, 1).reshape(count * WIDTH, channels)[:tokens]
+
+    def _load(self, kernel: Kernel) -> Any:
+        path = self.folder / f"{kernel.name}.o"
+        path.write_bytes(tir.build_object([kernel.build()], FEATURES[Isa(kernel.isa)]))
+        library = path.with_suffix(".so")
+        link = [
+            sys.executable,
+            "-m",
+            "ziglang",
+            "ld.lld",
+            "-shared",
+            str(path),
+            "-o",
+            str(library),
+        ]
+        subprocess.run(link, check=True)
+        function = getattr(ctypes.CDLL(str(library)), kernel.name)
+        function.restype = ctypes.c_int32
+        scratch = [ctypes.c_void_p] if kernel.has_scratch else []
+        types = [C_TYPES[p.kind] for p in kernel.parameters]
+        function.argtypes = [*types, *scratch, ctypes.c_int64, ctypes.c_int64]
+        return function
+
+    def __call__(
+        self,
+        kernel: Kernel,
+        *args: Any,
+        output: Array,
+        items: int,
+        scratch_bytes: int = 0,
+        splits: int = 3,
+    ) -> int:
+        """Calls with `args`; the one that is `output` is filled, and checked for stray writes.
+
+        The items are cut into `splits` uneven ranges, and run last to first.
+        """
+        kept = [aligned(a) if isinstance(a, np.ndarray) and a is not output else a for a in args]
+        inner, whole = aligned(output, guard=GUARD)
+        pointers = [_argument(inner if a is output else a) for a in kept]
+        scratch = aligned(np.zeros(scratch_bytes, np.uint8), guard=GUARD, fill=77)
+        extra = [scratch[0].ctypes.data] if kernel.has_scratch else []
+        bounds = sorted(
+            {0, items, *(items * (i * i + 1) // (splits * splits) for i in range(splits))}
+        )
+        status = 0
+        for begin, end in reversed(list(pairwise(bounds))):
+            status |= self.function(kernel)(*pointers, *extra, begin, end)
+        assert (whole[:GUARD] == SENTINEL).all(), "wrote before the output"
+        assert (whole[-GUARD:] == SENTINEL).all(), "wrote past the output"
+        assert (scratch[1][:GUARD] == 77).all(), "wrote before the scratch memory"
+        assert (scratch[1][-GUARD:] == 77).all(), "wrote past the scratch memory"
+        output[...] = inner
+        return status
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return value[0].ctypes.data
+    return value.ctypes.data if isinstance(value, np.ndarray) else value
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`kernel` runs over the VARIANTS of the test's module, each marked with its ISA."""
+    if "kernel" in metafunc.fixturenames:
+        variants = metafunc.module.VARIANTS
+        marks = [pytest.param(k, marks=pytest.mark.isa(k.isa), id=k.name) for k in variants]
+        metafunc.parametrize("kernel", marks)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    """Skipped tests never build: a kernel is built at its first call."""
+    return Runner(tmp_path_factory.mktemp("kernels"))

@@ -1,0 +1,65 @@
+"""Embedding: sums of table rows as panels; ids out of range are refused, never read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sparsec.codegen.kernels.embedding import Embedding, EmbeddingFamily
+
+Array = np.ndarray[Any, Any]
+VARIANTS = EmbeddingFamily().variants()
+ROWS = (50, 20, 2)
+
+
+def call(
+    run: Any, kernel: Embedding, ids: list[Array], tables: list[Array], size: tuple[int, int]
+) -> tuple[int, Array]:
+    batch, seq = size
+    channels = tables[0].shape[1]
+    y = np.full_like(run.to_panels(np.zeros((batch * seq, channels), np.float32)), np.nan)
+    args: list[Any] = []
+    for i, table in zip(ids, tables, strict=True):
+        rows, length = (1, *i.shape)[-2:]
+        steps = (0 if rows == 1 else length, 0 if length == 1 else 1)
+        args += [i, table, table.shape[0], *steps]
+    items = -(-batch * seq // 16)
+    status = run(kernel, *args, y, batch * seq, seq, channels, output=y, items=items)
+    return status, y
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (1, 64), (3, 5), (2, 33), (3, 43), (130, 1)])
+@pytest.mark.parametrize("channels", [1, 8, 17, 64])
+@pytest.mark.parametrize("broadcast", [False, True])
+def test_sums_of_rows(
+    kernel: Embedding, run: Any, size: tuple[int, int], channels: int, broadcast: bool
+) -> None:
+    rng = np.random.default_rng([*size, channels])
+    shapes = [size, (size[1],) if broadcast else size, (1, 1) if broadcast else size]
+    count = len(kernel.ids)
+    tables = [rng.standard_normal((r, channels)).astype(np.float32) for r in ROWS[:count]]
+    ids = [
+        rng.integers(-rows, rows, shape).astype(dtype.numpy)
+        for rows, shape, dtype in zip(ROWS, shapes, kernel.ids, strict=False)
+    ]
+    status, y = call(run, kernel, ids, tables, size)
+    expected = np.zeros((*size, channels), np.float32) + tables[0][ids[0]]
+    for i, table in zip(ids[1:], tables[1:], strict=True):
+        expected = expected + table[i]
+    assert status == 0
+    flat = expected.reshape(-1, channels)
+    np.testing.assert_array_equal(y, run.to_panels(flat, lanes_past_end=0.0))
+
+
+@pytest.mark.parametrize("bad", [50, -51, 2**31 - 1, -(2**31), 2**40, -(2**62)])
+@pytest.mark.parametrize("where", [0, 16, 36])
+def test_an_id_out_of_range_is_status_1(kernel: Embedding, run: Any, bad: int, where: int) -> None:
+    if abs(bad) > 2**31 and kernel.ids[0].bytes == 4:
+        pytest.skip("the id does not fit int32")
+    ids = [np.zeros((1, 37), d.numpy) for d in kernel.ids]
+    ids[0][0, where] = bad
+    tables = [np.ones((r, 8), np.float32) for r in ROWS[: len(ids)]]
+    status, _ = call(run, kernel, ids, tables, (1, 37))
+    assert status == 1

@@ -1,0 +1,194 @@
+"""From a node to kernel calls: the arguments, items and packed weights of every family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sparsec.codegen.kernels import FAMILIES, KERNELS, family_for, schedule_for
+from sparsec.codegen.program import BufferRef, KernelCall, Region
+from sparsec.ir.dims import Dim, evaluate, symbol
+from sparsec.ir.graph import Graph, Node, Value
+from sparsec.ir.layouts import Panels
+from sparsec.ir.ops import OPS
+from sparsec.ir.types import DType
+from sparsec.target import Isa, Target
+
+Array = np.ndarray[Any, Any]
+BATCH, SEQ = symbol("batch"), symbol("seq")
+ENV = {"batch": 3, "seq": 43}
+TARGETS = {
+    name: Target(name, isas, 2, 32 * 1024, 1 << 20, 1 << 25)
+    for name, isas in (("avx2", (Isa.AVX2,)), ("avx512", (Isa.AVX2, Isa.AVX512)))
+}
+
+
+@dataclass
+class ArrayBinder:
+    """Binds values to the arrays that stand for them."""
+
+    arrays: dict[str, Array]
+    bound: list[Array] = field(default_factory=list)
+
+    def ref(self, value: Value) -> BufferRef:
+        data = self.arrays[value.name] if value.data is None else value.data
+        return self._add(value.name, data, value)
+
+    def weight(self, name: str, data: Array) -> BufferRef:
+        return self._add(name, data, None)
+
+    def optional(self, value: Value | None) -> BufferRef | None:
+        return None if value is None else self.ref(value)
+
+    def _add(self, name: str, data: Array, value: Value | None) -> BufferRef:
+        self.bound.append(data)
+        type = None if value is None else value.type
+        return BufferRef(Region.ARENA, len(self.bound) - 1, type, name)  # type: ignore[arg-type]
+
+
+def example(op: str, g: Graph, rng: np.random.Generator) -> tuple[Node, dict[str, Array]]:
+    """A node of `op` in `g` over values in panels, and logical arrays for the graph's inputs."""
+
+    def constant(*shape: int) -> Value:
+        return g.add_constant(rng.standard_normal(shape).astype(np.float32), "weight")
+
+    def panels(name: str, channels: int) -> Value:
+        return g.add("to_panels", [g.add_input(name, DType.F32, (BATCH, SEQ, channels))],
+                     {"width": 64}, name=f"{name}_panels")  # fmt: skip
+
+    offsets = {"q_offset": 0, "k_offset": 24, "v_offset": 48}
+    match op:
+        case "linear":
+            operands = [panels("x", 40), constant(30, 40), constant(30), panels("r", 30)]
+            node = g.add_node(op, operands, {"activation": "gelu"})
+        case "attention":
+            x, mask = panels("x", 72), g.add_input("mask", DType.F32, (BATCH, 1, 1, SEQ))
+            attrs = {"heads": 3, "head_size": 8, "scale": 0.35, **offsets}
+            node = g.add_node(op, [x, x, x, mask], attrs)
+        case "layer_norm":
+            node = g.add_node(op, [panels("x", 40), constant(40), constant(40), panels("r", 40)],
+                              {"epsilon": 1e-12})  # fmt: skip
+        case "embedding":
+            shapes = {"words": (BATCH, SEQ), "places": (1, SEQ), "kinds": (BATCH, SEQ)}
+            ids = [g.add_input(n, DType.I64, shape) for n, shape in shapes.items()]
+            pairs = [v for i in ids for v in (i, constant(50, 40))]
+            node = g.add_node(op, pairs)
+            g.set_type(node.output, node.output.type.with_layout(Panels()))
+        case "to_panels":
+            node = g.add_node(op, [g.add_input("x", DType.F32, (BATCH, SEQ, 40))], {"width": 64})
+        case "from_panels":
+            node = g.add_node(op, [panels("x", 40)])
+        case _:
+            count = 2 if op in ("add", "sub", "mul", "div", "maximum", "minimum") else 1
+            attrs = {"approximate": "none"} if op == "gelu" else {}
+            node = g.add_node(op, [panels(n, 40) for n in "ab"[:count]], attrs)
+    made = {v.name: _logical(v, rng) for v in g.inputs}
+    made |= {f"{n}_panels": a for n, a in made.items()}
+    return node, made
+
+
+def _logical(value: Value, rng: np.random.Generator) -> Array:
+    shape = [evaluate(d, ENV) for d in value.type.shape]
+    if value.type.dtype is DType.I64:
+        return rng.integers(-50, 50, shape)
+    return rng.uniform(0.5, 2, shape).astype(np.float32)
+
+
+def in_memory(run: Any, value: Value, data: Array) -> Array:
+    """The array as it lies in the value's layout."""
+    if isinstance(value.type.layout, Panels):
+        return np.asarray(run.to_panels(data.reshape(-1, data.shape[-1])))
+    return data
+
+
+def execute(run: Any, calls: list[KernelCall], binder: ArrayBinder, output: Array) -> None:
+    for call in calls:
+        args = [_argument(a, binder) for a in call.args]
+        status = run(call.kernel, *args, output=output, items=evaluate(call.items, ENV),
+                     scratch_bytes=evaluate(call.scratch_bytes, ENV))  # fmt: skip
+        assert status == 0
+        assert call.grain >= 1
+
+
+def _argument(arg: BufferRef | Dim | float | None, binder: ArrayBinder) -> Any:
+    match arg:
+        case BufferRef(index=index):
+            return binder.bound[index]
+        case float() | None:
+            return arg
+        case _:
+            return evaluate(arg, ENV)
+
+
+@pytest.mark.parametrize("op", sorted(FAMILIES))
+@pytest.mark.parametrize(
+    "level", [pytest.param(n, marks=pytest.mark.isa(n)) for n in ("avx2", "avx512")]
+)
+def test_every_schedule_of_a_node_computes_it(
+    op: str, level: str, run: Any, rng: np.random.Generator
+) -> None:
+    graph = Graph("g")
+    node, logical = example(op, graph, rng)
+    family = family_for(node)
+    assert family is not None
+    operands = [None if v is None else (v.data if v.data is not None else logical[v.name])
+                for v in node.inputs]  # fmt: skip
+    (expected,) = OPS[op].evaluate(operands, node.attrs, ENV)
+    arrays = {v.name: in_memory(run, v, logical[v.name]) for v in node.inputs
+              if v is not None and v.data is None}  # fmt: skip
+    schedules = family.schedules(family.workload(node), TARGETS[level])
+    assert schedules[0] == schedule_for(node, TARGETS[level])
+    assert schedules[0].isa == level
+    for schedule in schedules:
+        output = np.full_like(in_memory(run, node.output, np.asarray(expected)), np.nan)
+        binder = ArrayBinder({**arrays, node.output.name: output})
+        execute(run, family.lower(node, schedule, binder), binder, output)
+        if isinstance(node.output.type.layout, Panels):
+            tokens = ENV["batch"] * ENV["seq"]
+            output = run.from_panels(output, tokens).reshape(np.shape(expected))
+        # Sums of at most 43 products of numbers around 1, and functions good to 1e-6.
+        np.testing.assert_allclose(output, expected, rtol=2e-5, atol=2e-5, err_msg=str(schedule))
+
+
+def test_names_are_unique() -> None:
+    names = [kernel.name for kernel in KERNELS]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("dtype", [DType.F64, DType.I32])
+def test_other_dtypes_have_no_schedule(dtype: DType) -> None:
+    graph = Graph("g")
+    a = graph.add_input("a", dtype, (BATCH, 8))
+    assert schedule_for(graph.add_node("add", [a, a]), TARGETS["avx512"]) is None
+
+
+def test_broadcasting_has_no_schedule() -> None:
+    graph = Graph("g")
+    a, b = (graph.add_input(n, DType.F32, s) for n, s in (("a", (BATCH, 8)), ("b", (8,))))
+    assert schedule_for(graph.add_node("add", [a, b]), TARGETS["avx512"]) is None
+    assert schedule_for(graph.add_node("add", [a, a]), TARGETS["avx512"]) is not None
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [
+        ((BATCH, 1, 1, SEQ), "key"),
+        ((1, 1, 1, SEQ), "key"),
+        ((SEQ, SEQ), "full"),
+        ((BATCH, 3, SEQ, SEQ), "full"),
+        ((BATCH, 1, SEQ, 1), "other"),
+    ],
+)
+def test_kinds_of_masks(shape: tuple[Dim, ...], kind: str) -> None:
+    graph = Graph("g")
+    x = graph.add_input("x", DType.F32, (BATCH, SEQ, 24))
+    mask = graph.add_input("mask", DType.F32, shape)
+    attrs = {"heads": 3, "head_size": 8, "scale": 1.0, "q_offset": 0, "k_offset": 0, "v_offset": 0}
+    node = graph.add_node("attention", [x, x, x, mask], attrs)
+    family = family_for(node)
+    assert family is not None
+    assert family.workload(node).epilogue == f"mask {kind}"
+    assert (schedule_for(node, TARGETS["avx2"]) is None) == (kind == "other")

@@ -1,0 +1,192 @@
+"""What the file is: exported symbols, needed libraries, use from C, checks of the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sparsec import errors
+from sparsec.codegen.isa import FEATURES
+from sparsec.runtime import describe, load, loader
+from sparsec.target import Isa, Target, required_flags
+
+ROOT = Path(loader.__file__).parent.parent
+INCLUDE = Path(loader.__file__).parent / "include"
+SOURCES = Path(loader.__file__).parent / "src"
+EXAMPLE = ROOT / "examples" / "run_from_c" / "main.c"
+GLIBC = {"libc.so.6", "libm.so.6", "libpthread.so.0"}
+
+
+def _tool(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"this system has no {name}")
+    return path
+
+
+def _zig(folder: Path, *args: str) -> None:
+    """`zig args...` with a cache in `folder`."""
+    env = {"ZIG_GLOBAL_CACHE_DIR": str(folder), "ZIG_LOCAL_CACHE_DIR": str(folder)}
+    command = [sys.executable, "-m", "ziglang", *args]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr
+
+
+def _zig_library(folder: Path, source: Path, *flags: str) -> Path:
+    """A shared library of one C file; an executable would take zig half a minute."""
+    compiled, library = folder / "x.o", folder / f"{source.stem}.so"
+    target = ("-target", "x86_64-linux-gnu.2.17", "-O2", "-fno-sanitize=all")
+    _zig(folder, "cc", "-c", "-fPIC", *target, *flags, str(source), "-o", str(compiled))
+    _zig(folder, "ld.lld", "-shared", str(compiled), "-o", str(library))
+    return library
+
+
+def test_exports_one_symbol(library: Path) -> None:
+    shown = subprocess.run(
+        [_tool("nm"), "-D", "--defined-only", library], capture_output=True, text=True, check=True
+    )
+    assert [line.split()[-1] for line in shown.stdout.splitlines()] == ["sparsec_query"]
+
+
+def test_needs_old_glibc_only(library: Path) -> None:
+    shown = subprocess.run(
+        [_tool("readelf"), "-dVW", library], capture_output=True, text=True, check=True
+    ).stdout
+    needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", shown))
+    assert needed <= GLIBC
+    versions = {tuple(map(int, v.split("."))) for v in re.findall(r"GLIBC_([\d.]+)", shown)}
+    assert versions
+    assert max(versions) <= (2, 17)
+
+
+def _build_example(compiler: str, folder: Path) -> list[str]:
+    """The command that runs examples/run_from_c."""
+    flags = ["-std=c11", "-Wall", "-Wextra", "-Werror", f"-I{INCLUDE}"]
+    if compiler == "zig":
+        library = _zig_library(folder, EXAMPLE, *flags)
+        call = (
+            "import ctypes, sys; words = [w.encode() for w in sys.argv];"
+            f"library = ctypes.CDLL({str(library)!r});"
+            "sys.exit(library.main(len(words), (ctypes.c_char_p * (len(words) + 1))(*words)))"
+        )
+        return [sys.executable, "-c", call]
+    program = str(folder / "run_from_c")
+    command = [_tool(compiler), *flags, str(EXAMPLE), "-ldl", "-o", program]
+    subprocess.run(command, check=True)
+    return [program]
+
+
+@pytest.mark.parametrize("compiler", ["zig", "gcc"])
+def test_runs_from_c(
+    compiler: str,
+    library: Path,
+    expected: Callable[..., dict[str, np.ndarray[Any, Any]]],
+    tmp_path: Path,
+) -> None:
+    command = _build_example(compiler, tmp_path)
+    shown = subprocess.run(
+        [*command, library, "2", "3"], capture_output=True, text=True, check=True
+    ).stdout
+    assert '"name": "hand"' in shown
+    ids = (1 + np.arange(6) % 20).reshape(2, 3)
+    x = (0.01 * np.arange(24)).reshape(2, 3, 4)
+    wanted = expected(ids, x)
+    for name, shape in (("y", "[2, 3, 4]"), ("z", "[2, 4]")):
+        line = next(s for s in shown.splitlines() if s.startswith(f"{name}: "))
+        values = [float(v) for v in line.removeprefix(f"{name}: {shape} ").split()]
+        np.testing.assert_allclose(values, wanted[name].ravel()[:8], rtol=1e-5)
+    failed = subprocess.run([*command, "missing.so"], capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert "missing.so" in failed.stderr
+
+
+@pytest.mark.parametrize(("name", "standard"), [("c", "c99"), ("c", "c11"), ("cpp", "c++17")])
+def test_header_is_plain(name: str, standard: str, tmp_path: Path) -> None:
+    source = tmp_path / f"use.{name}"
+    source.write_text('#include "sparsec.h"\nint use(void) { return (int)SPARSEC_OK; }\n')
+    strict = ["-Wall", "-Wextra", "-Werror", "-pedantic", f"-I{INCLUDE}", "-nostdlibinc"]
+    # Only stdint.h, which is clang's own: with `zig c++` a C++ library would be built first.
+    args = [f"-std={standard}", "-ffreestanding", *strict, "-c", str(source)]
+    _zig(tmp_path, "cc", *args, "-o", str(tmp_path / "use.o"))
+
+
+def test_runtime_compiles_without_warnings(tmp_path: Path) -> None:
+    strict = ["-std=c11", "-Wall", "-Wextra", "-pedantic", "-Wconversion", "-Wno-sign-conversion"]
+    for source in sorted(SOURCES.glob("*.c")):
+        args = [*strict, "-Werror", f"-I{INCLUDE}", "-c", str(source)]
+        _zig(tmp_path, "cc", *args, "-o", str(tmp_path / "x.o"))
+
+
+def test_unsupported_cpu_is_an_error(build_hand: Callable[..., Path]) -> None:
+    """A library for the first level that this machine lacks."""
+    lacking = [isa for isa in Isa if not Target.host().has(isa)]
+    if not lacking:
+        pytest.skip("this machine has every level; test_libraries_of_others covers the refusal")
+    path = build_hand("foreign", isa=lacking[0])
+    with pytest.raises(
+        errors.UnsupportedCpu, match=rf"compiled for {lacking[0].value}; this machine lacks \w+"
+    ):
+        load(path)
+    assert describe(path)["isa"] == lacking[0].value
+
+
+_FAKE = """
+#include "sparsec.h"
+static const char *missing(void) { return "WARP-9"; }
+static const sparsec_model_v1 model = {
+    .struct_bytes = sizeof(sparsec_model_v1) - SHORTER, .abi_version = VERSION, .name = "fake",
+    .description = "{}", .required_isa = "warp", .missing_feature = missing};
+const sparsec_model_v1 *sparsec_query(uint32_t version) { return version == VERSION ? &model : 0; }
+"""
+
+
+@pytest.mark.parametrize(
+    ("version", "shorter", "error", "message"),
+    [
+        (1, 0, errors.UnsupportedCpu, "compiled for warp; this machine lacks WARP-9"),
+        (2, 0, errors.AbiMismatch, "does not speak version 1 of the model ABI"),
+        (1, 8, errors.AbiMismatch, "wanted a model table of 168 bytes, got 160"),
+    ],
+)
+def test_libraries_of_others(
+    version: int, shorter: int, error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    source = tmp_path / "fake.c"
+    source.write_text(_FAKE)
+    defines = [f"-DVERSION={version}", f"-DSHORTER={shorter}", f"-I{INCLUDE}"]
+    path = _zig_library(tmp_path, source, *defines)
+    with pytest.raises(error, match=message):
+        load(path)
+
+
+# What LLVM calls a feature, where it is not the flag that Linux shows.
+_LLVM_NAMES = {"bmi": "bmi1", "lzcnt": "abm", "avx512vnni": "avx512_vnni"}
+
+
+@pytest.mark.parametrize("isa", FEATURES)
+def test_the_check_covers_what_kernels_are_compiled_for(isa: Isa) -> None:
+    compiled = {f[1:] for f in FEATURES[isa] if f.startswith("+")}
+    flags = {_LLVM_NAMES.get(f, f.replace("-", "_")) for f in compiled}
+    assert flags <= required_flags(isa)
+    levels = dict(re.findall(r'\{"(\w+)", (\d+)\}', (SOURCES / "cpu_check.c").read_text()))
+    assert int(levels[isa.value]) == len(required_flags(isa))
+
+
+def test_missing_feature(host: Target, tmp_path: Path) -> None:
+    """The C check agrees with the flags that the system shows, and refuses unknown levels."""
+    check = ctypes.CDLL(str(_zig_library(tmp_path, SOURCES / "cpu_check.c", "-std=c11")))
+    check.sparsec_missing_feature.restype = ctypes.c_char_p
+    for isa in Isa:
+        missing = check.sparsec_missing_feature(isa.value.encode())
+        assert host.has(isa) == (missing is None), (isa, missing)
+    assert check.sparsec_missing_feature(b"warp") == b"warp"

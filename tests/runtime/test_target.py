@@ -1,0 +1,74 @@
+"""Targets by name and from the flags and caches that a system shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sparsec.errors import InvalidInput, UnsupportedCpu
+from sparsec.target import Isa, Target
+
+AVX2 = "fpu sse2 avx f16c fma movbe popcnt abm bmi1 bmi2 avx2"
+AVX512 = f"{AVX2} avx512f avx512dq avx512bw avx512vl"
+
+
+def _machine(folder: Path, flags: str) -> tuple[Path, Path]:
+    cpuinfo, caches = folder / "cpuinfo", folder / "cache"
+    cpuinfo.write_text(f"processor\t: 0\nmodel name\t: Any\nflags\t\t: {flags}\n\nprocessor: 1\n")
+    rows = [("Data", 1, "48K"), ("Instruction", 1, "32K"), ("Unified", 2, "2048K")]
+    for index, (kind, level, size) in enumerate(rows):
+        entry = caches / f"index{index}"
+        entry.mkdir(parents=True)
+        for name, value in (("type", kind), ("level", level), ("size", size)):
+            (entry / name).write_text(f"{value}\n")
+    return cpuinfo, caches
+
+
+@pytest.mark.parametrize(
+    ("flags", "levels"),
+    [
+        (AVX2, 1),
+        (AVX512, 2),
+        (f"{AVX512} avx512_vnni", 3),
+        (f"{AVX512} avx512_vnni amx_tile amx_int8", 4),
+        (f"{AVX512} avx512_vnni amx_tile", 3),
+        (f"{AVX2} avx512f avx512_vnni amx_tile amx_int8", 1),  # a level needs the one below
+    ],
+)
+def test_levels_come_from_flags(tmp_path: Path, flags: str, levels: int) -> None:
+    target = Target.host(*_machine(tmp_path, flags))
+    assert target.isas == tuple(Isa)[:levels]
+
+
+def test_caches(tmp_path: Path) -> None:
+    target = Target.host(*_machine(tmp_path, AVX2))
+    assert (target.l1d_bytes, target.l2_bytes) == (48 << 10, 2 << 20)
+    assert target.l3_bytes == 8 << 20  # not shown: the fall-back
+    assert target.cores >= 1
+    assert Target.host(caches=tmp_path / "none").l1d_bytes == 32 << 10
+
+
+def test_a_machine_that_can_not_run_kernels(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedCpu, match=r"this CPU lacks avx2, fma; .*haswell"):
+        Target.host(*_machine(tmp_path, "sse2 movbe popcnt abm bmi1 bmi2 avx f16c"))
+    with pytest.raises(UnsupportedCpu):
+        Target.host(tmp_path / "none", tmp_path)
+
+
+def test_named_targets() -> None:
+    assert Target.named("native") == Target.host()
+    highest = {
+        "sapphirerapids": Isa.AMX,
+        "icelake-server": Isa.AVX512_VNNI,
+        "skylake-avx512": Isa.AVX512,
+        "haswell": Isa.AVX2,
+        "avx2": Isa.AVX2,
+    }
+    for name, isa in highest.items():
+        target = Target.named(name)
+        assert target.name == name
+        assert target.isas[-1] is isa
+        assert target.isas == tuple(Isa)[: len(target.isas)]
+    with pytest.raises(InvalidInput, match=r"unknown target 'x'; known targets are native, sapph"):
+        Target.named("x")

@@ -1,0 +1,95 @@
+"""Who may import whom: a module imports only lower ranks and its own package."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = {
+    "sparsec": "compiler",
+    "sparsec.passes": "passes",
+    "sparsec.codegen": "codegen",
+    "sparsec.runtime": "runtime",
+    "sparsec.models": "models",
+}
+RANKS = {
+    "errors": 0,
+    "sparse": 1,
+    "ir": 2,
+    "target": 2,
+    "frontend": 3,
+    "interpreter": 3,
+    "options": 3,
+    "passes": 4,
+    "codegen": 4,
+    "runtime": 4,
+    "driver": 5,
+    "tools": 6,
+    "cli": 7,
+    "__main__": 8,
+}
+MODELS_MAY_USE = {"errors", "sparse"}
+ONNX_HOMES = {"frontend", "tools", "models"}  # tools read ONNX for `inspect` and `verify`
+TVM_HOME = "codegen"
+
+
+def modules() -> list[tuple[str, Path]]:
+    found = []
+    for package, folder in FOLDERS.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            relative = path.relative_to(ROOT / folder).with_suffix("")
+            parts = [p for p in relative.parts if p != "__init__"]
+            found.append((".".join([package, *parts]), path))
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.Import(names=aliases):
+                names |= {a.name for a in aliases}
+            case ast.ImportFrom(module=str(module)):
+                names.add(module)
+    return names
+
+
+def part(module: str) -> str:
+    pieces = module.split(".")
+    return pieces[1] if len(pieces) > 1 else ""
+
+
+@pytest.mark.parametrize(("module", "path"), modules(), ids=lambda x: str(x))
+def test_imports_go_down(module: str, path: Path) -> None:
+    here = part(module)
+    for name in imports(path):
+        there = part(name)
+        if not name.startswith("sparsec.") or there == here or here == "":
+            continue
+        if here == "models":
+            assert there in MODELS_MAY_USE, f"{module} imports {name}"
+            continue
+        assert RANKS[there] < RANKS[here], f"{module} imports {name}"
+
+
+@pytest.mark.parametrize(("module", "path"), modules(), ids=lambda x: str(x))
+def test_heavy_packages_have_a_home(module: str, path: Path) -> None:
+    for name in imports(path):
+        top = name.split(".")[0]
+        if top == "onnx":
+            assert part(module) in ONNX_HOMES, f"{module} imports onnx"
+        if top == "tvm":
+            assert part(module) == TVM_HOME, f"{module} imports TVM"
+        if top in {"torch", "transformers", "tokenizers"}:
+            assert part(module) == "models", f"{module} imports {top}"
+
+
+def test_loader_is_one_file() -> None:
+    allowed = {"ctypes", "numpy", "sparsec"}
+    stdlib = __import__("sys").stdlib_module_names
+    for name in imports(ROOT / "runtime" / "loader.py"):
+        top = name.split(".")[0]
+        assert top in stdlib or top in allowed - {"sparsec"}, f"loader.py imports {name}"

@@ -1,0 +1,41 @@
+"""The hand-written package list is complete, and the light import stays light."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+
+
+def packages_on_disk() -> set[str]:
+    found = set()
+    for package, folder in SETTINGS["package-dir"].items():
+        for init in (ROOT / folder).rglob("__init__.py"):
+            found.add(".".join([package, *init.parent.relative_to(ROOT / folder).parts]))
+    return found
+
+
+def test_every_package_is_listed() -> None:
+    assert packages_on_disk() == set(SETTINGS["packages"])
+
+
+def test_package_data_exists() -> None:
+    folders = SETTINGS["package-dir"]
+    for package, patterns in SETTINGS["package-data"].items():
+        for pattern in patterns:
+            if pattern == "src/*.h" or list((ROOT / folders[package]).glob(pattern)):
+                continue
+            raise AssertionError(f"{package}: nothing matches {pattern}")
+
+
+def test_runtime_import_is_light() -> None:
+    code = (
+        "import sys, sparsec.runtime;"
+        "heavy = {'onnx', 'tvm', 'networkx', 'rich', 'torch'} & set(sys.modules);"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
