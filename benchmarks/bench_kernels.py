@@ -112,8 +112,12 @@ class Library:
         function.argtypes = types
         values = [a.ctypes.data if isinstance(a, np.ndarray) else a for a in args]
         values += [] if scratch is None else [scratch.ctypes.data]
-        # The arrays are default arguments so that they live as long as the call.
-        return lambda kept=(args, scratch): int(function(*values, 0, items))
+
+        def call(kept: Any = (args, scratch)) -> int:
+            """`kept` lets the arrays live as long as the call."""
+            return int(function(*values, 0, items))
+
+        return call
 
 
 def aligned(*shape: int) -> Array:
@@ -196,8 +200,8 @@ def cases(isa: str, library: Library) -> Iterator[tuple[str, str, list[Candidate
         found = []
         for schedule in family.schedules(work, Target.host()):
             if schedule.isa == isa:
-                *block, kc, group = (v for _, v in schedule.params)
-                kernel = DenseGemm(by_name(isa), *block, "none", False)
+                mr, strips, nv, kc, group = (v for _, v in schedule.params)
+                kernel = DenseGemm(by_name(isa), mr, strips, nv, "none", False)
                 found.append(gemm(library, kernel, size, kc, group))
         peer = matmul_of_onnxruntime(m, k, tokens)
         yield "dense_gemm", f"{m}x{k}x{tokens}", [*found, *([peer] if peer else [])]
@@ -230,8 +234,9 @@ def small_cases(isa: str, library: Library) -> Iterator[tuple[str, str, list[Can
         yield "embedding", f"3 tables {channels}x128", [Candidate("", call, channels * 128, [])]
         panels = [aligned(2, channels, WIDTH) for _ in range(2)]
         norm = LayerNorm(by_name(isa), False, True)
-        args = [panels[0], aligned(channels), aligned(channels), panels[1], channels, 1e-5]
-        call = library.bind(norm, args, 128 // GROUP)
+        weights = [aligned(channels), aligned(channels)]
+        operands = [panels[0], *weights, panels[1], channels, 1e-5]
+        call = library.bind(norm, operands, 128 // GROUP)
         yield "layer_norm", f"{channels}x128", [Candidate("", call, channels * 128, [])]
     for op in ("gelu", "gelu_tanh", "tanh", "exp", "sigmoid", "erf"):
         count = 16 * CHUNK

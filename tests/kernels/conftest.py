@@ -130,11 +130,12 @@ def _argument(value: Any) -> Any:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`kernel` runs over the VARIANTS of the test's module, each marked with its ISA."""
-    if "kernel" in metafunc.fixturenames:
-        variants = metafunc.module.VARIANTS
-        marks = [pytest.param(k, marks=pytest.mark.isa(k.isa), id=k.name) for k in variants]
-        metafunc.parametrize("kernel", marks)
+    """`kernel` runs over VARIANTS of the test's module, `some_kernel` over SOME, by ISA."""
+    for argument, table in (("kernel", "VARIANTS"), ("some_kernel", "SOME")):
+        if argument in metafunc.fixturenames:
+            kernels = getattr(metafunc.module, table)
+            marks = [pytest.param(k, marks=pytest.mark.isa(k.isa), id=k.name) for k in kernels]
+            metafunc.parametrize(argument, marks)
 
 
 @pytest.fixture(scope="session")

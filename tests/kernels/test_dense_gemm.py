@@ -18,6 +18,7 @@ from sparsec.ir.ops import OPS
 
 Array = np.ndarray[Any, Any]
 VARIANTS = DenseGemmFamily().variants()
+SOME = [k for k in VARIANTS if isinstance(k, DenseGemm) and k.activation == "none"]
 EPS = float(np.finfo(np.float32).eps)
 TOKENS = [1, 15, 16, 17, 33, 48, 63, 64, 65, 130]
 M = [1, 5, 6, 7, 12, 13, 64]
@@ -38,7 +39,7 @@ def call(
     assert status == 0
     lanes = y.transpose(0, 2, 1).reshape(-1, m)
     assert np.isfinite(lanes[: -(-tokens // 16) * 16]).all(), "lanes of the last group"
-    return run.from_panels(y, tokens)
+    return np.asarray(run.from_panels(y, tokens))
 
 
 def check(run: Any, kernel: DenseGemm, sizes: tuple[int, int, int], **blocks: int) -> None:
@@ -63,11 +64,9 @@ def check(run: Any, kernel: DenseGemm, sizes: tuple[int, int, int], **blocks: in
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_sizes_at_the_edges_of_blocks(kernel: DenseGemm, run: Any, tokens: int) -> None:
-    if kernel.activation != "none":
-        pytest.skip("sizes are tested without an activation")
+def test_sizes_at_the_edges_of_blocks(some_kernel: DenseGemm, run: Any, tokens: int) -> None:
     for m, k in product(M, K):
-        check(run, kernel, (tokens, m, k))
+        check(run, some_kernel, (tokens, m, k))
 
 
 def test_blocks_of_channels_and_panels(kernel: DenseGemm, run: Any) -> None:

@@ -72,8 +72,8 @@ def example(op: str, g: Graph, rng: np.random.Generator) -> tuple[Node, dict[str
             node = g.add_node(op, [panels("x", 40), constant(40), constant(40), panels("r", 40)],
                               {"epsilon": 1e-12})  # fmt: skip
         case "embedding":
-            shapes = {"words": (BATCH, SEQ), "places": (1, SEQ), "kinds": (BATCH, SEQ)}
-            ids = [g.add_input(n, DType.I64, shape) for n, shape in shapes.items()]
+            rows: dict[str, Dim] = {"words": BATCH, "places": 1, "kinds": BATCH}
+            ids = [g.add_input(n, DType.I64, (count, SEQ)) for n, count in rows.items()]
             pairs = [v for i in ids for v in (i, constant(50, 40))]
             node = g.add_node(op, pairs)
             g.set_type(node.output, node.output.type.with_layout(Panels()))
@@ -83,8 +83,8 @@ def example(op: str, g: Graph, rng: np.random.Generator) -> tuple[Node, dict[str
             node = g.add_node(op, [panels("x", 40)])
         case _:
             count = 2 if op in ("add", "sub", "mul", "div", "maximum", "minimum") else 1
-            attrs = {"approximate": "none"} if op == "gelu" else {}
-            node = g.add_node(op, [panels(n, 40) for n in "ab"[:count]], attrs)
+            form = {"approximate": "none"} if op == "gelu" else {}
+            node = g.add_node(op, [panels(n, 40) for n in "ab"[:count]], form)
     made = {v.name: _logical(v, rng) for v in g.inputs}
     made |= {f"{n}_panels": a for n, a in made.items()}
     return node, made
