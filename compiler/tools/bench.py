@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from sparsec.errors import InvalidInput
 from sparsec.runtime import load
+from sparsec.tools.console import console
 from sparsec.tools.inputs import Arrays, random_inputs
 from sparsec.tools.peers import onnxruntime_runner
 
@@ -111,9 +113,6 @@ def _pinned(threads: int) -> Iterator[None]:
 
 def print_bench(result: dict[str, Any]) -> None:
     """The result as a table on standard output."""
-    from rich.console import Console
-    from rich.table import Table
-
     shape = f"{result['batch']}x{result['seq']}"
     table = Table(title=f"{result['model']}, {shape}, {result['threads']} thread(s), ms")
     for column in ("engine", "median", "p10", "p90", "runs"):
@@ -121,6 +120,6 @@ def print_bench(result: dict[str, Any]) -> None:
     for name, f in result["engines"].items():
         row = [f"{f[k]:.3f}" for k in ("median_ms", "p10_ms", "p90_ms")]
         table.add_row(name, *row, str(f["runs"]))
-    Console().print(table)
+    console().print(table)
     if result["ratio"] is not None:
         print(f"{result['ratio']:.2f}x the speed of the peer")

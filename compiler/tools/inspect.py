@@ -6,10 +6,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from sparsec.frontend.onnx_import import import_model
 from sparsec.ir.graph import Graph, Node
 from sparsec.runtime import describe
 from sparsec.sparse.bsr import block_zeros
+from sparsec.tools.console import console
 
 BLOCKS = ((1, 1), (4, 1), (8, 1), (16, 1), (32, 1), (1, 4), (4, 4), (16, 4), (32, 4))
 ELF_MAGIC = b"\x7fELF"
@@ -60,24 +64,21 @@ def _weight(node: Node) -> dict[str, Any]:
 
 def print_inspection(found: dict[str, Any]) -> None:
     """The description as tables on standard output."""
-    from rich.console import Console
 
-    console = Console()
+    out = console()
     if found["kind"] == "library":
-        _print_library(found, console)
+        _print_library(found, out)
         return
-    console.print(f"{found['file']}: {found['parameters'] / 1e6:.2f} M parameters")
+    out.print(f"{found['file']}: {found['parameters'] / 1e6:.2f} M parameters")
     for kind in ("inputs", "outputs"):
         for name, type in found[kind].items():
-            console.print(f"  {kind[:-1]} {name}: {type}", markup=False, highlight=False)
+            out.print(f"  {kind[:-1]} {name}: {type}", markup=False, highlight=False)
     counts = ", ".join(f"{op} {count}" for op, count in found["ops"].items())
-    console.print(f"  ops: {counts}")
-    _print_weights(found["weights"], console)
+    out.print(f"  ops: {counts}")
+    _print_weights(found["weights"], out)
 
 
-def _print_weights(weights: list[dict[str, Any]], console: Any) -> None:
-    from rich.table import Table
-
+def _print_weights(weights: list[dict[str, Any]], out: Console) -> None:
     if not weights:
         return
     table = Table(title="weights: share of all-zero blocks, by output x input channels")
@@ -85,21 +86,19 @@ def _print_weights(weights: list[dict[str, Any]], console: Any) -> None:
         table.add_column(column)
     for row in weights:
         table.add_row(row["weight"], row["shape"], *(f"{z:.2f}" for z in row["zeros"].values()))
-    console.print(table)
+    out.print(table)
 
 
-def _print_library(found: dict[str, Any], console: Any) -> None:
-    from rich.table import Table
-
+def _print_library(found: dict[str, Any], out: Console) -> None:
     made = f"sparsec {found['sparsec']}, for {found['isa']}"
-    console.print(f"{found['file']}: {made}", highlight=False)
+    out.print(f"{found['file']}: {made}", highlight=False)
     for kind in ("inputs", "outputs"):
         for port in found[kind]:
             shape = ", ".join(str(s) for s in port["shape"])
-            console.print(f"  {kind[:-1]} {port['name']}: {port['dtype']}[{shape}]", markup=False)
+            out.print(f"  {kind[:-1]} {port['name']}: {port['dtype']}[{shape}]", markup=False)
     table = Table(title="layers")
     for column in ("node", "op", "type", "schedule", "from"):
         table.add_column(column)
     for row in found["layers"]:
         table.add_row(*(row[k] for k in ("node", "op", "type", "schedule", "source")))
-    console.print(table)
+    out.print(table)

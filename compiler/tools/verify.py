@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from sparsec.errors import InvalidInput
 from sparsec.runtime import load
+from sparsec.tools.console import console
 from sparsec.tools.inputs import Arrays, random_inputs
 from sparsec.tools.peers import reference_runner
 
@@ -81,15 +83,12 @@ def _merge(worst: dict[str, dict[str, float]], new: dict[str, dict[str, float]])
 
 def print_verification(result: dict[str, Any]) -> None:
     """The result as a table on standard output."""
-    from rich.console import Console
-    from rich.table import Table
-
     shapes = ", ".join(result["shapes"])
     table = Table(title=f"against {result['reference']}, shapes {shapes}")
     for column in ("output", "max abs error", "cosine"):
         table.add_column(column)
     for name, figures in result["outputs"].items():
         table.add_row(name, f"{figures['max_abs_error']:.3g}", f"{figures['cosine']:.9f}")
-    Console().print(table)
+    console().print(table)
     word = "passed" if result["passed"] else "FAILED"
     print(f"{word}: tolerance {result['tolerance']:g}")
