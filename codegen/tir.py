@@ -4,7 +4,7 @@ Kernels are built with TVM's IR builder from ordinary Python, so a kernel family
 with functions as hooks:
 
     def body(k: KernelScope) -> None:
-        with T.serial(k.begin, k.end) as item:
+        with loop(k.begin, k.end) as item:  # of kernels/panels.py; see docs/kernels.md for why
             ...
     tir.kernel_function("name", parameters, body)
 
