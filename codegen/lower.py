@@ -86,7 +86,7 @@ class _Binder:
     graph: Graph
     plan: MemoryPlan
     weights: list[Weight] = field(default_factory=list)
-    _constants: dict[str, int] = field(default_factory=dict)
+    _constants: dict[str, BufferRef] = field(default_factory=dict)
     _output_of: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -98,7 +98,7 @@ class _Binder:
 
     def ref(self, value: Value) -> BufferRef:
         if value.data is not None:
-            return self._constant(value.name, value.data, value.type)
+            return self._constant(value, value.data)
         root = self.plan.root(value.name)
         for index, given in enumerate(self.graph.inputs):
             if given.name == root:
@@ -110,7 +110,8 @@ class _Binder:
         return BufferRef(Region.ARENA, self.plan.slot_of[root], value.type, value.name)
 
     def weight(self, name: str, data: Array) -> BufferRef:
-        return self._constant(name, data, TensorType(DType.of(data.dtype), data.shape))
+        """Always a new one: two kernels may want two forms. Equal contents are stored once."""
+        return self._add(name, data, TensorType(DType.of(data.dtype), data.shape))
 
     def optional(self, value: Value | None) -> Arg:
         return None if value is None else self.ref(value)
@@ -127,8 +128,11 @@ class _Binder:
             calls.append(GENERIC.copy(self.ref(value), to, target))
         return calls
 
-    def _constant(self, name: str, data: Array, type: TensorType) -> BufferRef:
-        if name not in self._constants:
-            self._constants[name] = len(self.weights)
-            self.weights.append(Weight(name, data))
-        return BufferRef(Region.WEIGHTS, self._constants[name], type, name)
+    def _constant(self, value: Value, data: Array) -> BufferRef:
+        if value.name not in self._constants:
+            self._constants[value.name] = self._add(value.name, data, value.type)
+        return self._constants[value.name]
+
+    def _add(self, name: str, data: Array, type: TensorType) -> BufferRef:
+        self.weights.append(Weight(name, data))
+        return BufferRef(Region.WEIGHTS, len(self.weights) - 1, type, name)
