@@ -56,7 +56,10 @@ def _step(call: KernelCall) -> dict[str, Any]:
     return {
         "kernel": call.kernel.name,
         "isa": call.kernel.isa,
+        "op": call.op,
+        "node": call.node,
         "comment": call.comment,
+        "macs": _dim(call.macs),
         "items": _dim(call.items),
         "grain": call.grain,
         "scratch_bytes": _dim(call.scratch_bytes),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sparsec.codegen.generic_op import GENERIC
 from sparsec.codegen.kernels import family_for
@@ -54,7 +54,8 @@ def lower(graph: Graph, plan: MemoryPlan, target: Target) -> Program:
             continue
         if node.schedule is None:
             raise NoSchedule(f"{node.name} ({node.op}): no schedule was assigned")
-        calls += family_of(node, target).lower(node, node.schedule, binder)
+        made = family_of(node, target).lower(node, node.schedule, binder)
+        calls += [replace(call, op=node.op, node=node.name) for call in made]
     calls += binder.output_copies(target)
     return Program(
         name=graph.name,

@@ -79,7 +79,11 @@ Arg = BufferRef | Dim | float | None  # None is a null pointer
 
 @dataclass(frozen=True, slots=True)
 class KernelCall:
-    """One call: `items` work items that may run in any order and on any worker."""
+    """One call: `items` work items that may run in any order and on any worker.
+
+    `macs` is the number of multiply-accumulates that count as useful: of a sparse weight those of
+    its non-zero blocks. `op` and `node` say where the call comes from; lowering fills them in.
+    """
 
     kernel: Kernel
     args: tuple[Arg, ...]
@@ -87,6 +91,9 @@ class KernelCall:
     comment: str
     scratch_bytes: Dim = 0
     grain: int = 1  # least number of items worth a worker of its own
+    macs: Dim = 0
+    op: str = ""
+    node: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,6 +131,27 @@ def _bench(args: argparse.Namespace) -> int:
     return 0
 
 
+def _profile(args: argparse.Namespace) -> int:
+    from sparsec.tools.profile import print_profile, profile, write_trace
+
+    with _progress(args.quiet or args.json) as tell:
+        result = profile(
+            args.model,
+            batch=args.batch,
+            seq=args.seq,
+            threads=args.threads,
+            runs=args.runs,
+            progress=tell,
+        )
+    if args.trace:
+        write_trace(result, args.trace)
+    if args.json:
+        print(json.dumps(result, indent=1))
+    else:
+        print_profile(result, all_steps=args.steps)
+    return 0
+
+
 def _batch_seq(text: str) -> tuple[int, int]:
     parts = text.split("x")
     if len(parts) != 2 or not all(p.isdigit() and int(p) > 0 for p in parts):
@@ -160,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sparsec {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_compile, _add_run, _add_inspect, _add_verify, _add_bench):
+    for add in (_add_compile, _add_run, _add_inspect, _add_verify, _add_bench, _add_profile):
         add(commands)
     return parser
 
@@ -217,9 +238,9 @@ def _add_verify(commands: Any) -> None:
 def _add_bench(commands: Any) -> None:
     p = commands.add_parser("bench", help="time a compiled model, interleaved with a peer")
     p.add_argument("model", type=Path)
-    p.add_argument("--batch", type=int, default=1)
-    p.add_argument("--seq", type=int, default=128)
-    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--batch", type=_positive, default=1)
+    p.add_argument("--seq", type=_positive, default=128)
+    p.add_argument("--threads", type=_positive, default=1)
     p.add_argument("--onnx", type=Path, help="the ONNX file, for the peer")
     p.add_argument("--against", choices=["onnxruntime"], help="default with --onnx: onnxruntime")
     p.add_argument("--seconds", type=float, default=5.0, help="how long to measure")
@@ -227,3 +248,24 @@ def _add_bench(commands: Any) -> None:
     p.add_argument("--json", action="store_true")
     p.add_argument("-q", "--quiet", action="store_true")
     p.set_defaults(command=_bench)
+
+
+def _add_profile(commands: Any) -> None:
+    p = commands.add_parser("profile", help="where the time of a compiled model goes")
+    p.add_argument("model", type=Path)
+    p.add_argument("--batch", type=_positive, default=1)
+    p.add_argument("--seq", type=_positive, default=128)
+    p.add_argument("--threads", type=_positive, default=1)
+    p.add_argument("--runs", type=_positive, default=50)
+    p.add_argument("--steps", action="store_true", help="every kernel call instead of every op")
+    p.add_argument("--trace", type=Path, metavar="FILE", help="write a Chrome trace (JSON)")
+    p.add_argument("--json", action="store_true")
+    p.add_argument("-q", "--quiet", action="store_true")
+    p.set_defaults(command=_profile)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"wanted 1 or more, got {value}")
+    return value

@@ -113,7 +113,7 @@ class ModelStruct(ctypes.Structure):
     _fields_ = (
         *_fields(_U32, "struct_bytes abi_version"),
         *_fields(_Text, "name description required_isa"),
-        *_fields(_U32, "input_count output_count symbol_count reserved"),
+        *_fields(_U32, "input_count output_count symbol_count step_count"),
         *_fields(_to(TensorStruct), "inputs outputs"),
         ("symbols", _to(_Text)),
         ("weights", _Pointer),
@@ -125,6 +125,7 @@ class ModelStruct(ctypes.Structure):
         ("prepare", _function(_I32, _Pointer, _to(_to(_I64)))),
         ("output_shape", _function(_I32, _Pointer, _U32, _to(_I64))),
         ("run", _function(_I32, _Pointer, _to(_Pointer), _to(_Pointer))),
+        ("run_timed", _function(_I32, _Pointer, _to(_Pointer), _to(_Pointer), _to(_U64))),
         ("last_error", _function(_Text, _Pointer)),
         ("arena_bytes", _function(_U64, _Pointer)),
         ("thread_count", _function(_U32, _Pointer)),
@@ -202,6 +203,17 @@ class Model:
     def run(self, **inputs: Any) -> dict[str, Array]:
         """The same with inputs as keyword arguments."""
         return self(inputs)
+
+    def run_timed(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Array], Array]:
+        """The outputs, and the seconds of each of the description's "steps"."""
+        arrays = self._check_inputs(inputs)
+        step_ns = np.zeros(max(1, self._model.step_count), np.uint64)
+        context = self._take_context()
+        try:
+            outputs = self._run(context, arrays, step_ns)
+        finally:
+            self._give_back(context)
+        return outputs, step_ns[: self._model.step_count] / 1e9
 
     def verify_weights(self) -> bool:
         """Whether the weights are the ones that were compiled in; reads all of them."""
@@ -366,7 +378,9 @@ class Model:
                 return
         self._model.context_destroy(context.handle)
 
-    def _run(self, context: _ContextHandle, arrays: list[Array]) -> dict[str, Array]:
+    def _run(
+        self, context: _ContextHandle, arrays: list[Array], step_ns: Array | None = None
+    ) -> dict[str, Array]:
         shapes = tuple(array.shape for array in arrays)
         if context.shapes != shapes:
             self._prepare(context, shapes)
@@ -374,7 +388,12 @@ class Model:
             np.empty(shape, port.dtype)
             for port, shape in zip(self.outputs, context.outputs, strict=True)
         ]
-        status = self._model.run(context.handle, _addresses(arrays), _addresses(outputs))
+        places = (context.handle, _addresses(arrays), _addresses(outputs))
+        if step_ns is None:
+            status = self._model.run(*places)
+        else:
+            times = step_ns.ctypes.data_as(ctypes.POINTER(ctypes.c_uint64))
+            status = self._model.run_timed(*places, times)
         self._check(status, context)
         return {port.name: array for port, array in zip(self.outputs, outputs, strict=True)}
 

@@ -268,6 +268,7 @@ class DenseGemmFamily:
                 ceildiv(ceildiv(tokens, WIDTH), group) * -(-m // kernel.rows),
                 f"{node.name}: y[{m}] = w[{m}][{k}] x[{k}], {kernel.activation}",
                 grain=max(1, 2**14 // (kernel.rows * k)),
+                macs=tokens * (m * k),
             )
         ]
 

@@ -7,6 +7,7 @@ are opaque atoms of the polynomial, so equal expressions stay equal and print th
 
 from __future__ import annotations
 
+import ast
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -245,6 +246,33 @@ def only_atom(dim: Dim) -> Atom | None:
         case Expr(terms=(((atom,), 1),)):
             return atom
     return None
+
+
+def parse(text: str) -> Dim:
+    """The dim that prints as `text`; ValueError when none does."""
+    try:
+        return _parsed(ast.parse(text, mode="eval").body)
+    except SyntaxError:
+        raise ValueError(f"{text!r} is no dim") from None
+
+
+def _parsed(node: ast.expr) -> Dim:
+    match node:
+        case ast.Constant(int(value)):
+            return value
+        case ast.Name(name):
+            return symbol(name)
+        case ast.UnaryOp(ast.USub(), operand):
+            return _parsed(operand) * -1
+        case ast.BinOp(left, ast.Add(), right):
+            return _parsed(left) + _parsed(right)
+        case ast.BinOp(left, ast.Sub(), right):
+            return _parsed(left) - _parsed(right)
+        case ast.BinOp(left, ast.Mult(), right):
+            return _parsed(left) * _parsed(right)
+        case ast.Call(ast.Name(function), [a, b]) if function in _FUNCTIONS:
+            return _FUNCTIONS[function](_parsed(a), _parsed(b))
+    raise ValueError(f"{ast.unparse(node)!r} is no dim")
 
 
 def c_text(dim: Dim) -> str:

@@ -41,8 +41,6 @@ def bench(
     """
     if against is not None and onnx is None:
         raise InvalidInput(f"--against {against} needs the ONNX file: add --onnx FILE")
-    if min(batch, seq, threads) < 1:
-        raise InvalidInput("--batch, --seq and --threads must be at least 1")
     with _pinned(threads) if pin else contextlib.nullcontext():
         model = load(library, threads=threads)
         arrays = random_inputs(model, batch, seq, seed=0, padding=False)

@@ -114,7 +114,7 @@ typedef struct sparsec_model_v1 {
   uint32_t input_count;
   uint32_t output_count;
   uint32_t symbol_count;
-  uint32_t reserved;
+  uint32_t step_count; /* kernel calls of one run */
   const sparsec_tensor_v1 *inputs;
   const sparsec_tensor_v1 *outputs;
   const char *const *symbols; /* names of the sizes that input shapes bind */
@@ -143,6 +143,11 @@ typedef struct sparsec_model_v1 {
    * contents of the outputs are undefined. */
   int32_t (*run)(sparsec_context *context, const void *const *inputs, void *const *outputs);
 
+  /* `run`, and the wall time of each step in nanoseconds: step_ns has step_count elements, in the
+   * order of "steps" in the description. */
+  int32_t (*run_timed)(sparsec_context *context, const void *const *inputs, void *const *outputs,
+                       uint64_t *step_ns);
+
   /* What went wrong in the last call on this context that failed: which input and axis, what was
    * wanted and what came. Valid until the next call; "" when nothing failed yet. */
   const char *(*last_error)(sparsec_context *context);
@@ -162,7 +167,7 @@ const sparsec_model_v1 *sparsec_query(uint32_t abi_version);
 _Static_assert(sizeof(sparsec_dim_v1) == 24, "sparsec_dim_v1");
 _Static_assert(sizeof(sparsec_tensor_v1) == 24, "sparsec_tensor_v1");
 _Static_assert(sizeof(sparsec_options_v1) == 80, "sparsec_options_v1");
-_Static_assert(sizeof(sparsec_model_v1) == 168, "sparsec_model_v1");
+_Static_assert(sizeof(sparsec_model_v1) == 176, "sparsec_model_v1");
 #endif
 
 #ifdef __cplusplus

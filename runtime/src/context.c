@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <xmmintrin.h>
 
 #include "cpu_check.h"
@@ -328,7 +329,15 @@ static int32_t check_pointers(sparsec_context *context, const void *const *input
   return SPARSEC_OK;
 }
 
-static int32_t run(sparsec_context *context, const void *const *inputs, void *const *outputs) {
+static uint64_t now_ns(void) {
+  struct timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return (uint64_t)now.tv_sec * UINT64_C(1000000000) + (uint64_t)now.tv_nsec;
+}
+
+/* step_ns is a null pointer when nobody asks for the times. */
+static int32_t run(sparsec_context *context, const void *const *inputs, void *const *outputs,
+                   uint64_t *step_ns) {
   const sparsec_code *code = context->code;
   if (!context->prepared) return fail(context, SPARSEC_NOT_PREPARED, "run comes after prepare");
   if (sparsec_pool_forked(context->pool))
@@ -341,19 +350,26 @@ static int32_t run(sparsec_context *context, const void *const *inputs, void *co
   for (uint32_t i = 0; i < code->step_count; i++) {
     const sparsec_step *step = &code->steps[i];
     int64_t items = context->sizes.items[i];
-    if (items < 1) continue;
+    uint64_t start = step_ns ? now_ns() : 0;
     job j = {context, &frame, step};
-    status = sparsec_pool_run(context->pool, items, step->grain, run_range, &j);
+    if (items > 0) status = sparsec_pool_run(context->pool, items, step->grain, run_range, &j);
     if (status != SPARSEC_OK)
       return fail(context, status, "step %" PRIu32 " (%s): %s", i, step->text,
                   sparsec_status_text(status));
+    if (step_ns) step_ns[i] = now_ns() - start;
   }
   return SPARSEC_OK;
 }
 
 int32_t sparsec_run(sparsec_context *context, const void *const *inputs, void *const *outputs) {
   int32_t status = enter(context);
-  return status == SPARSEC_OK ? leave(context, run(context, inputs, outputs)) : status;
+  return status == SPARSEC_OK ? leave(context, run(context, inputs, outputs, NULL)) : status;
+}
+
+int32_t sparsec_run_timed(sparsec_context *context, const void *const *inputs,
+                          void *const *outputs, uint64_t *step_ns) {
+  int32_t status = enter(context);
+  return status == SPARSEC_OK ? leave(context, run(context, inputs, outputs, step_ns)) : status;
 }
 
 const char *sparsec_last_error(sparsec_context *context) {

@@ -62,6 +62,8 @@ void sparsec_context_destroy(sparsec_context *context);
 int32_t sparsec_prepare(sparsec_context *context, const int64_t *const *shapes);
 int32_t sparsec_output_shape(sparsec_context *context, uint32_t index, int64_t *shape);
 int32_t sparsec_run(sparsec_context *context, const void *const *inputs, void *const *outputs);
+int32_t sparsec_run_timed(sparsec_context *context, const void *const *inputs,
+                          void *const *outputs, uint64_t *step_ns);
 const char *sparsec_last_error(sparsec_context *context);
 uint64_t sparsec_arena_bytes(sparsec_context *context);
 uint32_t sparsec_thread_count(sparsec_context *context);

@@ -239,3 +239,21 @@ def test_truncated_library(
     size = keep if isinstance(keep, int) else int(len(whole) * keep)
     (tmp_path / "cut.so").write_bytes(whole[:size])
     refuses(["inspect", str(tmp_path / "cut.so")], capsys, ["cut.so"])
+
+
+def test_profile_adds_up_and_writes_a_trace(
+    build: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, library = build("tiny-bert")
+    trace = tmp_path / "trace.json"
+    words = ["profile", str(library), "--seq", "9", "--runs", "3"]
+    assert main([*words, "--json", "--trace", str(trace)]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert sum(row["seconds"] for row in result["ops"]) == pytest.approx(result["seconds"])
+    linear = next(row for row in result["ops"] if row["op"] == "linear")
+    # Two layers of 32 channels: QKV, output, two FFN products over 9 tokens; the pooler over 1.
+    assert linear["macs"] == 2 * 9 * (96 * 32 + 32 * 32 + 2 * 64 * 32) + 32 * 32
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert len(events) == len(result["steps"])
+    assert main(words) == 0
+    assert main([*words, "--steps"]) == 0

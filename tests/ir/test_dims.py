@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from sparsec.ir import dims
-from sparsec.ir.dims import Dim, ceildiv, floordiv, maximum, minimum, mod, round_up, symbol
+from sparsec.ir.dims import Dim, ceildiv, floordiv, maximum, minimum, mod, parse, round_up, symbol
 
 BATCH, SEQ = symbol("batch"), symbol("seq")
 GRID = [{"batch": b, "seq": s} for b, s in itertools.product((1, 2, 7), (1, 5, 128, 300))]
@@ -82,3 +82,16 @@ def test_substitute_and_symbols():
 def test_unbound_symbol_is_named():
     with pytest.raises(KeyError, match="seq"):
         dims.evaluate(SEQ, {"batch": 1})
+
+
+@pytest.mark.parametrize(
+    "text", ["7", "batch", "64*floordiv(batch*seq + 63, 64)", "2*seq - 1", "max(batch, seq)"]
+)
+def test_parse_reads_what_is_printed(text: str) -> None:
+    assert str(parse(text)) == text
+
+
+@pytest.mark.parametrize("text", ["", "batch +", "import os", "f(1)", "batch.x", "1.5"])
+def test_parse_refuses_other_text(text: str) -> None:
+    with pytest.raises(ValueError, match="no dim"):
+        parse(text)
