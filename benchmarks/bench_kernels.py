@@ -26,16 +26,19 @@ import numpy as np
 from tvm.script.ir_builder import tirx as T
 
 from sparsec.codegen import tir
-from sparsec.codegen.isa import FEATURES, by_name
+from sparsec.codegen.isa import FEATURES, VECTOR_ISAS, by_name
 from sparsec.codegen.isa.vector import ramp, splat
 from sparsec.codegen.kernels import FAMILIES
 from sparsec.codegen.kernels.attention import Attention, AttentionFamily
 from sparsec.codegen.kernels.dense_gemm import DenseGemm, DenseGemmFamily
 from sparsec.codegen.kernels.embedding import Embedding
-from sparsec.codegen.kernels.layer_norm import LayerNorm
+from sparsec.codegen.kernels.int8_gemm import Int8Gemm
+from sparsec.codegen.kernels.layer_norm import RESULTS, LayerNorm
 from sparsec.codegen.kernels.layout_change import LayoutChange
 from sparsec.codegen.kernels.panels import GROUP, WIDTH, loop
 from sparsec.codegen.kernels.pointwise import CHUNK, Pointwise
+from sparsec.codegen.kernels.quantize import CHUNK as QUANTIZE_CHUNK
+from sparsec.codegen.kernels.quantize import Requantise
 from sparsec.codegen.program import Kernel, Kind, Parameter
 from sparsec.ir.schedule import Workload
 from sparsec.ir.types import DType
@@ -206,9 +209,9 @@ def cases(isa: str, library: Library) -> Iterator[tuple[str, str, list[Candidate
         peer = matmul_of_onnxruntime(m, k, tokens)
         yield "dense_gemm", f"{m}x{k}x{tokens}", [*found, *([peer] if peer else [])]
     for shape in ATTENTION_SHAPES:
-        kernels = [k for k in AttentionFamily().variants() if k.isa == isa]
+        kernels = [k for k in AttentionFamily().variants() if isinstance(k, Attention)]
         found = [attention(library, k, shape) for k in kernels
-                 if isinstance(k, Attention) and k.mask in ("none", "key")]  # fmt: skip
+                 if (k.isa, k.result) == (isa, "f32") and k.mask != "full"]  # fmt: skip
         yield "attention", "batch{} seq{} heads{} size{}".format(*shape), found
     yield from small_cases(isa, library)
 
@@ -232,12 +235,16 @@ def small_cases(isa: str, library: Library) -> Iterator[tuple[str, str, list[Can
         embedding = Embedding(by_name(isa), (DType.I64,) * 3)
         call = library.bind(embedding, [*parts, x, 128, 128, channels], 128 // GROUP)
         yield "embedding", f"3 tables {channels}x128", [Candidate("", call, channels * 128, [])]
-        panels = [aligned(2, channels, WIDTH) for _ in range(2)]
-        norm = LayerNorm(by_name(isa), False, True)
-        weights = [aligned(channels), aligned(channels)]
-        operands = [panels[0], *weights, panels[1], channels, 1e-5]
-        call = library.bind(norm, operands, 128 // GROUP)
-        yield "layer_norm", f"{channels}x128", [Candidate("", call, channels * 128, [])]
+        found = [layer_norm(library, LayerNorm(by_name(isa), residual, True, result), channels)
+                 for residual in (False, True) for result in RESULTS]  # fmt: skip
+        yield "layer_norm", f"{channels}x128", found
+        count = 128 * channels
+        stored = aligned(count // 4).view(np.uint8)
+        for op, ends in (("quantize", [x, stored]), ("dequantize", [stored, x])):
+            requantise = Requantise(by_name(isa), op, "uint8")
+            items = -(-count // QUANTIZE_CHUNK)
+            call = library.bind(requantise, [*ends, count, 50.0, 128], items)
+            yield "quantize", f"{op} {channels}x128", [Candidate("", call, count, [])]
     for op in ("gelu", "gelu_tanh", "tanh", "exp", "sigmoid", "erf"):
         count = 16 * CHUNK
         kernel = Pointwise(by_name(isa), op)
@@ -245,10 +252,27 @@ def small_cases(isa: str, library: Library) -> Iterator[tuple[str, str, list[Can
         yield "pointwise", f"{op} {count}", [Candidate("", call, count, [])]
 
 
+def layer_norm(library: Library, kernel: LayerNorm, channels: int) -> Candidate:
+    """128 tokens."""
+    x, residual, y = (aligned(2, channels, WIDTH) for _ in range(3))
+    args = [x, *[residual] * kernel.has_residual, aligned(channels), aligned(channels)]
+    args += [y] * kernel.has_floats
+    stored = aligned(128 * channels // 4).view(np.uint8)
+    numbers: list[Any] = [channels, 1e-5]
+    if kernel.has_bytes:
+        numbers = [stored, 128, *numbers, 50.0, 128]
+    items = 2 if kernel.has_bytes else 128 // GROUP
+    call = library.bind(kernel, [*args, *numbers], items)
+    name = f"{'residual ' * kernel.has_residual}to {kernel.result}"
+    return Candidate(name, call, channels * 128, [])
+
+
 def kernels_of(isa: str) -> list[Kernel]:
     kernels: list[Kernel] = [Peak(isa)]
     for family in dict.fromkeys(FAMILIES.values()):
         for kernel in family.variants():
+            if isinstance(kernel, Int8Gemm):  # see bench_int8.py
+                continue
             plain = not isinstance(kernel, DenseGemm) or (
                 kernel.activation == "none" and not kernel.has_residual
             )
@@ -268,11 +292,11 @@ def peak_of(library: Library, isa: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--isa", choices=[i.value for i in FEATURES])
+    parser.add_argument("--isa", choices=[v.name for v in VECTOR_ISAS])
     parser.add_argument("--only", help="a family, such as dense_gemm")
     parser.add_argument("--rounds", type=int, default=30)
     options = parser.parse_args()
-    isa = options.isa or next(i.value for i in reversed(FEATURES) if Target.host().has(i))
+    isa = options.isa or next(v.name for v in reversed(VECTOR_ISAS) if Target.host().has(v.isa))
     with tempfile.TemporaryDirectory() as folder:
         library = Library(kernels_of(isa), isa, Path(folder))
         peak = peak_of(library, isa)

@@ -50,7 +50,7 @@ def lower(graph: Graph, plan: MemoryPlan, target: Target) -> Program:
     binder = _Binder(graph, plan)
     calls: list[KernelCall] = []
     for node in graph.nodes:
-        if node.output.name in plan.view_of:
+        if node.outputs[0].name in plan.view_of:
             continue
         if node.schedule is None:
             raise NoSchedule(f"{node.name} ({node.op}): no schedule was assigned")

@@ -12,10 +12,13 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsec import __version__
 from sparsec.errors import CompilerError, InvalidInput
+
+if TYPE_CHECKING:
+    from sparsec.options import Calibration
 
 EXAMPLES = """examples:
   sparsec compile model.onnx -o model.so
@@ -49,6 +52,9 @@ def _compile(args: argparse.Namespace) -> int:
             target=args.target,
             isa=Isa(args.isa) if args.isa else None,
             shapes=dict(parse_shape(text) for text in args.shape),
+            precision=args.precision,
+            calibration=_calibration(args),
+            keep_fp32=args.keep_fp32,
             dump_ir=args.dump_ir,
             report=args.report,
             cc=args.cc,
@@ -57,6 +63,22 @@ def _compile(args: argparse.Namespace) -> int:
     if not args.quiet:
         _print_summary(result)
     return 0
+
+
+def _calibration(args: argparse.Namespace) -> Calibration | None:
+    """What the command line says about calibration; None when it says nothing."""
+    from sparsec.options import Calibration
+
+    given = args.calibration
+    if given is None and args.calibration_text is None:
+        return None
+    return Calibration(
+        data=Path(given) if given not in (None, "random") else None,
+        text=args.calibration_text,
+        tokenizer=args.tokenizer,
+        random=given == "random",
+        method=args.calibration_method,
+    )
 
 
 def _print_summary(result: Any) -> None:
@@ -198,6 +220,31 @@ def _add_compile(commands: Any) -> None:
         default=[],
         metavar="NAME=1x128",
         help="fix an input's shape; a name instead of a size keeps that axis dynamic",
+    )
+    p.add_argument(
+        "--precision",
+        choices=["fp32", "int8"],
+        help="default: int8 for a quantised (QDQ) model, else fp32",
+    )
+    p.add_argument(
+        "--calibration",
+        metavar="FILE.npz|random",
+        help="int8: samples, an array per input, first axis = samples; or random tokens, for "
+        "benchmarks only",
+    )
+    p.add_argument("--calibration-text", type=Path, metavar="FILE", help="int8: lines of text")
+    p.add_argument("--tokenizer", type=Path, metavar="FILE", help="the model's tokenizer.json")
+    p.add_argument(
+        "--calibration-method",
+        choices=["minmax", "percentile", "entropy", "mse"],
+        default="minmax",
+    )
+    p.add_argument(
+        "--keep-fp32",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="int8: leave layers whose name matches in fp32; may be given more than once",
     )
     p.add_argument("--dump-ir", type=Path, metavar="DIR", help="write the graph after each pass")
     p.add_argument("--report", type=Path, metavar="FILE", help="write what was done, as JSON")

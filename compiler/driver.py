@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsec.calibration import (
+    Feed,
+    calibrate,
+    choose_range,
+    load_calibration,
+    random_batches,
+    table_rows,
+)
+from sparsec.calibration_text import text_batches
 from sparsec.codegen import tir
 from sparsec.codegen.isa import FEATURES
 from sparsec.codegen.lower import lower, schedule_of
@@ -17,16 +27,26 @@ from sparsec.codegen.program import Program
 from sparsec.codegen.toolchain import build_library
 from sparsec.errors import InvalidInput
 from sparsec.frontend.onnx_import import import_model
-from sparsec.ir.graph import Graph, Value
+from sparsec.ir.graph import Graph
 from sparsec.ir.memory_plan import MemoryPlan
 from sparsec.ir.printer import print_graph
-from sparsec.options import CompileOptions
-from sparsec.passes import default_pipeline
+from sparsec.options import Calibration, CompileOptions
+from sparsec.passes import (
+    Quantization,
+    graph_pipeline,
+    int8_pipeline,
+    is_quantized,
+    quantized_values,
+    target_pipeline,
+)
 from sparsec.passes.manager import PassManager
 from sparsec.passes.plan_memory import plan_memory
 from sparsec.target import Isa, Target
 
 Progress = Callable[[str], None]
+
+RANDOM_SAMPLES = 16
+RANDOM_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +66,9 @@ def compile_model(
     target: str | Target | None = None,
     isa: Isa | None = None,
     shapes: Mapping[str, Sequence[int | str]] | None = None,
+    precision: str | None = None,
+    calibration: Calibration | None = None,
+    keep_fp32: Sequence[str] = (),
     dump_ir: str | os.PathLike[str] | None = None,
     report: str | os.PathLike[str] | None = None,
     cc: str | None = None,
@@ -54,8 +77,11 @@ def compile_model(
     """Compile an ONNX model into a shared library, with its loader `model.py` beside it.
 
     `target` is a Target or the name of one (default: this machine). `shapes` fixes input shapes:
-    per input name the sizes, an int for a fixed one, a name for one that stays dynamic. `dump_ir`
-    is a folder for the graph after each pass, `report` a JSON file. `progress` is told each stage.
+    per input name the sizes, an int for a fixed one, a name for one that stays dynamic.
+    `precision` is fp32 or int8; by default a quantised (QDQ) model is int8, any other fp32. int8
+    needs `calibration` unless the model is quantised, and leaves the layers whose names match a
+    pattern in `keep_fp32`. `dump_ir` is a folder for the graph after each pass, `report` a JSON
+    file. `progress` is told each stage.
 
     Raises CompilerError: its subclasses say what was wrong with the model or the arguments.
     Nothing is left behind at `output` when it does.
@@ -64,6 +90,9 @@ def compile_model(
         target=target if isinstance(target, Target) else Target.named(target or "native"),
         isa=isa,
         shapes={name: tuple(sizes) for name, sizes in (shapes or {}).items()},
+        precision=precision,
+        calibration=calibration,
+        keep_fp32=tuple(keep_fp32),
         dump_ir=Path(dump_ir) if dump_ir is not None else None,
         report=Path(report) if report is not None else None,
         cc=cc,
@@ -78,12 +107,22 @@ def _compile(
     clock = _Clock(progress)
     clock.start("import")
     graph = import_model(model, overrides=options.shapes)
-    ranges = input_ranges(graph)
+    ranges = {value.name: rows for value, rows in table_rows(graph).items()}
 
     clock.start("passes")
     target = _limited(options.target, options.isa)
-    pipeline = default_pipeline(schedules=lambda node: schedule_of(node, target))
-    records = PassManager(pipeline, dump=_dumper(options.dump_ir)).run(graph)
+    dump = _dumper(options.dump_ir)
+    pipeline = graph_pipeline(keep_roundings=options.precision != "fp32")
+    records = PassManager(pipeline, dump).run(graph)
+    int8 = options.is_int8(is_quantized(graph))
+    if int8:
+        clock.start("calibrate")
+        quantization = _quantization(graph, options.calibration, options.keep_fp32)
+        clock.start("quantise")
+        records += PassManager(int8_pipeline(quantization), dump).run(graph)
+    clock.start("schedule")
+    pipeline = target_pipeline(lambda node: schedule_of(node, target))
+    records += PassManager(pipeline, dump).run(graph)
 
     clock.start("lower")
     plan = plan_memory(graph)
@@ -105,10 +144,41 @@ def _compile(
         progress=progress,
     )
     clock.stop()
-    report = {"isa": isa.value, **description, "passes": records, "seconds": clock.seconds}
+    precision = "int8" if int8 else "fp32"
+    report = {
+        "isa": isa.value,
+        "precision": precision,
+        **description,
+        "passes": records,
+        "seconds": clock.seconds,
+    }
     if options.report is not None:
         _write_json(options.report, report)
     return CompileResult(output, output.with_suffix(".py"), report, clock.seconds)
+
+
+def _quantization(
+    graph: Graph, calibration: Calibration | None, keep_fp32: tuple[str, ...]
+) -> Quantization:
+    """The ranges of the values that int8 products read, by running the samples.
+
+    A model that is quantised has its own: without calibration only those are used.
+    """
+    if calibration is None:
+        return Quantization({}, keep_fp32)
+    names = quantized_values(graph, keep_fp32)
+    observed = calibrate(graph, _samples(graph, calibration), names)
+    ranges = {name: choose_range(o, calibration.method) for name, o in observed.items()}
+    return Quantization(ranges, keep_fp32)
+
+
+def _samples(graph: Graph, calibration: Calibration) -> Iterable[Feed]:
+    match calibration:
+        case Calibration(data=Path() as path):
+            return load_calibration(path, graph)
+        case Calibration(text=Path() as path, tokenizer=Path() as tokenizer):
+            return text_batches(path, tokenizer, graph)
+    return random_batches(graph, RANDOM_SAMPLES, RANDOM_TOKENS)
 
 
 def build_kernels(program: Program) -> dict[str, bytes]:
@@ -122,28 +192,6 @@ def build_kernels(program: Program) -> dict[str, bytes]:
         )
         for isa, kernels in sorted(by_isa.items())
     }
-
-
-def input_ranges(graph: Graph) -> dict[str, int]:
-    """For each input that indexes a constant table: the number of rows, so ids are below it."""
-    ranges: dict[str, int] = {}
-    inputs = set(graph.inputs)
-    for node in graph.nodes:
-        if node.op != "gather":
-            continue
-        table, ids = node.input(0), _origin(node.input(1))
-        if ids in inputs and table.is_constant and node.attrs["axis"] == 0:
-            rows = table.type.shape[0]
-            assert isinstance(rows, int)
-            ranges[ids.name] = min(rows, ranges.get(ids.name, rows))
-    return ranges
-
-
-def _origin(value: Value) -> Value:
-    """The value behind casts and reshapes."""
-    while value.producer is not None and value.producer.op in {"cast", "reshape", "identity"}:
-        value = value.producer.input(0)
-    return value
 
 
 def _limited(target: Target, isa: Isa | None) -> Target:
@@ -164,13 +212,13 @@ def _describe(
         {
             "node": node.name,
             "op": node.op,
-            "type": str(node.output.type),
+            "type": ", ".join(str(v.type) for v in node.outputs),
             "schedule": str(node.schedule),
             "source": node.schedule.source if node.schedule else "",
             "generic": node.schedule is not None and node.schedule.family == "generic",
         }
         for node in graph.nodes
-        if node.output.name not in plan.view_of
+        if node.outputs[0].name not in plan.view_of
     ]
     return {
         "target": target.name,
@@ -191,8 +239,10 @@ def _dumper(folder: Path | None) -> Callable[[int, str, Graph], None] | None:
         return None
     folder.mkdir(parents=True, exist_ok=True)
 
-    def dump(index: int, name: str, graph: Graph) -> None:
-        (folder / f"{index:02d}_{name}.txt").write_text(print_graph(graph))
+    numbers = itertools.count(1)  # the pipeline runs in parts
+
+    def dump(_: int, name: str, graph: Graph) -> None:
+        (folder / f"{next(numbers):02d}_{name}.txt").write_text(print_graph(graph))
 
     return dump
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,13 @@ from sparsec.ir.graph import Graph, Node, Value
 from sparsec.ir.ops import OPS
 
 Array = np.ndarray[Any, Any]
+Observer = Callable[[Value, Array], None]
 
 
-def run(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """The outputs of `graph` by name.
+def run(
+    graph: Graph, inputs: Mapping[str, Array], observe: Observer | None = None
+) -> dict[str, Array]:
+    """The outputs of `graph` by name. `observe` sees every result of a node.
 
     Raises InvalidInput when names, ranks, dtypes or sizes are not what the graph wants.
     """
@@ -29,6 +32,9 @@ def run(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, Array]:
         operands = [None if v is None else _data(v, values) for v in node.inputs]
         results = run_node(node, operands, env)
         values.update(zip(node.outputs, results, strict=True))
+        if observe is not None:
+            for pair in zip(node.outputs, results, strict=True):
+                observe(*pair)
         for operand in node.inputs:
             if operand in left:
                 left[operand] -= 1

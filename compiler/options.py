@@ -7,9 +7,39 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sparsec.errors import InvalidInput
+from sparsec.ranges import METHODS
 from sparsec.target import Isa, Target
 
-PRECISIONS = ("fp32",)
+PRECISIONS = ("fp32", "int8")
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Where the ranges of int8 activations come from, and how they are chosen.
+
+    One of: `data`, an npz with an array per input; `text` with `tokenizer`; `random` tokens, which
+    are good for nothing but measuring speed.
+    """
+
+    data: Path | None = None
+    text: Path | None = None
+    tokenizer: Path | None = None
+    random: bool = False
+    method: str = "minmax"
+
+    def __post_init__(self) -> None:
+        if sum((self.data is not None, self.text is not None, self.random)) != 1:
+            raise InvalidInput(
+                "int8 needs the ranges of the activations: give one of --calibration FILE.npz, "
+                "--calibration-text FILE with --tokenizer FILE, or --calibration random "
+                "(for benchmarks: the answers will be poor)"
+            )
+        if self.text is not None and self.tokenizer is None:
+            raise InvalidInput("--calibration-text needs the model's --tokenizer tokenizer.json")
+        if self.method not in METHODS:
+            raise InvalidInput(
+                f"calibration method {self.method!r} is not one of {', '.join(METHODS)}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,22 +52,39 @@ class CompileOptions:
 
     target: Target
     isa: Isa | None = None
-    precision: str = "fp32"
+    precision: str | None = None  # int8 for a quantised model, else fp32
+    calibration: Calibration | None = None
+    keep_fp32: tuple[str, ...] = ()
     shapes: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
     dump_ir: Path | None = None
     report: Path | None = None
     cc: str | None = None
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
+        if self.precision not in (None, *PRECISIONS):
             raise InvalidInput(
                 f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}"
             )
+        if self.precision != "int8" and self.calibration is not None:
+            raise InvalidInput("calibration goes with --precision int8")
+        if self.precision == "fp32" and self.keep_fp32:
+            raise InvalidInput("--keep-fp32 goes with --precision int8")
         if self.isa is not None and not self.target.has(self.isa):
             have = ", ".join(i.value for i in self.target.isas)
             raise InvalidInput(
                 f"target {self.target.name} does not have {self.isa.value}; it has {have}"
             )
+
+    def is_int8(self, quantized: bool) -> bool:
+        """Whether to compile a model in int8 that is `quantized` itself or not.
+
+        Raises InvalidInput when the ranges of the activations are missing.
+        """
+        if self.precision == "int8" and self.calibration is None and not quantized:
+            Calibration()  # says what is missing
+        if self.precision is None and self.keep_fp32 and not quantized:
+            raise InvalidInput("--keep-fp32 goes with --precision int8")
+        return self.precision == "int8" or (self.precision is None and quantized)
 
 
 def parse_shape(text: str) -> tuple[str, tuple[int | str, ...]]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from sparsec.passes.absorb_qdq import AbsorbQdq
 from sparsec.passes.assign_layouts import AssignLayouts
 from sparsec.passes.assign_schedules import AssignSchedules, ScheduleLookup
 from sparsec.passes.base import Pass, PassResult
 from sparsec.passes.canonicalize import Canonicalize
+from sparsec.passes.choose_weight_layout import ChooseWeightLayout, LayoutChoice, by_density
+from sparsec.passes.fold_quantize import FoldQuantize
 from sparsec.passes.fuse_attention import FuseAttention
 from sparsec.passes.fuse_embedding import FuseEmbedding
 from sparsec.passes.fuse_epilogue import FuseEpilogue
@@ -16,8 +19,22 @@ from sparsec.passes.fuse_layer_norm import FuseLayerNorm
 from sparsec.passes.fuse_linear import FuseLinear
 from sparsec.passes.infer_types import InferTypes
 from sparsec.passes.merge_qkv import MergeQkv
+from sparsec.passes.quantize import Quantization, Quantize, is_quantized, quantized_values
 
-__all__ = ["PASSES", "Pass", "PassResult", "ScheduleLookup", "default_pipeline", "graph_pipeline"]
+__all__ = [
+    "PASSES",
+    "LayoutChoice",
+    "Pass",
+    "PassResult",
+    "Quantization",
+    "ScheduleLookup",
+    "default_pipeline",
+    "graph_pipeline",
+    "int8_pipeline",
+    "is_quantized",
+    "quantized_values",
+    "target_pipeline",
+]
 
 # The passes that need no argument, by name.
 PASSES: Mapping[str, Callable[[], Pass]] = {
@@ -34,10 +51,16 @@ PASSES: Mapping[str, Callable[[], Pass]] = {
 }
 
 
-def graph_pipeline(fixed_dims: Mapping[str, int] | None = None) -> list[Pass]:
-    """The passes that know nothing of a target: a graph of core ops in rows."""
+def graph_pipeline(
+    fixed_dims: Mapping[str, int] | None = None, *, keep_roundings: bool = True
+) -> list[Pass]:
+    """The passes that know nothing of a target: a graph of core ops in rows.
+
+    `keep_roundings` to int8 of a quantised model, which int8_pipeline makes use of.
+    """
     return [
         InferTypes(fixed_dims or {}),  # first: what is fixed can be folded
+        AbsorbQdq(keep_roundings),  # before all patterns: they have no roundings inside
         Canonicalize(),
         FuseEmbedding(),  # before FuseLayerNorm, which would take the last sum as a residual
         FuseGelu(),
@@ -50,12 +73,33 @@ def graph_pipeline(fixed_dims: Mapping[str, int] | None = None) -> list[Pass]:
     ]
 
 
-def default_pipeline(
-    *, schedules: ScheduleLookup, fixed_dims: Mapping[str, int] | None = None
+def int8_pipeline(
+    quantization: Quantization, choose_layout: LayoutChoice = by_density
 ) -> list[Pass]:
-    """The whole pipeline. `schedules` chooses per node; `fixed_dims` gives sizes to symbols."""
+    """The passes that turn a graph of `graph_pipeline` into one of int8 ops."""
     return [
-        *graph_pipeline(fixed_dims),
+        Quantize(quantization.ranges, quantization.keep_fp32),
+        FoldQuantize(),
+        ChooseWeightLayout(choose_layout),  # after Quantize: it counts int8 zeros
+    ]
+
+
+def target_pipeline(schedules: ScheduleLookup) -> list[Pass]:
+    """The passes after all rewrites. `schedules` chooses per node."""
+    return [
         AssignLayouts(),  # last of the rewrites: it knows all producers and readers
         AssignSchedules(schedules),
     ]
+
+
+def default_pipeline(
+    *,
+    schedules: ScheduleLookup,
+    fixed_dims: Mapping[str, int] | None = None,
+    quantization: Quantization | None = None,
+    choose_layout: LayoutChoice = by_density,
+) -> list[Pass]:
+    """The whole pipeline. `fixed_dims` gives sizes to symbols; without quantization it is fp32."""
+    int8 = [] if quantization is None else int8_pipeline(quantization, choose_layout)
+    graph = graph_pipeline(fixed_dims, keep_roundings=quantization is not None)
+    return [*graph, *int8, *target_pipeline(schedules)]

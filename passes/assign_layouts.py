@@ -2,6 +2,8 @@
 
 linear(x), gelu, layer_norm   ->   linear(to_panels(x)), gelu, layer_norm in panels
 return y                      ->   return from_panels(y)
+
+Quantised values are u8 panels; they are made in panels too, so conversions are of fp32 alone.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ PANEL_SAFE = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class AssignLayouts:
-    """fp32 planar panels of `width` tokens. Every value is converted at most once each way."""
+    """Planar panels of `width` tokens. Every value is converted at most once each way."""
 
     width: int = PANEL_WIDTH
     name: str = "assign_layouts"
@@ -73,8 +75,10 @@ class _Assignment:
 
     def _panel_operands(self, node: Node) -> set[int]:
         rule = OPS[node.op].panels
-        if rule is not None and node.output.type.dtype is DType.F32:
+        if rule is not None and _has_panel_kernel(node):
             return set(rule.operands)
+        if node.op == "quantize" and any(_reads_panels(n, i) for n, i in node.output.uses):
+            return {0}
         if self._stays_in_panels(node):
             return {i for i, v in enumerate(node.inputs) if v is not None and _is_panels(v)}
         return set()
@@ -82,12 +86,16 @@ class _Assignment:
     def _gives_panels(self, node: Node) -> bool:
         rule = OPS[node.op].panels
         if rule is not None:
-            return node.output.type.dtype is DType.F32
+            return _has_panel_kernel(node)
         return any(v is not None and _is_panels(v) for v in node.inputs)
 
     def _stays_in_panels(self, node: Node) -> bool:
         """Whether the node can work on panels that its operands are in already."""
         if not any(v is not None and _is_panels(v) for v in node.inputs):
+            return False
+        if node.op in ("quantize", "dequantize"):
+            return True
+        if len(node.outputs) != 1:
             return False
         result = node.output.type
         if node.op == "reshape":  # the tokens and their order stay: a view
@@ -122,6 +130,16 @@ def _fits(value: Value, shape: tuple[Dim, ...]) -> bool:
     if value.is_constant:
         return value.type.elements == 1
     return _is_panels(value) and value.type.shape == shape
+
+
+def _has_panel_kernel(node: Node) -> bool:
+    """Whether the kernels of an op with a PanelRule take this node: fp32, stored as u8 or not."""
+    return node.outputs[0].type.dtype in (DType.F32, DType.U8)
+
+
+def _reads_panels(node: Node, index: int) -> bool:
+    rule = OPS[node.op].panels
+    return rule is not None and index in rule.operands and _has_panel_kernel(node)
 
 
 def _is_panels(value: Value) -> bool:

@@ -29,9 +29,10 @@ class AssignSchedules:
             schedule = self.schedules(node)
             if schedule is None:
                 operands = ", ".join(str(v.type) if v is not None else "_" for v in node.inputs)
+                results = ", ".join(str(v.type) for v in node.outputs)
                 raise NoSchedule(
                     f"{node.name}: no kernel computes {node.op}({operands}) -> "
-                    f"{node.output.type} on this target; choose another target, or rewrite "
+                    f"{results} on this target; choose another target, or rewrite "
                     "this part of the model with ops that are supported"
                 )
             graph.set_schedule(node, schedule)

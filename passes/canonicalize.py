@@ -9,7 +9,7 @@ y = sub(a, b); z = sub(a, b)    ->  y alone
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from sparsec.ir.dims import Expr
 from sparsec.ir.graph import Graph, Node, Value
 from sparsec.ir.op_spec import Array
 from sparsec.ir.ops import OPS
+from sparsec.ir.ops_int8 import moved_quant
 from sparsec.passes.base import PassResult
 from sparsec.passes.identities import IDENTITIES
 from sparsec.passes.identities_index import INDEX_IDENTITIES
@@ -55,7 +56,10 @@ def fold_constants(graph: Graph) -> int:
         if data is None:
             continue
         for value, array in zip(node.outputs, data, strict=True):
-            graph.replace_uses(value, graph.add_constant(array, graph.base_name(value.name)))
+            constant = graph.add_constant(array, graph.base_name(value.name))
+            quant = moved_quant(node.op, node.input(0).type, node.attrs) if node.inputs else None
+            graph.set_type(constant, replace(constant.type, quant=quant))
+            graph.replace_uses(value, constant)
         folded += 1
     graph.drop_dead_nodes()
     return folded

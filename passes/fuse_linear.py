@@ -5,11 +5,12 @@ matmul(x[..., k], w[k, m]) + b[m]   ->   linear(x, transposed w[m, k], b)
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from sparsec.ir.graph import Graph, Value
+from sparsec.ir.ops_int8 import moved_quant
 from sparsec.ir.types import DType
 from sparsec.passes.base import PassResult
 from sparsec.passes.rewrite import (
@@ -26,7 +27,7 @@ from sparsec.passes.rewrite import (
 
 @dataclass(frozen=True, slots=True)
 class FuseLinear:
-    """fp32 only; the weight of several products is transposed once."""
+    """fp32 only; the weight of several products is transposed once, its scales with it."""
 
     name: str = "fuse_linear"
 
@@ -55,6 +56,8 @@ class MatmulToLinear(RewriteRule):
         if w is None:
             assert m["w"].data is not None
             w = g.constant(np.ascontiguousarray(m["w"].data.T), f"{g.name}.weight")
+            quant = moved_quant("transpose", m["w"].type, {"perm": (1, 0)})
+            g.graph.set_type(w, replace(w.type, quant=quant))
             self.transposed[m["w"]] = w
         return g.linear(m["x"], w, None, None, activation="none")
 

@@ -6,11 +6,12 @@ attention(linear(x, wq), linear(x, wk), linear(x, wv))
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from sparsec.ir.graph import Graph, Node, Value
+from sparsec.ir.types import QuantParams
 from sparsec.passes.base import PassResult
 from sparsec.passes.rewrite import (
     Builder,
@@ -26,7 +27,7 @@ from sparsec.passes.rewrite import (
 
 @dataclass(frozen=True, slots=True)
 class MergeQkv:
-    """Layers that share their weights share the stacked weight."""
+    """Layers that share their weights share the stacked weight; scales per row are stacked too."""
 
     name: str = "merge_qkv"
 
@@ -86,6 +87,8 @@ class StackProjections(RewriteRule):
                 return Reject(f"{name} is more than a product and a bias")
             if m[f"w{name}"].type.shape[0] != width:
                 return Reject(f"{name} has other channels than those of the heads")
+        if len({_is_per_row(m[f"w{name}"]) for name in "qkv"}) > 1:
+            return Reject("some of the weights are quantised per row, others are not")
         return None
 
     def rewrite(self, m: Match, g: Builder) -> Value:
@@ -118,8 +121,28 @@ class StackProjections(RewriteRule):
         key = tuple(weights)
         if key not in self.stacked:
             data = np.concatenate([_data(w) for w in weights])
-            self.stacked[key] = g.constant(data, f"{name}.qkv_weight")
+            self.stacked[key] = w = g.constant(data, f"{name}.qkv_weight")
+            if all(_is_per_row(v) for v in weights):
+                g.graph.set_type(w, replace(w.type, quant=_stacked_quant(weights)))
         return self.stacked[key]
+
+
+def _is_per_row(w: Value) -> bool:
+    """Whether a weight has a scale per row, or one for all."""
+    return w.type.quant is not None and w.type.quant.axis in (None, 0)
+
+
+def _stacked_quant(weights: list[Value]) -> QuantParams:
+    scale: list[float] = []
+    zero_point: list[int] = []
+    for w in weights:
+        quant, rows = w.type.quant, w.type.shape[0]
+        assert quant is not None, w
+        assert isinstance(rows, int), w
+        repeat = rows if quant.axis is None else 1
+        scale += quant.scale * repeat
+        zero_point += quant.zero_point * repeat
+    return QuantParams(tuple(scale), tuple(zero_point), 0)
 
 
 def _data(value: Value) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:

@@ -109,6 +109,9 @@ def check_plan(graph: Graph, plan: MemoryPlan) -> None:
         for slot, name in slots.items():
             if holds.get(slot) != name:
                 raise PassFailed(f"{node.name} reads %{name}, but slot {slot} holds {holds[slot]}")
+        written = [plan.slot_of[v.name] for v in node.outputs if v.name in plan.slot_of]
+        if len(set(written)) < len(written):
+            raise PassFailed(f"{node.name} writes two results into one slot")
         for value in node.outputs:
             slot = plan.slot_of.get(value.name, -1)
             if slot in slots:

@@ -199,6 +199,26 @@ def read_once(value: Value, graph_outputs: Sequence[Value] = ()) -> bool:
     return len(value.uses) == 1 and value not in graph_outputs
 
 
+def replace_node(
+    graph: Graph,
+    old: Node,
+    op: str,
+    inputs: Sequence[Value | None],
+    attrs: Mapping[str, Any],
+) -> Node:
+    """A new node in the place of `old`, with its name; outputs that are new come after its own.
+
+    The new node is the last of the graph: sort the graph when all are replaced.
+    """
+    name = old.name
+    new = graph.add_node(op, inputs, attrs, name=name)
+    for ours, theirs in zip(old.outputs, new.outputs, strict=False):
+        graph.replace_uses(ours, theirs)
+    graph.erase(old)
+    graph.rename(new, name)
+    return new
+
+
 def _match_apply(term: Apply, value: Value, bindings: Bindings) -> Iterator[Bindings]:
     node = value.producer
     if node is not None and node.op in term.ops:

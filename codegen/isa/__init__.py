@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from sparsec.codegen.isa.avx2 import AVX2
 from sparsec.codegen.isa.avx512 import AVX512
+from sparsec.codegen.isa.int8 import INT8_ISAS
 from sparsec.codegen.isa.vector import VectorIsa
 from sparsec.target import Isa, Target
 
 VECTOR_ISAS: tuple[VectorIsa, ...] = (AVX2, AVX512)  # weakest first
 
 # LLVM features of all kernels of an instruction-set level.
-FEATURES: dict[Isa, tuple[str, ...]] = {v.isa: v.features for v in VECTOR_ISAS}
+FEATURES: dict[Isa, tuple[str, ...]] = {
+    **{v.isa: v.features for v in VECTOR_ISAS},
+    **{v.isa: v.features for v in INT8_ISAS},
+}
 
 __all__ = ["AVX2", "AVX512", "FEATURES", "VECTOR_ISAS", "VectorIsa", "best_vector_isa", "by_name"]
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from sparsec.codegen.kernels.attention import AttentionFamily
+from sparsec.codegen.kernels.attention_int8 import AttentionInt8Family
 from sparsec.codegen.kernels.base import KernelFamily
 from sparsec.codegen.kernels.dense_gemm import DenseGemmFamily
 from sparsec.codegen.kernels.embedding import EmbeddingFamily
+from sparsec.codegen.kernels.int8_family import Int8GemmFamily
 from sparsec.codegen.kernels.layer_norm import LayerNormFamily
 from sparsec.codegen.kernels.layout_change import LayoutChangeFamily
 from sparsec.codegen.kernels.pointwise import PointwiseFamily
+from sparsec.codegen.kernels.quantize import QuantizeFamily
 from sparsec.codegen.program import Kernel
 from sparsec.ir.graph import Node
 from sparsec.ir.schedule import Schedule
@@ -16,11 +19,14 @@ from sparsec.target import Target
 
 _ALL: tuple[KernelFamily, ...] = (
     DenseGemmFamily(),
+    Int8GemmFamily(),
     AttentionFamily(),
+    AttentionInt8Family(),
     LayerNormFamily(),
     EmbeddingFamily(),
     LayoutChangeFamily(),
     PointwiseFamily(),
+    QuantizeFamily(),
 )
 
 FAMILIES: dict[str, KernelFamily] = {op: family for family in _ALL for op in family.ops}

@@ -21,6 +21,7 @@ from tvm.script.ir_builder import tirx as T
 
 from sparsec.codegen import tir
 from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, best_vector_isa, by_name
+from sparsec.codegen.isa.pack8 import Packer
 from sparsec.codegen.isa.polynomials import exp_negative
 from sparsec.codegen.isa.vector import keep, ramp, splat, transpose
 from sparsec.codegen.kernels.base import Binder
@@ -34,6 +35,7 @@ from sparsec.codegen.kernels.panels import (
     loop,
     mod,
 )
+from sparsec.codegen.kernels.quantize import inverse_of
 from sparsec.codegen.program import Arg, Kernel, KernelCall, Kind, Parameter
 from sparsec.ir.dims import Dim, ceildiv, round_up
 from sparsec.ir.graph import Node
@@ -44,34 +46,44 @@ from sparsec.target import Target
 # (groups of 16 queries at once, keys or channels at once) per vector length
 REGISTER_BLOCKS = {8: ((1, 6),), 16: ((4, 4), (2, 8))}
 MASKS = ("none", "key", "full")
+RESULTS = ("f32", "u8")
 LOWEST = -3.4028234663852886e38
 
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """`mask` is "none", "key" (one value per key) or "full" (one per query and key)."""
+    """`mask` is "none", "key" (one value per key) or "full" (one per query and key).
+
+    `result` is "f32" or "u8", quantised.
+    """
 
     vector: VectorIsa
     groups: int
     rows: int
     mask: str
+    result: str = "f32"
 
     @property
     def name(self) -> str:
-        return f"attention_f32_{self.rows}x{self.groups * GROUP}_mask_{self.mask}_{self.isa}"
+        to = "" if self.result == "f32" else f"_to_{self.result}"
+        return f"attention_f32_{self.rows}x{self.groups * GROUP}_mask_{self.mask}{to}_{self.isa}"
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
         """The mask is read at batch, head, query and key times their steps; a key's step is 1."""
         masked = self.mask != "none"
-        pointers = ["q", "k", "v", *(["mask"] if masked else []), "y"]
+        pointers = ["q", "k", "v", *(["mask"] if masked else [])]
+        y = Parameter("y", dtype="float32" if self.result == "f32" else "uint8")
+        quant = (Parameter("inverse", Kind.FLOAT), Parameter("zero_point", Kind.INT))
         sizes = ["tokens", "seq", "heads", "head_size"]
         sizes += [f"{x}_{what}" for x in "qkv" for what in ("channels", "offset")]
         sizes += ["batch_step", "head_step", "query_step"] if masked else []
         return (
             *(Parameter(n) for n in pointers),
+            y,
             *(Parameter(n, Kind.INT) for n in sizes),
             Parameter("scale", Kind.FLOAT),
+            *(quant if self.result == "u8" else ()),
         )
 
     @property
@@ -169,7 +181,7 @@ class _Block:
         with loop(div(self.start, WIDTH), div(self.stop - 1, WIDTH) + 1) as panel:
             first = keep(T.max(self.start - panel * WIDTH, const(0)))
             last = keep(T.min(self.stop - panel * WIDTH, const(WIDTH)))
-            _in_steps(first, last, steps, lambda lane, count: body(panel, lane, count))
+            in_steps(first, last, steps, lambda lane, count: body(panel, lane, count))
 
     def _score_keys(self, panel: Any, lane: Any, rows: int) -> None:
         s, n = self.s, self.lanes
@@ -189,7 +201,7 @@ class _Block:
                 where = ramp((key0 + r) * self.width + i * n, n)
                 score = keep(self._masked(acc[r][at] * splat(s["scale"], n), key0 + r, where))
                 T.buffer_store(s.scratch, score, [where])
-                T.buffer_store(self.highest, _higher(self.highest[at], score), [at])
+                T.buffer_store(self.highest, higher(self.highest[at], score), [at])
 
     def _row(self, operand: str, panel: Any) -> Any:
         """Where this head's first channel of a panel of q, k or v starts."""
@@ -210,7 +222,7 @@ class _Block:
         Where all scores are -inf the difference is taken to the lowest number: never NaN.
         """
         n = self.lanes
-        highest = [keep(_higher(splat(LOWEST, n), self.highest[at])) for at in self.at]
+        highest = [keep(higher(splat(LOWEST, n), self.highest[at])) for at in self.at]
         for at in self.at:
             T.buffer_store(self.total, splat(0.0, n), [at])
         with loop(0, self.stop - self.start) as key:
@@ -227,7 +239,10 @@ class _Block:
             inverse = keep(splat(1.0, self.lanes) / self.total[at])
             dead = self.highest[at] < splat(LOWEST, self.lanes)
             T.buffer_store(self.total, T.Select(dead, splat(0.0, self.lanes), inverse), [at])
-        _in_steps(const(0), size, self.steps, self._context_channels)
+        if self.kernel.result == "u8":
+            zero_point = self.s["zero_point"]
+            self.packer = Packer.of(self.v, "uint8", self.s["inverse"], zero_point)
+        in_steps(const(0), size, self.steps, self._context_channels)
 
     def _context_channels(self, channel: Any, rows: int) -> None:
         s, n = self.s, self.lanes
@@ -246,18 +261,22 @@ class _Block:
         panel = div(self.token, WIDTH)
         y0 = (panel * s["heads"] + self.head) * s["head_size"] + channel
         for r in range(rows):
-            for i, at in enumerate(self.at):
-                where = ramp((y0 + r) * WIDTH + mod(self.token, WIDTH) + i * n, n)
-                result = keep(acc[r][at] * self.total[at])
-                T.buffer_store(s["y"], self._blend(result, s["y"][where], i), [where])
+            results = [keep(acc[r][at] * self.total[at]) for at in self.at]
+            row = (y0 + r) * WIDTH + mod(self.token, WIDTH)
+            if self.kernel.result == "u8":
+                self._store(row, self.packer.bytes_of(results), 0, self.width)
+            else:
+                for i, result in enumerate(results):
+                    self._store(row, result, i * n, n)
 
-    def _blend(self, new: Any, old: Any, vector: int) -> Any:
+    def _store(self, row: Any, new: Any, first: int, lanes: int) -> None:
         """`new` in the lanes of this sequence and past it: a later sequence overwrites those."""
-        if not self.partial:
-            return new
-        index = T.ramp(T.int32(0), 1, self.lanes)
-        before = T.cast(T.max(self.start - self.token, const(0)), "int32") - vector * self.lanes
-        return T.Select(index < T.broadcast(before, self.lanes), old, new)
+        y, where = self.s["y"], ramp(row + first, lanes)
+        if self.partial:
+            index = T.ramp(T.int32(0), 1, lanes)
+            before = T.cast(T.max(self.start - self.token, const(0)), "int32") - first
+            new = T.Select(index < T.broadcast(before, lanes), y[where], new)
+        T.buffer_store(y, new, [where])
 
     def _zeros(self, rows: int) -> list[Any]:
         acc = [tir.registers("float32", self.width) for _ in range(rows)]
@@ -267,7 +286,7 @@ class _Block:
         return acc
 
 
-def _in_steps(
+def in_steps(
     first: Any, last: Any, steps: tuple[int, ...], body: Callable[[Any, int], None]
 ) -> None:
     """`body(index, count)` over [first, last): `steps[0]` at a time, the rest by smaller steps."""
@@ -278,7 +297,7 @@ def _in_steps(
         first = keep(first + whole * step)
 
 
-def _higher(a: Any, b: Any) -> Any:
+def higher(a: Any, b: Any) -> Any:
     return T.Select(b > a, b, a)
 
 
@@ -290,11 +309,12 @@ class AttentionFamily:
     def workload(self, node: Node) -> Workload:
         q, mask = node.input(0).type, node.optional_input(3)
         sizes = tuple((n, int(node.attrs[n])) for n in ("heads", "head_size"))
-        kind = "none" if mask is None else _mask_steps(mask.type, q)[0]
-        return Workload("attention", sizes, str(q.dtype), epilogue=f"mask {kind}")
+        kind = "none" if mask is None else mask_steps(mask.type, q)[0]
+        to = "" if node.attrs.get("out_scale") is None else " to u8"
+        return Workload("attention", sizes, str(q.dtype), epilogue=f"mask {kind}{to}")
 
     def schedules(self, workload: Workload, target: Target) -> list[Schedule]:
-        kind = workload.epilogue.removeprefix("mask ")
+        kind = workload.epilogue.split()[1]
         fits = workload.dtype == str(DType.F32) and kind in MASKS
         if best_vector_isa(target) is None or not fits:
             return []
@@ -307,10 +327,14 @@ class AttentionFamily:
 
     def lower(self, node: Node, schedule: Schedule, binder: Binder) -> list[KernelCall]:
         q, y, mask = node.input(0), node.output, node.optional_input(3)
-        assert all(is_planar(v.type) for v in (*map(node.input, range(3)), y)), node
-        kind, steps = ("none", ()) if mask is None else _mask_steps(mask.type, q.type)
+        assert all(is_planar(v.type) for v in map(node.input, range(3))), node
+        kind, steps = ("none", ()) if mask is None else mask_steps(mask.type, q.type)
         kernel = Attention(
-            by_name(schedule.isa), schedule.param("groups"), schedule.param("rows"), kind
+            by_name(schedule.isa),
+            schedule.param("groups"),
+            schedule.param("rows"),
+            kind,
+            "f32" if y.type.dtype is DType.F32 else "u8",
         )
         heads, head_size = int(node.attrs["heads"]), int(node.attrs["head_size"])
         tokens, seq = q.type.tokens, q.type.shape[-2]
@@ -319,26 +343,31 @@ class AttentionFamily:
         args += [binder.ref(y), tokens, seq, heads, head_size]
         for i, name in enumerate("qkv"):
             args += [node.input(i).type.channels, int(node.attrs[f"{name}_offset"])]
+        args += [*steps, float(node.attrs["scale"])]
+        if kernel.result == "u8":
+            args += [inverse_of(node.attrs["out_scale"]), node.attrs.get("out_zero_point", 0)]
         return [
             KernelCall(
                 kernel,
-                (*args, *steps, float(node.attrs["scale"])),
+                tuple(args),
                 ceildiv(tokens, WIDTH) * heads,
                 f"{node.name}: {heads} heads of {head_size}, mask {kind}",
                 scratch_bytes=round_up(seq, GROUP) * (WIDTH * 4),
+                macs=tokens * seq * (2 * heads * head_size),
             )
         ]
 
     def variants(self) -> list[Kernel]:
         return [
-            Attention(v, groups, rows, mask)
+            Attention(v, groups, rows, mask, result)
             for v in VECTOR_ISAS
             for groups, rows in REGISTER_BLOCKS[v.lanes]
             for mask in MASKS
+            for result in RESULTS
         ]
 
 
-def _mask_steps(mask: TensorType, q: TensorType) -> tuple[str, tuple[Dim, ...]]:
+def mask_steps(mask: TensorType, q: TensorType) -> tuple[str, tuple[Dim, ...]]:
     """The kind of a mask and its (batch, head, query) steps; "other" is one without a kernel."""
     batch, seq = q.shape[0], q.shape[-2]
     shape = (1,) * (4 - mask.rank) + mask.shape

@@ -1,11 +1,11 @@
 """`layer_norm` over token panels: statistics per lane, no horizontal step.
 
-One item is a group of 16 tokens: the mean, then the sum of squared differences, then the result.
+One item is a group of 16 tokens: their mean and deviation in one pass, the result in another.
+With a quantised copy of the result one item is a panel: its bytes are a cache line per channel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,40 +13,66 @@ from tvm.script.ir_builder import tirx as T
 
 from sparsec.codegen import tir
 from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, best_vector_isa, by_name
+from sparsec.codegen.isa.pack8 import Packer
 from sparsec.codegen.isa.vector import keep, ramp, splat
 from sparsec.codegen.kernels.base import Binder
-from sparsec.codegen.kernels.panels import GROUP, WIDTH, div, is_planar, loop, mod
-from sparsec.codegen.program import Kernel, KernelCall, Kind, Parameter
+from sparsec.codegen.kernels.panels import (
+    GROUP,
+    WIDTH,
+    div,
+    groups_in_panel,
+    is_planar,
+    loop,
+    mod,
+)
+from sparsec.codegen.kernels.quantize import inverse_of
+from sparsec.codegen.program import Arg, Kernel, KernelCall, Kind, Parameter
 from sparsec.ir.dims import ceildiv
 from sparsec.ir.graph import Node
 from sparsec.ir.schedule import Schedule, Workload
 from sparsec.ir.types import DType
 from sparsec.target import Target
 
-UNROLL = 4  # channels added in parallel: the latency of an addition
+RESULTS = ("f32", "f32_u8", "u8")
 
 
 @dataclass(frozen=True, slots=True)
 class LayerNorm:
-    """One instruction set, with or without a residual and a beta."""
+    """One instruction set, with or without a residual and a beta.
+
+    `result` is "f32", "f32_u8" (fp32 and its quantised copy) or "u8" (the copy alone).
+    """
 
     vector: VectorIsa
     has_residual: bool
     has_beta: bool
+    result: str = "f32"
 
     @property
     def name(self) -> str:
         parts = ["residual"] * self.has_residual + ["beta"] * self.has_beta
+        parts += [] if self.result == "f32" else ["to", self.result]
         return "_".join(["layer_norm_f32", *parts, self.isa])
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
         pointers = ["x", *["residual"] * self.has_residual, "gamma", *["beta"] * self.has_beta]
-        return (
-            *(Parameter(n) for n in [*pointers, "y"]),
-            Parameter("channels", Kind.INT),
-            Parameter("epsilon", Kind.FLOAT),
-        )
+        pointers += ["y"] * self.has_floats
+        sizes = [Parameter("channels", Kind.INT), Parameter("epsilon", Kind.FLOAT)]
+        if self.has_bytes:
+            sizes = [Parameter("bytes", dtype="uint8"), Parameter("tokens", Kind.INT), *sizes]
+            sizes += [Parameter("inverse", Kind.FLOAT), Parameter("zero_point", Kind.INT)]
+        return (*(Parameter(n) for n in pointers), *sizes)
+
+    @property
+    def has_floats(self) -> bool:
+        """Whether the fp32 result is stored."""
+        return self.result != "u8"
+
+    @property
+    def has_bytes(self) -> bool:
+        """Whether the quantised result is stored."""
+        return self.result != "f32"
 
     @property
     def has_scratch(self) -> bool:
@@ -57,69 +83,136 @@ class LayerNorm:
         return self.vector.name
 
     def build(self) -> Any:
-        return tir.kernel_function(self.name, self.parameters, self._body)
+        body = self._panels if self.has_bytes else self._groups
+        return tir.kernel_function(self.name, self.parameters, body)
 
-    def _body(self, s: tir.KernelScope) -> None:
+    def _groups(self, s: tir.KernelScope) -> None:
         per_panel, lanes = WIDTH // GROUP, self.vector.lanes
         with loop(s.begin, s.end) as item:
             panel, group = div(item, per_panel), mod(item, per_panel)
             start = keep(panel * s["channels"] * WIDTH + group * GROUP)
             for offset in range(0, GROUP, lanes):
-                self._lanes(s, start + offset)
+                (statistics,) = self._statistics(s, [start + offset])
+                with loop(0, s["channels"]) as c:
+                    at = ramp(start + offset + c * WIDTH, lanes)
+                    T.buffer_store(s["y"], self._normalised(s, at, c, statistics), [at])
 
-    def _lanes(self, s: tir.KernelScope, start: Any) -> None:
-        n, x, y = self.vector.lanes, s["x"], s["y"]
-        inverse = keep(splat(T.float32(1.0) / T.cast(s["channels"], "float32"), n))
+    def _panels(self, s: tir.KernelScope) -> None:
+        lanes = self.vector.lanes
+        packer = Packer.of(self.vector, "uint8", s["inverse"], s["zero_point"])
+        chunk = 4 * lanes  # tokens whose bytes are one store
+        with loop(s.begin, s.end) as panel:
+            tokens = keep(groups_in_panel(s["tokens"], panel) * GROUP)
+            start = keep(panel * s["channels"] * WIDTH)
+            whole = keep(div(tokens, chunk))
+            for first, last, width in (
+                (0, whole, chunk),
+                (whole * (chunk // GROUP), div(tokens, GROUP), GROUP),
+            ):
+                with loop(first, last) as i:
+                    at = [keep(start + i * width + j) for j in range(0, width, lanes)]
+                    self._quantised(s, packer, at[0], self._statistics(s, at))
 
-        def at(channel: Any) -> Any:
-            return ramp(start + channel * WIDTH, n)
-
-        def source(channel: Any) -> Any:
-            if not self.has_residual:
-                return keep(x[at(channel)])
-            value = keep(x[at(channel)] + s["residual"][at(channel)])
-            T.buffer_store(y, value, [at(channel)])  # the later rounds read the sum from y
-            return value
-
-        mean = keep(self._sum(s["channels"], source) * inverse)
-        total = y if self.has_residual else x
-
-        def squared(channel: Any) -> Any:
-            difference = keep(total[at(channel)] - mean)
-            return difference * difference
-
-        variance = keep(self._sum(s["channels"], squared) * inverse)
-        deviation = keep(T.sqrt(variance + splat(s["epsilon"], n)))
-        scale = keep(splat(1.0, n) / deviation)
+    def _quantised(
+        self, s: tir.KernelScope, packer: Packer, start: Any, statistics: list[tuple[Any, Any]]
+    ) -> None:
+        """The result of neighbouring vectors of tokens, in both forms."""
+        lanes = self.vector.lanes
         with loop(0, s["channels"]) as c:
-            value = (total[at(c)] - mean) * scale * splat(s["gamma"][c], n)
-            if self.has_beta:
-                value = value + splat(s["beta"][c], n)
-            T.buffer_store(y, value, [at(c)])
+            row = keep(start + c * WIDTH)
+            at = [ramp(row + i * lanes, lanes) for i in range(len(statistics))]
+            values = [
+                keep(self._normalised(s, a, c, m)) for a, m in zip(at, statistics, strict=True)
+            ]
+            if self.has_floats:
+                for a, value in zip(at, values, strict=True):
+                    T.buffer_store(s["y"], value, [a])
+            T.buffer_store(s["bytes"], packer.bytes_of(values), [ramp(row, lanes * len(at))])
 
-    def _sum(self, channels: Any, term: Callable[[Any], Any]) -> Any:
+    def _statistics(self, s: tir.KernelScope, starts: list[Any]) -> list[tuple[Any, Any]]:
+        """The mean and 1 / deviation of each lane of the vectors at `starts`.
+
+        One pass: a block of channels stays in registers for its own mean and squared differences,
+        which are merged into those of the channels before it (Chan's formula).
+        """
         n = self.vector.lanes
-        sums = [tir.registers("float32", n) for _ in range(UNROLL)]
-        for part in sums:
-            T.buffer_store(part, splat(0.0, n), [ramp(0, n)])
-        with loop(0, div(channels, UNROLL)) as block:
-            for u, part in enumerate(sums):
-                value = part[ramp(0, n)] + term(block * UNROLL + u)
-                T.buffer_store(part, value, [ramp(0, n)])
-        with loop(div(channels, UNROLL) * UNROLL, channels) as c:
-            T.buffer_store(sums[0], sums[0][ramp(0, n)] + term(c), [ramp(0, n)])
-        a, b, c, d = (part[ramp(0, n)] for part in sums)
-        return (a + b) + (c + d)
+        at, size = ramp(0, n), n  # as many channels to a block as lanes: half of the registers
+        running = [_Running(n) for _ in starts]
+        blocks = keep(div(s["channels"], size))
+        with loop(0, blocks) as block:
+            count = keep(T.cast(block, "float32"))
+            share = keep(T.float32(1.0) / (count + T.float32(1.0)))
+            weight = keep(count * T.float32(size) * share)
+            for start, state in zip(starts, running, strict=True):
+                values = [
+                    self._source(s, ramp(start + (block * size + i) * WIDTH, n))
+                    for i in range(size)
+                ]
+                middle = keep(_total(values) * splat(1.0 / size, n))
+                differences = [keep(v - middle) for v in values]
+                spread = _total([keep(d * d) for d in differences])
+                state.merge(middle, spread, share, weight)
+        with loop(blocks * size, s["channels"]) as c:
+            count = keep(T.cast(c, "float32"))
+            share = keep(T.float32(1.0) / (count + T.float32(1.0)))
+            for start, state in zip(starts, running, strict=True):
+                value = self._source(s, ramp(start + c * WIDTH, n))
+                state.merge(value, splat(0.0, n), share, keep(count * share))
+        inverse = splat(T.float32(1.0) / T.cast(s["channels"], "float32"), n)
+        result = []
+        for state in running:
+            variance = state.squares[at] * inverse
+            deviation = keep(T.sqrt(variance + splat(s["epsilon"], n)))
+            result.append((keep(state.mean[at]), keep(splat(1.0, n) / deviation)))
+        return result
+
+    def _source(self, s: tir.KernelScope, at: Any) -> Any:
+        """x + residual. Each pass adds anew: a sum kept in y would cost a store and a load."""
+        value = s["x"][at] + s["residual"][at] if self.has_residual else s["x"][at]
+        return keep(value)
+
+    def _normalised(
+        self, s: tir.KernelScope, at: Any, channel: Any, statistics: tuple[Any, Any]
+    ) -> Any:
+        n, (mean, scale) = self.vector.lanes, statistics
+        value = (self._source(s, at) - mean) * scale * splat(s["gamma"][channel], n)
+        return value + splat(s["beta"][channel], n) if self.has_beta else value
+
+
+class _Running:
+    """The mean of the channels so far, and the sum of their squared differences to it."""
+
+    def __init__(self, lanes: int):
+        self.lanes, self.at = lanes, ramp(0, lanes)
+        self.mean, self.squares = (tir.registers("float32", lanes) for _ in range(2))
+        for part in (self.mean, self.squares):
+            T.buffer_store(part, splat(0.0, lanes), [self.at])
+
+    def merge(self, mean: Any, squares: Any, share: Any, weight: Any) -> None:
+        """Adds a block: `share` of the channels then; `weight` is share * the channels before."""
+        delta = keep(mean - self.mean[self.at])
+        between = keep(delta * delta) * splat(weight, self.lanes)
+        merged = self.mean[self.at] + delta * splat(share, self.lanes)
+        T.buffer_store(self.mean, merged, [self.at])
+        T.buffer_store(self.squares, self.squares[self.at] + (squares + between), [self.at])
+
+
+def _total(values: list[Any]) -> Any:
+    """The sum, in pairs: a short chain of additions, and a small error."""
+    while len(values) > 1:
+        values = [keep(a + b) for a, b in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
 
 
 class LayerNormFamily:
-    """`layer_norm` in fp32."""
+    """`layer_norm` in fp32, and with a quantised copy as its second output."""
 
     ops = ("layer_norm",)
 
     def workload(self, node: Node) -> Workload:
         parts = ["residual"] * (node.optional_input(3) is not None)
         parts += ["beta"] * (node.optional_input(2) is not None)
+        parts += ["to", _result(node)] if _result(node) != "f32" else []
         x = node.input(0).type
         return Workload("layer_norm", (("c", x.channels),), str(x.dtype), epilogue=" ".join(parts))
 
@@ -129,26 +222,41 @@ class LayerNormFamily:
         return [Schedule("layer_norm", v.name) for v in reversed(VECTOR_ISAS) if target.has(v.isa)]
 
     def lower(self, node: Node, schedule: Schedule, binder: Binder) -> list[KernelCall]:
-        x, gamma, y = node.input(0), node.input(1), node.output
+        x, gamma = node.input(0), node.input(1)
         beta, residual = node.optional_input(2), node.optional_input(3)
-        assert all(is_planar(v.type) for v in (x, y)), node
-        kernel = LayerNorm(by_name(schedule.isa), residual is not None, beta is not None)
-        operands = [v for v in (x, residual, gamma, beta, y) if v is not None]
+        assert all(is_planar(v.type) for v in (x, node.outputs[0])), node
+        result = _result(node)
+        kernel = LayerNorm(by_name(schedule.isa), residual is not None, beta is not None, result)
+        stored = [v for v, has in zip(node.outputs, (kernel.has_floats, kernel.has_bytes),
+                                     strict=False) if has]  # fmt: skip
+        operands = [v for v in (x, residual, gamma, beta, *stored) if v is not None]
+        args: list[Arg] = [binder.ref(v) for v in operands]
+        args += [x.type.tokens] if kernel.has_bytes else []
+        args += [x.type.channels, float(node.attrs["epsilon"])]
+        if kernel.has_bytes:
+            args += [inverse_of(node.attrs["out_scale"]), node.attrs.get("out_zero_point", 0)]
         return [
             KernelCall(
                 kernel,
-                (*(binder.ref(v) for v in operands), x.type.channels,
-                 float(node.attrs["epsilon"])),
-                ceildiv(x.type.tokens, GROUP),
+                tuple(args),
+                ceildiv(x.type.tokens, WIDTH if kernel.has_bytes else GROUP),
                 f"{node.name}: y = layer_norm(x), {x.type.channels} channels",
-                grain=2,
+                grain=1 if kernel.has_bytes else 2,
             )
-        ]  # fmt: skip
+        ]
 
     def variants(self) -> list[Kernel]:
         return [
-            LayerNorm(v, residual, beta)
+            LayerNorm(v, residual, beta, result)
             for v in VECTOR_ISAS
             for residual in (False, True)
             for beta in (False, True)
+            for result in RESULTS
         ]
+
+
+def _result(node: Node) -> str:
+    """What is stored. Graph outputs are rows, so what lies in panels and has no use is unread."""
+    if node.attrs.get("out_scale") is None:
+        return "f32"
+    return "f32_u8" if node.outputs[0].uses else "u8"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from sparsec.ir.graph import Graph, Value
 from sparsec.ir.op_helpers import text
 from sparsec.ir.op_spec import Array
 from sparsec.ir.ops import OPS
+from sparsec.ir.ops_int8 import moved_quant
 from sparsec.ir.types import DType
 
 Operand = Value | Known
@@ -95,7 +97,7 @@ class Builder:
         attrs = {name: self._unifier.resolve_all(item) for name, item in attrs.items()}
         folded = self._folded(op, values, attrs)
         if folded is not None:
-            return self.graph.add_constant(folded, self._folded_name(values))
+            return self._folded_constant(op, values, attrs, folded)
         return self.graph.add(op, values, attrs, name=self.name or None)
 
     def reshape(self, x: Operand, shape: Sequence[Dim]) -> Operand:
@@ -161,6 +163,15 @@ class Builder:
         except (IndexError, ValueError) as error:
             raise InvalidModel(f"its constant operands do not fit: {error}") from error
         return result
+
+    def _folded_constant(
+        self, op: str, values: Sequence[Value | None], attrs: Mapping[str, Any], data: Array
+    ) -> Value:
+        value = self.graph.add_constant(data, self._folded_name(values))
+        if values and values[0] is not None:
+            quant = moved_quant(op, values[0].type, attrs)
+            self.graph.set_type(value, replace(value.type, quant=quant))
+        return value
 
     def _folded_name(self, values: Sequence[Value | None]) -> str:
         """The name of the largest constant it is made of: weights keep theirs."""

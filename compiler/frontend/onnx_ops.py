@@ -7,7 +7,16 @@ from sparsec.frontend.onnx_ops_control import CONTROL
 from sparsec.frontend.onnx_ops_index import INDEX
 from sparsec.frontend.onnx_ops_math import MATH
 from sparsec.frontend.onnx_ops_nn import NN
+from sparsec.frontend.onnx_ops_quant import QUANT
 from sparsec.frontend.onnx_ops_reduce import REDUCE
 from sparsec.frontend.onnx_ops_shape import SHAPE
 
-CONVERTERS: dict[str, Converter] = {**CONTROL, **INDEX, **MATH, **NN, **REDUCE, **SHAPE}
+CONVERTERS: dict[str, Converter] = {
+    **CONTROL,
+    **INDEX,
+    **MATH,
+    **NN,
+    **QUANT,
+    **REDUCE,
+    **SHAPE,
+}

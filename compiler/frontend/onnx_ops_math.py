@@ -135,8 +135,8 @@ def dropout(call: Call) -> list[Operand | None]:
 
 def quantised(call: Call) -> Operand:
     raise UnsupportedOp(
-        f"{call.op_type} is a quantised op, which has no lowering yet; "
-        "compile the float32 model instead"
+        f"{call.op_type} has no lowering; quantise the model statically in QDQ format "
+        "(QuantizeLinear and DequantizeLinear), or compile the float32 model"
     )
 
 
@@ -202,7 +202,6 @@ MATH: dict[str, Converter] = {
     "Cast": cast,
     "CastLike": cast_like,
     "Clip": clip,
-    "DequantizeLinear": quantised,
     "Dropout": dropout,
     "DynamicQuantizeLinear": quantised,
     "Elu": with_attributes("elu", alpha=1.0),
@@ -216,7 +215,6 @@ MATH: dict[str, Converter] = {
     "Mod": mod,
     "PRelu": prelu,
     "Pow": power,
-    "QuantizeLinear": quantised,
     "Selu": with_attributes("selu", alpha=_SELU_ALPHA, gamma=_SELU_GAMMA),
     "Sum": variadic("add"),
     "Swish": swish,

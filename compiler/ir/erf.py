@@ -7,35 +7,49 @@ The error is below 1e-12 everywhere (measured against math.erf).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
 _SPLIT = 2.0
 _SERIES_TERMS = 40  # 2 * 2**(2n+1) / sqrt(pi) / n! / (2n+1) < 1e-24 at n = 40
+# of x**(2n + 1), lowest first
+_SERIES = [
+    2.0 / math.sqrt(math.pi) * (-1.0) ** n / (math.factorial(n) * (2 * n + 1))
+    for n in range(_SERIES_TERMS)
+]
 _FRACTION_DEPTH = 60  # converges to 1e-13 at x = 2
+_CHUNK = 8192  # elements at a time: all temporaries stay in the cache
 _ALWAYS_ONE = 6.0  # 1 - erf(6) < 3e-17
 
 
 def erf(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """erf of every element, in the dtype of `x` (float64 inside)."""
-    wide = np.asarray(x, np.float64)
+    wide = np.asarray(x, np.float64).reshape(-1)
+    result = np.empty(wide.shape, x.dtype)
+    for start in range(0, wide.size, _CHUNK):
+        part = slice(start, start + _CHUNK)
+        result[part] = _erf(wide[part])
+    return result.reshape(x.shape)
+
+
+def _erf(wide: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     size = np.minimum(np.abs(wide), _ALWAYS_ONE)  # minimum passes NaN on
     large = size > _SPLIT
     result = _series(np.where(large, 0.0, size))
     if large.any():
         result[large] = 1.0 - _complement(size[large])
-    return np.asarray(np.copysign(result, wide).astype(x.dtype))
+    return np.asarray(np.copysign(result, wide))
 
 
 def _series(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     square = x * x
-    power = x.copy()  # x**(2n+1) / n! with the sign of the term
-    total = x.copy()
-    for n in range(1, _SERIES_TERMS):
-        power = power * (-square / n)
-        total = total + power / (2 * n + 1)
-    return np.asarray(total * (2.0 / np.sqrt(np.pi)))
+    total = np.full_like(x, _SERIES[-1])
+    for coefficient in _SERIES[-2::-1]:
+        total *= square
+        total += coefficient
+    return np.asarray(total * x)
 
 
 def _complement(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

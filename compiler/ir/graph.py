@@ -188,9 +188,11 @@ class Graph:
         self.nodes.remove(node)
 
     def rename(self, node: Node, name: str) -> None:
-        """Gives a node and its first output another name, made unique if it is taken."""
-        self._names.discard(node.name)
-        node.name = node.outputs[0].name = self.unique_name(name)
+        """Gives a node and its outputs another name, made unique if it is taken."""
+        self._names -= {node.name, *(v.name for v in node.outputs)}
+        node.name = self.unique_name(name)
+        for count, value in enumerate(node.outputs):
+            value.name = node.name if count == 0 else self.unique_name(node.name)
 
     def set_attrs(self, node: Node, **changes: Any) -> None:
         node.attrs = MappingProxyType({**node.attrs, **changes})

@@ -33,7 +33,10 @@ class PanelRule:
 
 @dataclass(frozen=True, slots=True)
 class OpSpec:
-    """One op. `attrs` names its attributes. An `elementwise` op broadcasts as NumPy does."""
+    """One op. An `elementwise` op broadcasts as NumPy does.
+
+    `attrs` names its attributes, `optional_attrs` those that a node may leave out.
+    """
 
     name: str
     infer: Infer
@@ -41,3 +44,4 @@ class OpSpec:
     attrs: tuple[str, ...] = ()
     elementwise: bool = False
     panels: PanelRule | None = None
+    optional_attrs: tuple[str, ...] = ()

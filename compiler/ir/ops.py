@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from sparsec.ir.op_spec import OpSpec
+from sparsec.ir.ops_attention_int8 import ATTENTION_INT8_OPS
 from sparsec.ir.ops_core import CORE_OPS
 from sparsec.ir.ops_elementwise import ELEMENTWISE_OPS
+from sparsec.ir.ops_int8 import INT8_OPS
 from sparsec.ir.ops_reduce import REDUCE_OPS
 from sparsec.ir.ops_shape import SHAPE_OPS
 
-OPS: dict[str, OpSpec] = {**ELEMENTWISE_OPS, **REDUCE_OPS, **SHAPE_OPS, **CORE_OPS}
+OPS: dict[str, OpSpec] = {
+    **ELEMENTWISE_OPS,
+    **REDUCE_OPS,
+    **SHAPE_OPS,
+    **CORE_OPS,
+    **INT8_OPS,
+    **ATTENTION_INT8_OPS,
+}

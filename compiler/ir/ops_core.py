@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from sparsec.errors import InvalidGraph
@@ -25,7 +23,8 @@ from sparsec.ir.op_helpers import (
     text,
 )
 from sparsec.ir.op_spec import Array, Arrays, Attrs, OpSpec, PanelRule, Types
-from sparsec.ir.ops_elementwise import gelu, sigmoid
+from sparsec.ir.ops_elementwise import ACTIVATIONS
+from sparsec.ir.ops_int8 import quantized_result, quantized_type
 from sparsec.ir.ops_reduce import softmax
 from sparsec.ir.ops_shape import check_indices
 from sparsec.ir.types import DType, TensorType
@@ -51,17 +50,6 @@ def _evaluate_matmul(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
     return [np.asarray(np.matmul(array(arrays, 0), array(arrays, 1)))]
 
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "none": lambda x: x,
-    "relu": lambda x: np.maximum(x, 0),
-    "gelu": lambda x: gelu(x, "none"),
-    "gelu_tanh": lambda x: gelu(x, "tanh"),
-    "tanh": lambda x: np.asarray(np.tanh(x)),
-    "silu": lambda x: np.asarray(x * sigmoid(x)),
-    "sigmoid": sigmoid,
-}
-
-
 def _infer_linear(types: Types, attrs: Attrs) -> list[TensorType]:
     x, w = operand(types, 0), operand(types, 1)
     bias, residual = optional(types, 2), optional(types, 3)
@@ -81,7 +69,7 @@ def _infer_linear(types: Types, attrs: Attrs) -> list[TensorType]:
 def _evaluate_linear(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
     x, w = array(arrays, 0), array(arrays, 1)
     bias, residual = optional_array(arrays, 2), optional_array(arrays, 3)
-    result = np.asarray(np.matmul(x, w.T))
+    result = np.matmul(x.reshape(-1, x.shape[-1]), w.T).reshape(*x.shape[:-1], w.shape[0])
     if bias is not None:
         result = result + bias
     with np.errstate(over="ignore"):
@@ -108,7 +96,8 @@ def _infer_attention(types: Types, attrs: Attrs) -> list[TensorType]:
         require_float(mask)
         if not broadcastable_to(mask.shape, scores):
             raise InvalidGraph(f"mask {mask} does not broadcast to {text(scores)}")
-    return [TensorType(q.dtype, (*q.shape[:2], width), panel_layout([q, k, v]))]
+    result = TensorType(q.dtype, (*q.shape[:2], width), panel_layout([q, k, v]))
+    return [quantized_type(result, attrs) or result]
 
 
 def _evaluate_attention(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
@@ -122,14 +111,16 @@ def _evaluate_attention(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
     weights = np.where(dead, scores.dtype.type(0), softmax(np.where(dead, 0, scores), -1))
     context = np.matmul(weights.astype(v.dtype, copy=False), v).transpose(0, 2, 1, 3)
     batch, seq, heads, size = context.shape
-    return [context.reshape(batch, seq, heads * size)]
+    result = context.reshape(batch, seq, heads * size)
+    return [result if attrs.get("out_scale") is None else quantized_result(result, attrs)]
 
 
 def _heads(x: Array, attrs: Attrs, name: str) -> Array:
     """[batch, seq, channels] -> [batch, heads, seq, head_size]"""
     heads, size, offset = attrs["heads"], attrs["head_size"], attrs[f"{name}_offset"]
     part = x[:, :, offset : offset + heads * size]
-    return part.reshape(*x.shape[:2], heads, size).transpose(0, 2, 1, 3)
+    # A copy: NumPy multiplies strided matrices without BLAS, a hundred times slower.
+    return np.ascontiguousarray(part.reshape(*x.shape[:2], heads, size).transpose(0, 2, 1, 3))
 
 
 def _infer_layer_norm(types: Types, attrs: Attrs) -> list[TensorType]:
@@ -141,7 +132,9 @@ def _infer_layer_norm(types: Types, attrs: Attrs) -> list[TensorType]:
             raise InvalidGraph(f"{name} {type} is not one value per channel of {x}")
     if residual is not None and residual.shape != x.shape:
         raise InvalidGraph(f"residual {residual} does not have the shape of {x}")
-    return [TensorType(x.dtype, x.shape, panel_layout([x, residual]))]
+    result = TensorType(x.dtype, x.shape, panel_layout([x, residual]))
+    quantized = quantized_type(result, attrs)
+    return [result] if quantized is None else [result, quantized]
 
 
 def _evaluate_layer_norm(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
@@ -153,7 +146,10 @@ def _evaluate_layer_norm(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
     centred = total - total.mean(axis=-1, keepdims=True)
     variance = np.mean(centred * centred, axis=-1, keepdims=True)
     result = centred / np.sqrt(variance + total.dtype.type(attrs["epsilon"])) * gamma
-    return [np.asarray(result if beta is None else result + beta).astype(x.dtype, copy=False)]
+    result = np.asarray(result if beta is None else result + beta).astype(x.dtype, copy=False)
+    return (
+        [result] if attrs.get("out_scale") is None else [result, quantized_result(result, attrs)]
+    )
 
 
 def _infer_embedding(types: Types, attrs: Attrs) -> list[TensorType]:
@@ -199,11 +195,20 @@ def _evaluate_same(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
 
 _ATTENTION = ("heads", "head_size", "scale", "q_offset", "k_offset", "v_offset")
 
+# With `out_scale` an attention's result is u8, and a layer_norm has a u8 copy of its result as a
+# second one.
+_QUANTIZED = ("out_scale", "out_zero_point")
+
 _ROWS = [
     OpSpec("matmul", _infer_matmul, _evaluate_matmul),
     OpSpec("linear", _infer_linear, _evaluate_linear, ("activation",), panels=PanelRule((0, 3))),
     OpSpec(
-        "attention", _infer_attention, _evaluate_attention, _ATTENTION, panels=PanelRule((0, 1, 2))
+        "attention",
+        _infer_attention,
+        _evaluate_attention,
+        _ATTENTION,
+        panels=PanelRule((0, 1, 2)),
+        optional_attrs=_QUANTIZED,
     ),
     OpSpec(
         "layer_norm",
@@ -211,6 +216,7 @@ _ROWS = [
         _evaluate_layer_norm,
         ("epsilon",),
         panels=PanelRule((0, 3)),
+        optional_attrs=_QUANTIZED,
     ),
     OpSpec("embedding", _infer_embedding, _evaluate_embedding, panels=PanelRule(())),
     OpSpec("to_panels", _infer_to_panels, _evaluate_same, ("width",)),

@@ -93,6 +93,18 @@ def gelu(x: Array, approximate: str = "none") -> Array:
     return np.asarray((0.5 * wide * (1.0 + erf(wide / np.sqrt(2.0)))).astype(x.dtype))
 
 
+# What a product may apply to its result.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "none": lambda x: x,
+    "relu": lambda x: np.maximum(x, 0),
+    "gelu": lambda x: gelu(x, "none"),
+    "gelu_tanh": lambda x: gelu(x, "tanh"),
+    "tanh": lambda x: np.asarray(np.tanh(x)),
+    "silu": lambda x: np.asarray(x * sigmoid(x)),
+    "sigmoid": sigmoid,
+}
+
+
 def softplus(x: Array) -> Array:
     """log(1 + exp(x)) without overflow."""
     return np.asarray(np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x))))

@@ -61,6 +61,11 @@ class QuantParams:
     zero_point: tuple[int, ...]
     axis: int | None = None
 
+    def __str__(self) -> str:
+        if self.axis is not None:
+            return f"q(axis {self.axis})"
+        return f"q({self.scale[0]:.6g}, {self.zero_point[0]})"
+
 
 @dataclass(frozen=True, slots=True)
 class TensorType:
@@ -114,4 +119,5 @@ class TensorType:
     def __str__(self) -> str:
         dims = ", ".join(str(d) for d in self.shape)
         suffix = "" if self.layout == ROW_MAJOR else f" {self.layout}"
-        return f"{self.dtype}[{dims}]{suffix}"
+        quant = "" if self.quant is None else f" {self.quant}"
+        return f"{self.dtype}[{dims}]{suffix}{quant}"

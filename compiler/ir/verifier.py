@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sparsec.errors import InvalidGraph
 from sparsec.ir.graph import Graph, Node, Value, infer_node
+from sparsec.ir.layouts import Bsr, Panels
 from sparsec.ir.ops import OPS
 from sparsec.ir.types import DType
 
@@ -57,7 +60,7 @@ def _verify_op(graph: Graph, node: Node) -> None:
     spec = OPS.get(node.op)
     if spec is None:
         raise InvalidGraph(f"{graph.name}: {node.name}: there is no op {node.op!r} in OPS")
-    unknown = sorted(set(node.attrs) - set(spec.attrs))
+    unknown = sorted(set(node.attrs) - {*spec.attrs, *spec.optional_attrs})
     missing = sorted(set(spec.attrs) - set(node.attrs))
     if unknown or missing:
         raise InvalidGraph(
@@ -71,8 +74,10 @@ def _verify_types(graph: Graph, node: Node) -> None:
     if len(inferred) != len(node.outputs):
         raise InvalidGraph(f"{graph.name}: {node.name} ({node.op}) makes {len(inferred)} values")
     for value, type in zip(node.outputs, inferred, strict=True):
-        # The layout and quantisation of a result are a pass's choice; shape and dtype are not.
-        if (value.type.dtype, value.type.shape) != (type.dtype, type.shape):
+        # The layout of a result is a pass's choice; shape, dtype and what its node says of its
+        # quantisation are not.
+        quant = value.type.quant if type.quant is None else type.quant
+        if replace(value.type, layout=type.layout) != replace(type, quant=quant):
             raise InvalidGraph(
                 f"{graph.name}: {node.name} ({node.op}): %{value.name} has the type "
                 f"{value.type}, but its operands make it {type}"
@@ -105,6 +110,19 @@ def _verify_constant(graph: Graph, value: Value) -> None:
         raise InvalidGraph(
             f"{graph.name}: the constant %{value.name} has the type {value.type}, "
             f"but its data is {value.data.dtype}{list(value.data.shape)}"
+        )
+    if isinstance(value.type.layout, Panels):
+        raise InvalidGraph(f"{graph.name}: the constant %{value.name} is in panels: {value.type}")
+    if isinstance(value.type.layout, Bsr) and value.type.rank != 2:
+        raise InvalidGraph(f"{graph.name}: %{value.name} is no matrix of blocks: {value.type}")
+    quant = value.type.quant
+    if quant is None:
+        return
+    count = 1 if quant.axis is None else value.data.shape[quant.axis]
+    if not len(quant.scale) == len(quant.zero_point) == count:
+        raise InvalidGraph(
+            f"{graph.name}: the constant %{value.name} needs {count} scales and zero points, "
+            f"it has {len(quant.scale)} and {len(quant.zero_point)}"
         )
 
 

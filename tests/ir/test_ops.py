@@ -19,7 +19,7 @@ from sparsec.ir.types import DType, TensorType
 B, S = symbol("batch"), symbol("seq")
 ENV = {"batch": 2, "seq": 5}
 
-F32, I64, BOOL = DType.F32, DType.I64, DType.BOOL
+F32, I64, BOOL, I8, U8 = DType.F32, DType.I64, DType.BOOL, DType.I8, DType.U8
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,14 @@ FLOAT_BINARY = tuple(
 )
 REDUCTIONS = ["reduce_sum", "reduce_mean", "reduce_max", "reduce_min", "reduce_prod", "reduce_l2"]
 HEADS = {"heads": 2, "head_size": 4, "scale": 0.5, "q_offset": 0, "k_offset": 8, "v_offset": 16}
+PRODUCT = {
+    "activation": "gelu",
+    "x_scale": 0.1,
+    "x_zero_point": 128,
+    "out_scale": 0.2,
+    "out_zero_point": 7,
+}
+INT8 = (U8, I8, F32, F32, F32)
 SLICE = {"axes": (1, 2), "starts": (1, 7), "ends": (S, -1), "steps": (2, -3)}
 
 CASES = [
@@ -108,6 +116,26 @@ CASES = [
     Case("attention", ((B, S, 24),) * 3 + ((B, 1, 1, S),), HEADS),
     Case("layer_norm", ((B, S, 8), (8,), (8,), (B, S, 8)), {"epsilon": 1e-5}),
     Case("layer_norm", ((B, 8), (8,), None, None), {"epsilon": 1e-5}),
+    Case(
+        "layer_norm",
+        ((B, S, 8), (8,), None, None),
+        {"epsilon": 1e-5, "out_scale": 0.5, "out_zero_point": 3},
+    ),
+    Case(
+        "attention",
+        ((B, S, 24),) * 3 + (None,),
+        {**HEADS, "out_scale": 0.5, "out_zero_point": 128},
+    ),
+    Case("quantize", ((B, S, 8),), {"scale": 0.5, "zero_point": -3, "dtype": I8}),
+    Case("dequantize", ((B, S, 8),), {"scale": 0.5, "zero_point": 3}, (U8,)),
+    Case("linear_int8", ((B, S, 8), (3, 8), (3,), (3,), (B, S, 3)), PRODUCT, INT8),
+    Case("linear_int8", ((B, 8), (3, 8), (3,), None, None), {**PRODUCT, "out_scale": None}, INT8),
+    Case(
+        "attention_int8",
+        ((B, S, 24),) * 3 + ((B, 1, 1, S),),
+        {**HEADS, "q_scale": 0.1, "k_scale": 0.2, "v_scale": 0.3},
+        (U8,) * 3 + (F32,),
+    ),
     Case("embedding", ((B, S), (9, 4), (1, S), (5, 4)), dtypes=(I64, F32, I64, F32)),
     Case("to_panels", ((B, S, 8),), {"width": 64}),
     Case("from_panels", ((B, S, 8),)),
@@ -121,7 +149,7 @@ def test_every_op_has_a_case():
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.op}-{len(c.shapes)}")
 def test_infer_agrees_with_evaluate(case: Case, rng: np.random.Generator):
     spec = OPS[case.op]
-    assert set(case.attrs) == set(spec.attrs)
+    assert set(case.attrs) - set(spec.optional_attrs) == set(spec.attrs)
     types = spec.infer(case.types(), case.attrs)
     with np.errstate(all="ignore"):
         results = spec.evaluate(case.arrays(rng), case.attrs, ENV)

@@ -26,13 +26,18 @@ C_TYPES = {Kind.POINTER: ctypes.c_void_p, Kind.INT: ctypes.c_int64, Kind.FLOAT: 
 Array = np.ndarray[Any, Any]
 
 
-def aligned(array: Array, *, guard: int = 0, fill: float = SENTINEL) -> tuple[Array, Array]:
+def sentinel(dtype: np.dtype[Any]) -> float:
+    """What surrounds an output of the type."""
+    return SENTINEL if dtype.kind == "f" else 77
+
+
+def aligned(array: Array, *, guard: int = 0, fill: float | None = None) -> tuple[Array, Array]:
     """A copy at a multiple of 64 bytes, and the whole buffer with `guard` elements around it."""
     size = array.nbytes + 2 * guard * array.itemsize
     raw = np.zeros(size + 64, np.uint8)
     skip = -raw.ctypes.data % 64
     whole = raw[skip : skip + size].view(array.dtype)
-    whole[...] = fill
+    whole[...] = sentinel(array.dtype) if fill is None else fill
     inner = whole[guard : guard + array.size].reshape(array.shape)
     inner[...] = array
     return inner, whole
@@ -59,7 +64,8 @@ class Runner:
         """
         tokens, channels = rows.shape
         panels = -(-tokens // WIDTH)
-        padded = np.full((panels * WIDTH, channels), np.nan, rows.dtype)
+        no_number = np.nan if rows.dtype.kind == "f" else 99
+        padded = np.full((panels * WIDTH, channels), no_number, rows.dtype)
         padded[: -(-tokens // 16) * 16] = 7.0 if lanes_past_end is None else lanes_past_end
         padded[:tokens] = rows
         return np.ascontiguousarray(padded.reshape(panels, WIDTH, channels).transpose(0, 2, 1))
@@ -95,18 +101,19 @@ class Runner:
         self,
         kernel: Kernel,
         *args: Any,
-        output: Array,
+        output: Array | list[Array],
         items: int,
         scratch_bytes: int = 0,
         splits: int = 3,
     ) -> int:
-        """Calls with `args`; the one that is `output` is filled, and checked for stray writes.
+        """Calls with `args`; those that are `output` are filled, and checked for stray writes.
 
         The items are cut into `splits` uneven ranges, and run last to first.
         """
-        kept = [aligned(a) if isinstance(a, np.ndarray) and a is not output else a for a in args]
-        inner, whole = aligned(output, guard=GUARD)
-        pointers = [_argument(inner if a is output else a) for a in kept]
+        outputs = output if isinstance(output, list) else [output]
+        guarded = {id(a): aligned(a, guard=GUARD) for a in outputs}
+        kept = [guarded.get(id(a)) or aligned(a) if isinstance(a, np.ndarray) else a for a in args]
+        pointers = [_argument(a) for a in kept]
         scratch = aligned(np.zeros(scratch_bytes, np.uint8), guard=GUARD, fill=77)
         extra = [scratch[0].ctypes.data] if kernel.has_scratch else []
         bounds = sorted(
@@ -115,11 +122,13 @@ class Runner:
         status = 0
         for begin, end in reversed(list(pairwise(bounds))):
             status |= self.function(kernel)(*pointers, *extra, begin, end)
-        assert (whole[:GUARD] == SENTINEL).all(), "wrote before the output"
-        assert (whole[-GUARD:] == SENTINEL).all(), "wrote past the output"
+        for array in outputs:
+            inner, whole = guarded[id(array)]
+            assert (whole[:GUARD] == sentinel(array.dtype)).all(), "wrote before the output"
+            assert (whole[-GUARD:] == sentinel(array.dtype)).all(), "wrote past the output"
+            array[...] = inner
         assert (scratch[1][:GUARD] == 77).all(), "wrote before the scratch memory"
         assert (scratch[1][-GUARD:] == 77).all(), "wrote past the scratch memory"
-        output[...] = inner
         return status
 
 

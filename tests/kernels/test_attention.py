@@ -12,8 +12,9 @@ from sparsec.codegen.kernels.attention import Attention, AttentionFamily
 from sparsec.ir.ops import OPS
 
 Array = np.ndarray[Any, Any]
-VARIANTS = AttentionFamily().variants()
-SOME = [k for k in VARIANTS if isinstance(k, Attention) and k.mask != "none"]
+ALL = [k for k in AttentionFamily().variants() if isinstance(k, Attention)]
+VARIANTS = [k for k in ALL if k.result == "f32"]
+SOME = [k for k in VARIANTS if k.mask != "none"]
 EPS = float(np.finfo(np.float32).eps)
 
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from sparsec.codegen.kernels.layer_norm import LayerNorm, LayerNormFamily
+from sparsec.codegen.kernels.quantize import inverse_of
 from sparsec.ir.ops import OPS
+from sparsec.ir.types import DType
 
-VARIANTS = LayerNormFamily().variants()
+VARIANTS = [
+    k for k in LayerNormFamily().variants() if isinstance(k, LayerNorm) and not k.has_bytes
+]
+SOME = [k for k in LayerNormFamily().variants() if isinstance(k, LayerNorm) and k.has_bytes]
 EPS = float(np.finfo(np.float32).eps)
+Array = np.ndarray[Any, Any]
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 63, 64, 65, 130])
@@ -43,3 +50,44 @@ def test_layer_norm(kernel: LayerNorm, run: Any, tokens: int, channels: int, mea
     assert (np.abs(run.from_panels(y, tokens) - expected) <= bound).all()
     lanes = y.transpose(0, 2, 1).reshape(-1, channels)
     assert np.isfinite(lanes[: groups * 16]).all()
+
+
+def operands(
+    kernel: LayerNorm, run: Any, tokens: int, channels: int
+) -> tuple[list[Array], dict[str, Array]]:
+    """Pointers of the kernel's operands, and of its outputs by name."""
+    rng = np.random.default_rng([tokens, channels])
+    x, residual = (
+        run.to_panels(a) for a in rng.standard_normal((2, tokens, channels), np.float32)
+    )
+    gamma, beta = rng.standard_normal((2, channels), np.float32)
+    kept = [True, kernel.has_residual, True, kernel.has_beta]
+    outputs = {"y": np.full_like(x, np.nan)} if kernel.has_floats else {}
+    if kernel.has_bytes:
+        outputs["bytes"] = np.full(x.shape, 99, np.uint8)
+    return [a for a, keep in zip([x, residual, gamma, beta], kept, strict=True) if keep], outputs
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 17, 31, 33, 63, 64, 65, 130])
+@pytest.mark.parametrize("channels", [1, 5, 64, 129])
+@pytest.mark.parametrize(("scale", "zero_point"), [(0.02, 128), (0.013, 3), (1e-3, 255)])
+def test_quantised_copy(
+    some_kernel: LayerNorm, run: Any, tokens: int, channels: int, scale: float, zero_point: int
+) -> None:
+    """The fp32 result is that of the plain kernel, bit for bit, and the bytes are quantised it."""
+    plain = replace(some_kernel, result="f32")
+    inputs, outputs = operands(plain, run, tokens, channels)
+    expected = outputs["y"]
+    groups = -(-tokens // 16)
+    assert run(plain, *inputs, expected, channels, 1e-5, output=expected, items=groups) == 0
+    inputs, outputs = operands(some_kernel, run, tokens, channels)
+    numbers = [tokens, channels, 1e-5, inverse_of(scale), zero_point]
+    stored = list(outputs.values())
+    panels = -(-tokens // 64)
+    assert run(some_kernel, *inputs, *stored, *numbers, output=stored, items=panels) == 0
+    if some_kernel.has_floats:
+        np.testing.assert_array_equal(outputs["y"], expected)
+    attrs = {"scale": scale, "zero_point": zero_point, "dtype": DType.U8}
+    rows = run.from_panels(expected, tokens)
+    (quantised,) = OPS["quantize"].evaluate([rows], attrs, {})
+    np.testing.assert_array_equal(run.from_panels(outputs["bytes"], tokens), quantised)

@@ -1,0 +1,74 @@
+"""Speed of attention with integer products beside fp32 attention, both with u8 results, one core.
+
+    taskset -c 0 python benchmarks/bench_attention_int8.py
+
+Every round calls both in turn. Printed are the best and the median call, and the share of the
+instruction set's multiply-accumulate peak (four times the fp32 peak for VNNI) that the best is.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from bench_kernels import ATTENTION_SHAPES, Candidate, Library, Peak, aligned, measure, peak_of
+
+from sparsec.codegen.isa import AVX512, by_name
+from sparsec.codegen.isa.int8 import AVX512_VNNI
+from sparsec.codegen.kernels.attention import REGISTER_BLOCKS, Attention
+from sparsec.codegen.kernels.attention_int8 import AttentionInt8
+from sparsec.codegen.kernels.attention_int8_block import scratch_bytes
+from sparsec.codegen.kernels.panels import WIDTH
+
+SHAPES = [(1, 32, 4, 64), (1, 384, 4, 64), *ATTENTION_SHAPES]  # batch, seq, heads, head_size
+ROUNDS = 60
+
+
+def candidate(library: Library, kernel: Any, shape: tuple[int, int, int, int]) -> Candidate:
+    batch, seq, heads, head_size = shape
+    tokens, channels = batch * seq, heads * head_size
+    panels = -(-tokens // WIDTH)
+    is_int8 = isinstance(kernel, AttentionInt8)
+    merged = aligned(panels, 3 * channels, WIDTH)
+    if is_int8:
+        merged = aligned(panels * 3 * channels * WIDTH // 4).view(np.uint8)
+        merged[...] = np.random.default_rng(0).integers(0, 256, merged.shape)
+    y = aligned(panels * channels * WIDTH // 4).view(np.uint8)
+    offsets = [n for i in range(3) for n in (3 * channels, i * channels)]
+    # Scores of about 3 for bytes that are spread evenly, as for the floats.
+    scales = [3 / (74 * 74 * head_size**0.5), 0.013] if is_int8 else [head_size**-0.5]
+    mask, steps = np.zeros((batch, seq), np.float32), [seq, 0] if is_int8 else [seq, 0, 0]
+    sizes = [tokens, seq, heads, head_size, *offsets, *steps]
+    args = [merged, merged, merged, mask, y, *sizes, *scales, 50.0, 128]
+    scratch = aligned(scratch_bytes(seq, head_size) // 4)  # more than fp32 needs
+    call = library.bind(kernel, args, panels * heads, scratch)
+    name = "int8" if is_int8 else "fp32"
+    return Candidate(name, call, 2 * batch * heads * seq * seq * head_size, [])
+
+
+def main() -> None:
+    groups, rows = REGISTER_BLOCKS[AVX512.lanes][0]
+    kernels: list[Any] = [
+        Attention(by_name(AVX512.name), groups, rows, "key", "u8"),
+        AttentionInt8(AVX512_VNNI, "key", "u8"),
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        library = Library([Peak(AVX512.name), *kernels], AVX512_VNNI.name, Path(folder))
+        for shape in SHAPES:
+            candidates = [candidate(library, k, shape) for k in kernels]
+            measure(candidates, ROUNDS)
+            fma = peak_of(library, AVX512.name)
+            for c, peak in zip(candidates, (fma, 4 * fma), strict=True):
+                best = min(c.seconds)
+                print(
+                    "batch{} seq{} heads{} size{}".format(*shape).ljust(32),
+                    f"{c.name}  best {best * 1e6:8.1f} us  median {median(c.seconds) * 1e6:8.1f}"
+                    f"  {c.work / best / 1e9:6.1f} G/s ({c.work / best / peak:4.0%} of peak)",
+                )
+
+
+if __name__ == "__main__":
+    main()

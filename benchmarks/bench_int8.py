@@ -1,0 +1,252 @@
+"""Speed of the int8 kernels on one core, as a share of the measured multiply-add peak.
+
+    taskset -c 0 python benchmarks/bench_int8.py [--isa avx512vnni] [--shape 768x768] [--all]
+
+Useful is what the stored blocks need; dense-equivalent is what a dense weight of that size would.
+Weights of all candidates of a shape are called in turn, so each finds its own weights in L3 at
+best, as in a model; the activations are shared. Printed are the best and the median call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from tvm.script.ir_builder import tirx as T
+
+from sparsec.codegen import tir
+from sparsec.codegen.isa.int8 import INT8_ISAS, Int8Isa, int8_isa
+from sparsec.codegen.isa.vector import keep, ramp, splat
+from sparsec.codegen.kernels.int8_cost import Form
+from sparsec.codegen.kernels.int8_epilogue import Epilogue
+from sparsec.codegen.kernels.int8_family import PARAMS, Int8GemmFamily, kernel_of, pack
+from sparsec.codegen.kernels.int8_gemm import Int8Gemm
+from sparsec.codegen.kernels.int8_pack import pack_rows
+from sparsec.codegen.kernels.panels import WIDTH, loop
+from sparsec.codegen.program import Kernel, Kind, Parameter
+from sparsec.ir.schedule import Workload
+from sparsec.sparse.bsr import block_zeros
+from sparsec.target import Target
+
+Array = np.ndarray[Any, Any]
+SHAPES = ["768x768", "3072x768", "768x3072", "256x1024", "1024x256"]
+SPARSE = [  # block, share of zero blocks
+    ((4, 1), 0.8), ((4, 1), 0.9), ((16, 1), 0.8), ((16, 1), 0.9), ((32, 1), 0.8), ((32, 1), 0.9),
+    ((1, 4), 0.8), ((4, 4), 0.8), ((4, 4), 0.9), ((16, 4), 0.8), ((16, 4), 0.9),
+]  # fmt: skip
+C_TYPES = {Kind.POINTER: ctypes.c_void_p, Kind.INT: ctypes.c_int64, Kind.FLOAT: ctypes.c_float}
+PEAK_CHAINS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """Independent chains of multiply-adds in registers; each multiplies its own last sum."""
+
+    hooks: Int8Isa
+
+    name = "multiply_add_peak"
+    parameters = (Parameter("x", dtype="int32"),)
+    has_scratch = False
+
+    @property
+    def isa(self) -> str:
+        return self.hooks.name
+
+    def build(self) -> Any:
+        return tir.kernel_function(self.name, self.parameters, self._body)
+
+    def _body(self, s: tir.KernelScope) -> None:
+        n, x = self.hooks.lanes, s["x"]
+        lanes = ramp(0, n)
+        sums = [tir.registers("int32", n) for _ in range(PEAK_CHAINS)]
+        for i, total in enumerate(sums):
+            T.buffer_store(total, x[ramp(i * n, n)], [lanes])
+        words = tuple(keep(splat(x[i], n)) for i in range(self.hooks.words_per_quad))
+        with loop(s.begin, s.end):
+            for total in sums:
+                own = (T.reinterpret(f"uint8x{4 * n}", total[lanes]),) * len(words)
+                T.buffer_store(total, self.hooks.dot(total[lanes], own, words), [lanes])
+        for i, total in enumerate(sums):
+            T.buffer_store(x, total[lanes], [ramp(i * n, n)])
+
+
+@dataclass
+class Candidate:
+    """One call to time: `work` multiply-accumulates that its blocks need."""
+
+    title: str
+    call: Callable[[], Any]
+    work: float
+    seconds: list[float] = field(default_factory=list)
+
+
+class Library:
+    """Kernels in one shared library."""
+
+    def __init__(self, kernels: list[Kernel], isa: Int8Isa, folder: Path):
+        path = folder / "kernels.o"
+        path.write_bytes(tir.build_object([k.build() for k in kernels], isa.features))
+        linker = [sys.executable, "-m", "ziglang", "ld.lld", "-shared"]
+        subprocess.run([*linker, str(path), "-o", str(path.with_suffix(".so"))], check=True)
+        self.library = ctypes.CDLL(str(path.with_suffix(".so")))
+
+    def bind(
+        self, kernel: Kernel, args: list[Any], items: int, scratch_bytes: int = 0
+    ) -> Callable[[], int]:
+        function = getattr(self.library, kernel.name)
+        types = [C_TYPES[p.kind] for p in kernel.parameters]
+        function.argtypes = types + [ctypes.c_void_p] * kernel.has_scratch + [ctypes.c_int64] * 2
+        scratch = aligned(np.zeros(scratch_bytes, np.uint8))
+        values = [a.ctypes.data if isinstance(a, np.ndarray) else a for a in args]
+        values += [scratch.ctypes.data] if kernel.has_scratch else []
+
+        def call(kept: Any = (args, scratch)) -> int:
+            """`kept` lets the arrays live as long as the call."""
+            return int(function(*values, 0, items))
+
+        return call
+
+
+def aligned(array: Array) -> Array:
+    """A copy at a multiple of 64 bytes."""
+    raw = np.zeros(array.nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    copy = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+@dataclass
+class Shape:
+    """Sizes, and the activations that all candidates read and write."""
+
+    m: int
+    k: int
+    tokens: int
+    epilogue: Epilogue
+    x: Array = field(init=False)
+    y: Array = field(init=False)
+
+    def __post_init__(self) -> None:
+        panels = -(-self.tokens // WIDTH)
+        rng = np.random.default_rng(1)
+        self.x = aligned(rng.integers(0, 256, (panels, self.k, WIDTH)).astype(np.uint8))
+        result = np.uint8 if self.epilogue.to_u8 else np.float32
+        self.y = aligned(np.zeros((panels, self.m, WIDTH), result))
+
+    def weight(self, block: tuple[int, int] | None, sparsity: float) -> Array:
+        rng = np.random.default_rng(2)
+        w = rng.integers(1, 128, (self.m, self.k)).astype(np.int8)
+        if block is None:
+            return w
+        kept = rng.random((-(-self.m // block[0]), -(-self.k // block[1]))) >= sparsity
+        return w * np.repeat(np.repeat(kept, block[0], 0), block[1], 1)[: self.m, : self.k]
+
+    def candidate(self, library: Library, kernel: Int8Gemm, form: Form, w: Array, group: int,
+                  title: str) -> Candidate:  # fmt: skip
+        packed = pack(w, form, kernel.hooks)
+        lists = [] if packed.starts is None else [packed.starts, packed.indices]
+        one = np.ones(self.m, np.float32)
+        rows = [np.zeros(self.m, np.int32), one * np.float32(1e-4), one]
+        weights = [packed.words, *lists, *(pack_rows(r, form.rows) for r in rows)]
+        sizes = [self.tokens, self.m, self.k, group, *([form.rows // form.strip] * kernel.tall)]
+        numbers = [1.0, 128] if self.epilogue.to_u8 else []
+        args = [self.x, *(aligned(a) for a in weights), self.y, *sizes, *numbers]
+        items = -(-self.m // form.rows) * -(-len(self.x) // group)
+        scratch = kernel.scratch_bytes(self.k, group, packed.most_steps)
+        work = np.count_nonzero(w) * self.tokens
+        return Candidate(title, library.bind(kernel, args, items, scratch), work)
+
+
+def candidates(shape: Shape, library: Library, isa: Int8Isa, every: bool) -> list[Candidate]:
+    """For each weight the family's choice, or all of its schedules in their order."""
+    found = []
+    for block, sparsity in [(None, 0.0), *SPARSE]:
+        w = shape.weight(block, sparsity)
+        layout = "dense" if block is None else f"bsr{block[0]}x{block[1]}"
+        density = 1.0 if block is None else 1.0 - block_zeros(w, (block,))[block]
+        sizes = (("m", shape.m), ("k", shape.k))
+        work = Workload("linear_int8", sizes, "u8s8", layout, "none u8", density)
+        level = Target.host() if isa is INT8_ISAS[-1] else Target.named("haswell")
+        schedules = Int8GemmFamily().schedules(work, level)
+        for schedule in schedules if every else schedules[:1]:
+            rows, cols, strip, group = (schedule.param(n) for n in PARAMS)
+            form = Form(rows, cols, strip)
+            kernel = kernel_of(form, isa, shape.epilogue)
+            title = f"{layout:8} {sparsity:3.0%} zero by {kernel.form:8} {rows:2}"
+            found.append(shape.candidate(library, kernel, form, w, group, title))
+    return found
+
+
+def measure(found: list[Candidate], rounds: int) -> None:
+    """Fills in `seconds`, in turns."""
+    for c in found:
+        c.call()
+    for _ in range(rounds):
+        for c in found:
+            start = time.perf_counter()
+            c.call()
+            c.seconds.append(time.perf_counter() - start)
+
+
+def peak_of(library: Library, isa: Int8Isa) -> float:
+    """Multiply-accumulates per second."""
+    items, lanes = 200_000, isa.lanes
+    call = library.bind(Peak(isa), [aligned(np.ones(PEAK_CHAINS * lanes, np.int32))], items)
+    peak = Candidate("peak", call, PEAK_CHAINS * lanes * 4 * items)
+    measure([peak], 10)
+    return peak.work / min(peak.seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--isa", choices=[i.name for i in INT8_ISAS])
+    parser.add_argument("--shape", action="append", help="m x k, such as 768x3072")
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--activation", default="none")
+    parser.add_argument("--f32", action="store_true", help="fp32 results instead of u8")
+    parser.add_argument("--all", action="store_true", help="all schedules, not only the first")
+    parser.add_argument("--rounds", type=int, default=40)
+    options = parser.parse_args()
+    host = Target.host()
+    best = next(i.name for i in reversed(INT8_ISAS) if host.has(i.isa))
+    isa = int8_isa(options.isa or best)
+    coarse = not options.f32 and options.activation.startswith("gelu")
+    epilogue = Epilogue(
+        options.activation, to_u8=not options.f32, coarse=coarse, is_bounded=not options.f32
+    )
+    kernels: list[Kernel] = [k for k in Int8GemmFamily().variants()
+                             if isinstance(k, Int8Gemm) and k.isa == isa.name
+                             and k.epilogue == epilogue]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        library = Library([Peak(isa), *kernels], isa, Path(folder))
+        peak = peak_of(library, isa)
+        print(f"{isa.name}, {epilogue.result}, peak {peak / 1e9:.1f} GMAC/s")
+        for text in options.shape or SHAPES:
+            m, k = (int(n) for n in text.split("x"))
+            shape = Shape(m, k, options.tokens, epilogue)
+            found = candidates(shape, library, isa, options.all)
+            measure(found, options.rounds)
+            peak = max(peak, peak_of(library, isa))
+            for c in found:
+                useful, middle = c.work / min(c.seconds), c.work / median(c.seconds)
+                equivalent = m * k * options.tokens / min(c.seconds)
+                print(
+                    f"{text:9} {c.title:36} useful {useful / 1e9:6.1f} GMAC/s"
+                    f" ({useful / peak:4.0%} of peak, median {middle / peak:4.0%})"
+                    f"  dense-equivalent {equivalent / 1e9:7.1f}  {min(c.seconds) * 1e6:8.1f} us"
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""What differs between int8 instruction sets: the hooks that int8 kernels are written over.
+
+A channel of `chunk` tokens is one vector of bytes. Unpacking four channels gives four *tiles* of
+quads: each 32-bit lane holds four channels of one token. Lane c of tile t is then token
+(c / 4) * 16 + 4 t + c % 4 of the chunk: *tile order*. Saturating packs undo it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from sparsec.codegen.isa.avx2 import AVX2
+from sparsec.codegen.isa.avx512 import AVX512
+from sparsec.codegen.isa.vector import VectorIsa, keep, shuffle
+from sparsec.ir.op_spec import Array
+from sparsec.target import Isa
+
+TILES = 4
+_LANE = 16  # bytes: unpacks and packs work within 128 bits
+_CURRENT_ROUNDING = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Isa:
+    """An instruction set that multiplies u8 by s8 into int32, over the floats of `vector`.
+
+    `words(w)` turns int8 `[..., 4]` into the int32 words `[..., n]` that a kernel broadcasts;
+    `operand` prepares a tile of quads, and `dot(sum, operand, words)` adds four products to each
+    lane. A register block has `columns` of the four tiles. `to_integer` rounds half to even, and
+    gives the least int32 for what no int32 can hold. `to_tokens` turns tile order into token
+    order, as four vectors of neighbouring tokens, and `to_tiles` turns it back. `narrow` is for
+    panels of which no more than its chunk holds tokens.
+    """
+
+    isa: Isa
+    vector: VectorIsa
+    features: tuple[str, ...]
+    columns: int
+    words: Callable[[Array], Array]
+    operand: Callable[[Any], tuple[Any, ...]]
+    dot: Callable[[Any, tuple[Any, ...], tuple[Any, ...]], Any]
+    to_integer: Callable[[Any], Any]
+    pack_names: tuple[str, str]
+    to_tokens: Callable[[list[Any]], list[Any]]
+    to_tiles: Callable[[list[Any]], list[Any]]
+    narrow: Int8Isa | None = None
+
+    @property
+    def name(self) -> str:
+        return self.isa.value
+
+    @property
+    def lanes(self) -> int:
+        """Tokens of a tile."""
+        return self.vector.lanes
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of four tiles, and bytes of a vector."""
+        return TILES * self.vector.lanes
+
+    @property
+    def words_per_quad(self) -> int:
+        return int(self.words(np.zeros((1, 4), np.int8)).shape[-1])
+
+    def interleave(self, channels: list[Any]) -> list[Any]:
+        """Four channels of a chunk as four tiles of quads, in int32 lanes: 8 unpacks."""
+        a, b, c, d = channels
+        tiles = []
+        for high in (False, True):
+            first, second = keep(_unpack(a, b, 1, high)), keep(_unpack(c, d, 1, high))
+            for upper in (False, True):
+                tile = _unpack(first, second, 2, upper)
+                tiles.append(keep(T.reinterpret(f"int32x{self.lanes}", tile)))
+        return tiles
+
+    def pack(self, tiles: list[Any], zero_point: Any) -> Any:
+        """Four tiles of int32 plus the zero point, clamped to u8 in token order: 3 packs."""
+        words, type = self.pack_names[0], f"int16x{2 * self.lanes}"
+        zero = T.broadcast(T.cast(zero_point, "int16"), 2 * self.lanes)
+        halves = []
+        for i in (0, 2):
+            packed = keep(_call(type, words, tiles[i], tiles[i + 1]))
+            # Saturating too: what the pack has clamped must not wrap around.
+            halves.append(keep(_call(type, f"llvm.sadd.sat.v{2 * self.lanes}i16", packed, zero)))
+        return _call(f"uint8x{self.chunk}", self.pack_names[1], *halves)
+
+
+def _call(dtype: str, name: str, *args: Any) -> Any:
+    return T.call_llvm_pure_intrin(dtype, name, *args)
+
+
+def _unpack(a: Any, b: Any, unit: int, high: bool) -> Any:
+    """Pieces of `unit` bytes of a and b in turns, from one half of each 128 bits."""
+    size = int(str(a.ty.dtype).partition("x")[2])
+    order = []
+    for lane in range(0, size, _LANE):
+        start = lane + _LANE // 2 * high
+        for piece in range(start, start + _LANE // 2, unit):
+            order += [*range(piece, piece + unit), *range(size + piece, size + piece + unit)]
+    return shuffle(a, b, order)
+
+
+def _quarters(a: Any, b: Any, lanes: list[int]) -> Any:
+    """128-bit lanes of the concatenation of two vectors of 32-bit lanes."""
+    return keep(shuffle(a, b, [4 * lane + i for lane in lanes for i in range(4)]))
+
+
+def _whole_word(w: Array) -> Array:
+    """Four bytes as they are: one word."""
+    return np.ascontiguousarray(w, np.int8).view("<i4")
+
+
+def _as_it_is(x: Any) -> tuple[Any, ...]:
+    return (x,)
+
+
+def _vpdpbusd(total: Any, x: tuple[Any, ...], words: tuple[Any, ...]) -> Any:
+    type = str(total.ty.dtype)
+    count = 4 * int(type.partition("x")[2])
+    bytes = T.reinterpret(f"uint8x{count}", x[0]), T.reinterpret(f"int8x{count}", words[0])
+    return _call(type, f"llvm.x86.avx512.vpdpbusd.{8 * count}", total, *bytes)
+
+
+def _to_integer_512(x: Any) -> Any:
+    zero, mask = T.broadcast(T.int32(0), 16), tirx.const(-1, "int16")
+    rounding = tirx.const(_CURRENT_ROUNDING, "int32")
+    return _call("int32x16", "llvm.x86.avx512.mask.cvtps2dq.512", x, zero, mask, rounding)
+
+
+def _transpose_4x4(v: list[Any]) -> list[Any]:
+    """128-bit lanes of four vectors transposed: its own inverse."""
+    low = [_quarters(v[i], v[i + 1], [0, 1, 4, 5]) for i in (0, 2)]
+    high = [_quarters(v[i], v[i + 1], [2, 3, 6, 7]) for i in (0, 2)]
+    return [
+        _quarters(left, right, lanes)
+        for left, right in (low, high)
+        for lanes in ([0, 2, 4, 6], [1, 3, 5, 7])
+    ]
+
+
+def _even_and_odd_words(w: Array) -> Array:
+    """Bytes 0 and 2, and bytes 1 and 3, as two int16 each: two words."""
+    pairs = np.stack([w[..., 0::2], w[..., 1::2]], axis=-2).astype("<i2")
+    return np.ascontiguousarray(pairs).view("<i4")[..., 0]
+
+
+def _even_and_odd(x: Any) -> tuple[Any, ...]:
+    pairs = keep(T.reinterpret("uint16x16", x))
+    even = T.bitwise_and(pairs, T.broadcast(tirx.const(0xFF, "uint16"), 16))
+    odd = T.shift_right(pairs, T.broadcast(tirx.const(8, "uint16"), 16))
+    return keep(even), keep(odd)
+
+
+def _two_pmaddwd(total: Any, x: tuple[Any, ...], words: tuple[Any, ...]) -> Any:
+    """Exact: unlike `vpmaddubsw`, which saturates, this multiplies int16 into int32."""
+    for half, word in zip(x, words, strict=True):
+        operands = (T.reinterpret("int16x16", v) for v in (half, word))
+        total = total + _call("int32x8", "llvm.x86.avx2.pmadd.wd", *operands)
+    return total
+
+
+def _to_integer_256(x: Any) -> Any:
+    return _call("int32x8", "llvm.x86.avx.cvt.ps2dq.256", x)
+
+
+def _to_tokens_256(v: list[Any]) -> list[Any]:
+    return [_quarters(v[i], v[i + 1], [n, n + 2]) for n in (0, 1) for i in (0, 2)]
+
+
+def _to_tiles_256(v: list[Any]) -> list[Any]:
+    return [_quarters(v[i], v[i + 2], [n, n + 2]) for i in (0, 1) for n in (0, 1)]
+
+
+AVX2_INT8 = Int8Isa(
+    Isa.AVX2,
+    AVX2,
+    AVX2.features,
+    columns=2,
+    words=_even_and_odd_words,
+    operand=_even_and_odd,
+    dot=_two_pmaddwd,
+    to_integer=_to_integer_256,
+    pack_names=("llvm.x86.avx2.packssdw", "llvm.x86.avx2.packuswb"),
+    to_tokens=_to_tokens_256,
+    to_tiles=_to_tiles_256,
+)
+
+_VNNI_FEATURES = (*AVX512.features, "+avx512vnni")
+_VNNI_256 = Int8Isa(
+    Isa.AVX512_VNNI,
+    AVX2,
+    _VNNI_FEATURES,
+    columns=TILES,
+    words=_whole_word,
+    operand=_as_it_is,
+    dot=_vpdpbusd,
+    to_integer=_to_integer_256,
+    pack_names=AVX2_INT8.pack_names,
+    to_tokens=_to_tokens_256,
+    to_tiles=_to_tiles_256,
+)
+AVX512_VNNI = Int8Isa(
+    Isa.AVX512_VNNI,
+    AVX512,
+    _VNNI_FEATURES,
+    columns=TILES,
+    words=_whole_word,
+    operand=_as_it_is,
+    dot=_vpdpbusd,
+    to_integer=_to_integer_512,
+    pack_names=("llvm.x86.avx512.packssdw.512", "llvm.x86.avx512.packuswb.512"),
+    to_tokens=_transpose_4x4,
+    to_tiles=_transpose_4x4,
+    narrow=_VNNI_256,
+)
+
+INT8_ISAS: tuple[Int8Isa, ...] = (AVX2_INT8, AVX512_VNNI)  # weakest first
+
+
+def int8_isa(name: str) -> Int8Isa:
+    """The entry of INT8_ISAS whose level has this name."""
+    return next(v for v in INT8_ISAS if v.name == name)

@@ -1,0 +1,157 @@
+"""`attention_int8`: fused attention whose two products are integer products, softmax in fp32.
+
+One item is one head of one panel of queries, as in `attention`; attention_int8_block.py says what
+is computed for a run of queries of one sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.script.ir_builder import tirx as T
+
+from sparsec.codegen import tir
+from sparsec.codegen.isa.int8 import AVX512_VNNI, Int8Isa
+from sparsec.codegen.isa.vector import keep
+from sparsec.codegen.kernels.attention import mask_steps
+from sparsec.codegen.kernels.attention_int8_block import QUAD, Block, scratch_bytes
+from sparsec.codegen.kernels.base import Binder
+from sparsec.codegen.kernels.panels import (
+    GROUP,
+    WIDTH,
+    const,
+    div,
+    groups_in_panel,
+    loop,
+    mod,
+)
+from sparsec.codegen.kernels.quantize import inverse_of
+from sparsec.codegen.program import Arg, Kernel, KernelCall, Kind, Parameter
+from sparsec.ir.dims import ceildiv
+from sparsec.ir.graph import Node
+from sparsec.ir.layouts import Panels
+from sparsec.ir.schedule import Schedule, Workload
+from sparsec.ir.types import DType
+from sparsec.target import Target
+
+MASKS = ("none", "key")
+RESULTS = ("f32", "u8")
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionInt8:
+    """`mask` is "none" or "key" (one value per key), `result` "f32" or "u8" (quantised)."""
+
+    int8: Int8Isa
+    mask: str
+    result: str
+
+    @property
+    def name(self) -> str:
+        return f"attention_u8_mask_{self.mask}_to_{self.result}_{self.isa}"
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """`factor` is scale * q_scale * k_scale; the mask is read as `attention` reads it."""
+        masked = self.mask != "none"
+        sizes = ["tokens", "seq", "heads", "head_size"]
+        sizes += [f"{x}_{what}" for x in "qkv" for what in ("channels", "offset")]
+        sizes += ["batch_step", "head_step"] if masked else []
+        quant = (Parameter("inverse", Kind.FLOAT), Parameter("zero_point", Kind.INT))
+        return (
+            *(Parameter(n, dtype="uint8") for n in "qkv"),
+            *((Parameter("mask"),) if masked else ()),
+            Parameter("y", dtype="float32" if self.result == "f32" else "uint8"),
+            *(Parameter(n, Kind.INT) for n in sizes),
+            Parameter("factor", Kind.FLOAT),
+            Parameter("v_scale", Kind.FLOAT),
+            *(quant if self.result == "u8" else ()),
+        )
+
+    @property
+    def has_scratch(self) -> bool:
+        return True
+
+    @property
+    def isa(self) -> str:
+        return self.int8.name
+
+    def build(self) -> Any:
+        return tir.kernel_function(self.name, self.parameters, self._body, scratch="int32")
+
+    def _body(self, s: tir.KernelScope) -> None:
+        seq, tokens = s["seq"], s["tokens"]
+        with loop(s.begin, s.end) as item:
+            panel, head = keep(div(item, s["heads"])), keep(mod(item, s["heads"]))
+            groups = keep(groups_in_panel(tokens, panel))
+            token = keep(panel * WIDTH)
+            after = keep(T.min(token + WIDTH, tokens))
+            one_sequence = div(token, seq) == div(after - 1, seq)
+            whole = keep(T.Select(one_sequence, groups, const(0)))
+            done: Any = const(0)
+            for size in (4, 2):
+                blocks = keep(div(whole - done, size))
+                with loop(0, blocks) as block:
+                    first = keep(token + (done + block * size) * GROUP)
+                    Block(
+                        self.int8, self.mask, self.result, s, head, first, div(first, seq), size
+                    ).compute()
+                done = keep(done + blocks * size)
+            with loop(done, groups) as group:
+                first = keep(token + group * GROUP)
+                last = keep(T.min(first + (GROUP - 1), tokens - 1))
+                with loop(div(first, seq), div(last, seq) + 1) as sequence:
+                    Block(self.int8, self.mask, self.result, s, head, first, sequence, 1).compute()
+
+
+class AttentionInt8Family:
+    """`attention_int8` on AVX512-VNNI."""
+
+    ops = ("attention_int8",)
+
+    def workload(self, node: Node) -> Workload:
+        q, mask = node.input(0).type, node.optional_input(3)
+        sizes = tuple((n, int(node.attrs[n])) for n in ("heads", "head_size"))
+        kind = "none" if mask is None else mask_steps(mask.type, q)[0]
+        return Workload(node.op, sizes, str(q.dtype), epilogue=f"mask {kind} to {_result(node)}")
+
+    def schedules(self, workload: Workload, target: Target) -> list[Schedule]:
+        kind = workload.epilogue.split()[1]
+        fits = kind in MASKS and workload.size("head_size") % QUAD == 0
+        if not target.has(AVX512_VNNI.isa) or not fits or workload.dtype != str(DType.U8):
+            return []
+        return [Schedule("attention_int8", AVX512_VNNI.name)]
+
+    def lower(self, node: Node, schedule: Schedule, binder: Binder) -> list[KernelCall]:
+        q, mask = node.input(0).type, node.optional_input(3)
+        assert all(v.type.layout == Panels() for v in (*map(node.input, range(3)), node.output))
+        kind, steps = ("none", ()) if mask is None else mask_steps(mask.type, q)
+        kernel = AttentionInt8(AVX512_VNNI, kind, _result(node))
+        heads, head_size = int(node.attrs["heads"]), int(node.attrs["head_size"])
+        tokens, seq = q.tokens, q.shape[-2]
+        args: list[Arg] = [binder.ref(node.input(i)) for i in range(3)]
+        args += [] if mask is None else [binder.ref(mask)]
+        args += [binder.ref(node.output), tokens, seq, heads, head_size]
+        for i, name in enumerate("qkv"):
+            args += [node.input(i).type.channels, int(node.attrs[f"{name}_offset"])]
+        scale, q_scale, k_scale = (float(node.attrs[n]) for n in ("scale", "q_scale", "k_scale"))
+        args += [*steps[:2], scale * q_scale * k_scale, float(node.attrs["v_scale"])]
+        if kernel.result == "u8":
+            args += [inverse_of(node.attrs["out_scale"]), node.attrs.get("out_zero_point", 0)]
+        return [
+            KernelCall(
+                kernel,
+                tuple(args),
+                ceildiv(tokens, WIDTH) * heads,
+                f"{node.name}: {heads} heads of {head_size}, mask {kind}",
+                scratch_bytes=scratch_bytes(seq, head_size),
+            )
+        ]
+
+    def variants(self) -> list[Kernel]:
+        return [AttentionInt8(AVX512_VNNI, mask, result) for mask in MASKS for result in RESULTS]
+
+
+def _result(node: Node) -> str:
+    return "f32" if node.attrs.get("out_scale") is None else "u8"

@@ -1,0 +1,289 @@
+"""The code of `attention_int8` for one run of queries of one sequence.
+
+Computed transposed as `attention` is: keys down, queries in the lanes. q, k and v are u8 panels
+with zero point 128. Per run of queries of one sequence:
+
+    scores[key][query] = (factor * (sum_d q[query][d] k[key][d]) + mask) / ln(2)
+    p = rint(255 * 2**(scores - max over keys))      u8, four keys to a 32-bit lane
+    y[d][query] = v_scale * (sum_key v[d][key] p[key][query]) / sum of p
+
+Keys are taken in quads that start at multiples of four in a panel: those of a quad that are not
+of the sequence have p = 0. Scratch memory, in 32-bit words, `rows` being the keys rounded up:
+
+    scores [rows][queries] | p [rows / 4][queries] | q [d / 4][64] | k [d / 4][64] of one panel
+    | 64 corrections for the zero point of q | v [panel][d][16]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from sparsec.codegen import tir
+from sparsec.codegen.isa.int8 import Int8Isa
+from sparsec.codegen.isa.pack8 import Packer
+from sparsec.codegen.isa.polynomials import horner
+from sparsec.codegen.isa.vector import keep, ramp, splat
+from sparsec.codegen.kernels.attention import LOWEST, higher, in_steps
+from sparsec.codegen.kernels.panels import GROUP, WIDTH, const, div, loop, mod
+from sparsec.ir.dims import Dim, floordiv
+
+QUAD = 4
+WORDS = WIDTH // QUAD  # of a channel of a panel
+ROWS = {4: 4, 2: 8, 1: 16}  # groups of queries at once: keys or channels at once
+_LOG2_E = 1.4426950408889634
+_NOT_SCALED = -1e38
+_FLOOR = 9  # rounding mode of `vreduceps`: down, no exception
+# 255 * 2**f for f in [0, 1), relative error 7.5e-5: 0.02 of a step
+_EXP2 = (254.98093372344314, 177.437534274418, 57.6471460252009, 19.89625174010406)
+
+
+class Block:
+    """Code for `groups` groups of queries from `token` on against the keys of one sequence."""
+
+    def __init__(
+        self, int8: Int8Isa, mask: str, result: str, s: tir.KernelScope, head: Any, token: Any,
+        sequence: Any, groups: int,
+    ):  # fmt: skip
+        self.int8, self.v, self.mask, self.result, self.s = int8, int8.vector, mask, result, s
+        self.head, self.token, self.sequence = head, token, sequence
+        self.start = keep(sequence * s["seq"])
+        self.stop = keep(self.start + s["seq"])
+        self.row0 = keep(div(self.start, QUAD) * QUAD)  # the key of the first row of scores
+        self.first_panel = keep(div(self.start, WIDTH))
+        self.lanes = self.v.lanes
+        self.width = groups * GROUP
+        self.count = self.width // self.lanes
+        self.partial = groups == 1  # lanes of other sequences may be among the queries
+        self.steps = tuple(dict.fromkeys((ROWS[groups], QUAD)))
+        self.at = [ramp(i * self.lanes, self.lanes) for i in range(self.count)]
+        self.highest = tir.registers("float32", self.width)
+        self.total = tir.registers("int32", self.width)
+        size, rows = s["head_size"], (div(s["seq"], QUAD) + 2) * QUAD
+        self.p0 = keep(rows * WIDTH)
+        self.q0 = keep(self.p0 + rows * WORDS)
+        self.k0 = keep(self.q0 + size * WORDS)
+        self.sums0 = keep(self.k0 + size * WORDS)
+        self.v0 = keep(self.sums0 + WIDTH)
+
+    def compute(self) -> None:
+        """All of it."""
+        self._prepare_queries()
+        self._prepare_values()
+        self._compute_scores()
+        self._exponentiate()
+        self._compute_context()
+
+    def _prepare_queries(self) -> None:
+        """The panel's queries as quads of channels, in token order."""
+        row = keep(self._row("q", div(self.token, WIDTH)))
+        with loop(0, div(self.s["head_size"], QUAD)) as d:
+            tiles = self.int8.interleave(self._four_channels("q", row + d * (QUAD * WIDTH)))
+            for i, tile in enumerate(self.int8.to_tokens(tiles)):
+                self._store_words(self.q0 + d * WIDTH + i * self.lanes, tile)
+
+    def _prepare_values(self) -> None:
+        """v - 128, as s8, of all panels of the sequence."""
+        with loop(0, div(self.stop - 1, WIDTH) - self.first_panel + 1) as i:
+            row = keep(self._row("v", self.first_panel + i))
+            with loop(0, self.s["head_size"]) as d:
+                value = self._signed(self.s["v"][ramp(row + d * WIDTH, WIDTH)])
+                words = T.reinterpret(f"int32x{WORDS}", value)
+                where = self.v0 + (i * self.s["head_size"] + d) * WORDS
+                self._store_words(where, words)
+
+    def _prepare_keys(self, panel: Any) -> None:
+        """A panel's keys as s8 quads of channels, in tile order, and -128 * their sums."""
+        row = keep(self._row("k", panel))
+        sums = [tir.registers("int32", self.lanes) for _ in range(4)]
+        at = ramp(0, self.lanes)
+        offset = keep(T.broadcast(tirx.const(128, "uint8"), WIDTH))
+        for part in sums:
+            T.buffer_store(part, self._zeros(), [at])
+        with loop(0, div(self.s["head_size"], QUAD)) as d:
+            bytes_ = self._four_channels("k", row + d * (QUAD * WIDTH))
+            tiles = self.int8.interleave([keep(self._signed(b)) for b in bytes_])
+            for i, (tile, part) in enumerate(zip(tiles, sums, strict=True)):
+                self._store_words(self.k0 + d * WIDTH + i * self.lanes, tile)
+                T.buffer_store(part, self.int8.dot(part[at], (offset,), (tile,)), [at])
+        for i, part in enumerate(sums):
+            self._store_words(self.sums0 + i * self.lanes, self._zeros() - part[at])
+
+    def _compute_scores(self) -> None:
+        for at in self.at:
+            T.buffer_store(self.highest, splat(float("-inf"), self.lanes), [at])
+        with loop(self.first_panel, div(self.stop - 1, WIDTH) + 1) as panel:
+            self._prepare_keys(panel)
+            first, last = self._quads_of(panel)
+            in_steps(first, last, self.steps, lambda lane, n: self._score_keys(panel, lane, n))
+
+    def _quads_of(self, panel: Any) -> tuple[Any, Any]:
+        """The lanes of the panel that hold keys, rounded to quads."""
+        first = T.max(self.row0 - panel * WIDTH, const(0))
+        last = T.min(self.stop - panel * WIDTH, const(WIDTH))
+        return keep(first), keep(div(last + (QUAD - 1), QUAD) * QUAD)
+
+    def _score_keys(self, panel: Any, lane: Any, rows: int) -> None:
+        s, n = self.s, self.lanes
+        places = [self._place(lane + r) for r in range(0, rows, QUAD)]
+        word = [keep(places[r // QUAD] + r % QUAD) for r in range(rows)]
+        acc = [tir.registers("int32", self.width) for _ in range(rows)]
+        for r in range(rows):
+            for at in self.at:
+                T.buffer_store(acc[r], splat(s.scratch[self.sums0 + word[r]], n), [at])
+        queries = keep(self.q0 + mod(self.token, WIDTH))
+        with loop(0, div(s["head_size"], QUAD)) as d:
+            self._accumulate(acc, queries + d * WIDTH, [self.k0 + d * WIDTH + w for w in word])
+        key = keep(panel * WIDTH + lane)
+        factor = keep(splat(s["factor"] * T.float32(_LOG2_E), n))
+        for r in range(rows):
+            bias = keep(splat(self._bias(key + r), n))
+            for i, at in enumerate(self.at):
+                score = T.cast(acc[r][at], f"float32x{n}") * factor + bias
+                score = keep(score)
+                where = (key + r - self.row0) * self.width + i * n
+                self._store_words(where, T.reinterpret(f"int32x{n}", score))
+                T.buffer_store(self.highest, higher(self.highest[at], score), [at])
+
+    def _place(self, lane: Any) -> Any:
+        """Where the quad of tokens from `lane` on is in tile order."""
+        return mod(lane, GROUP) * QUAD + div(lane, GROUP) * QUAD
+
+    def _bias(self, key: Any) -> Any:
+        """The mask of a key over ln(2); -inf for what is no key of the sequence."""
+        inside = T.And(key >= self.start, key < self.stop)
+        value: Any = T.float32(0)
+        if self.mask == "key":
+            step = self.sequence * self.s["batch_step"] + self.head * self.s["head_step"]
+            nearest = T.min(T.max(key - self.start, const(0)), self.s["seq"] - 1)
+            mask = keep(self.s["mask"][step + nearest])
+            # The lowest float stays: over ln(2) it would be -inf, which is no key at all.
+            value = T.Select(mask < T.float32(_NOT_SCALED), mask, mask * T.float32(_LOG2_E))
+        return keep(T.Select(inside, value, T.float32(float("-inf"))))
+
+    def _accumulate(self, acc: list[Any], vectors: Any, words: list[Any]) -> None:
+        """acc[r] += four products of the bytes of each lane with those of words[r]."""
+        scratch, n = self.s.scratch, self.lanes
+        operands = [
+            self.int8.operand(keep(scratch[ramp(vectors + i * n, n)])) for i in range(self.count)
+        ]
+        for row, word in zip(acc, words, strict=True):
+            factor = (keep(splat(scratch[word], n)),)
+            for operand, at in zip(operands, self.at, strict=True):
+                T.buffer_store(row, self.int8.dot(row[at], operand, factor), [at])
+
+    def _exponentiate(self) -> None:
+        """p and its sums. Where all scores are -inf the difference is to LOWEST: never NaN."""
+        n = self.lanes
+        highest = [keep(higher(splat(LOWEST, n), self.highest[at])) for at in self.at]
+        ones = (keep(T.broadcast(T.int32(0x01010101), n)),)
+        for at in self.at:
+            T.buffer_store(self.total, self._zeros(), [at])
+        rows = keep(div(self.stop + (QUAD - 1), QUAD) - div(self.start, QUAD))
+        with loop(0, rows) as quad:
+            for i, at in enumerate(self.at):
+                word = self._zeros()
+                for j in range(QUAD):
+                    where = ramp((quad * QUAD + j) * self.width + i * n, n)
+                    p = self._probability(self.s.scratch[where], highest[i])
+                    word = keep(
+                        T.bitwise_or(word, T.shift_left(p, T.broadcast(T.int32(8 * j), n)))
+                    )
+                self._store_words(self.p0 + quad * self.width + i * n, word)
+                total = self.int8.dot(self.total[at], self.int8.operand(word), ones)
+                T.buffer_store(self.total, total, [at])
+
+    def _probability(self, bits: Any, highest: Any) -> Any:
+        """rint(255 * 2**(score - highest)) as int32; 0 for -inf."""
+        power = keep(T.reinterpret(f"float32x{self.lanes}", bits) - highest)
+        value = self.v.scale(horner(self.v, fraction(power), _EXP2), power)
+        return keep(self.int8.to_integer(keep(value)))
+
+    def _compute_context(self) -> None:
+        """y; 0 where all scores are -inf."""
+        s, n = self.s, self.lanes
+        self.inverse = []
+        for at in self.at:
+            total = keep(T.cast(self.total[at], f"float32x{n}"))
+            none = total == splat(0.0, n)
+            self.inverse.append(
+                keep(T.Select(none, splat(0.0, n), splat(s["v_scale"], n) / total))
+            )
+        if self.result == "u8":
+            self.packer = Packer.of(self.v, "uint8", s["inverse"], s["zero_point"])
+        in_steps(const(0), s["head_size"], self.steps, self._context_channels)
+
+    def _context_channels(self, channel: Any, rows: int) -> None:
+        s, n = self.s, self.lanes
+        acc = [tir.registers("int32", self.width) for _ in range(rows)]
+        for row in acc:
+            for at in self.at:
+                T.buffer_store(row, self._zeros(), [at])
+        with loop(self.first_panel, div(self.stop - 1, WIDTH) + 1) as panel:
+            first, last = self._quads_of(panel)
+            values = (panel - self.first_panel) * s["head_size"] + channel
+            values = keep(self.v0 + values * WORDS)
+            quad0 = keep(panel * WORDS - div(self.row0, QUAD))
+            with loop(div(first, QUAD), div(last, QUAD)) as quad:
+                p = self.p0 + (quad0 + quad) * self.width
+                self._accumulate(acc, p, [values + r * WORDS + quad for r in range(rows)])
+        y0 = (div(self.token, WIDTH) * s["heads"] + self.head) * s["head_size"] + channel
+        for r in range(rows):
+            row = (y0 + r) * WIDTH + mod(self.token, WIDTH)
+            results = [
+                keep(T.cast(acc[r][at], f"float32x{n}") * inverse)
+                for at, inverse in zip(self.at, self.inverse, strict=True)
+            ]
+            if self.result == "u8":
+                self._store(row, self.packer.bytes_of(results), 0, self.width)
+            else:
+                for i, result in enumerate(results):
+                    self._store(row, result, i * n, n)
+
+    def _store(self, row: Any, new: Any, first: int, lanes: int) -> None:
+        """`new` in the lanes of this sequence and past it: a later sequence overwrites those."""
+        y, where = self.s["y"], ramp(row + first, lanes)
+        if self.partial:
+            index = T.ramp(T.int32(0), 1, lanes)
+            before = T.cast(T.max(self.start - self.token, const(0)), "int32") - first
+            new = T.Select(index < T.broadcast(before, lanes), y[where], new)
+        T.buffer_store(y, new, [where])
+
+    def _row(self, operand: str, panel: Any) -> Any:
+        """Where this head's first channel of a panel of q, k or v starts."""
+        channels, offset = self.s[f"{operand}_channels"], self.s[f"{operand}_offset"]
+        return (panel * channels + offset + self.head * self.s["head_size"]) * WIDTH
+
+    def _four_channels(self, operand: str, row: Any) -> list[Any]:
+        at = [ramp(row + i * WIDTH, WIDTH) for i in range(QUAD)]
+        return [keep(self.s[operand][a]) for a in at]
+
+    def _signed(self, value: Any) -> Any:
+        """u8 with zero point 128 as s8."""
+        return T.bitwise_xor(value, T.broadcast(tirx.const(128, "uint8"), WIDTH))
+
+    def _store_words(self, where: Any, words: Any) -> None:
+        T.buffer_store(self.s.scratch, words, [ramp(where, self.lanes)])
+
+    def _zeros(self) -> Any:
+        return T.broadcast(T.int32(0), self.lanes)
+
+
+def fraction(x: Any) -> Any:
+    """x - floor(x) of 16 floats, 0 for an infinity."""
+    every, rounding = tirx.const(-1, "int16"), tirx.const(4, "int32")
+    name = "llvm.x86.avx512.mask.reduce.ps.512"
+    mode = tirx.const(_FLOOR, "int32")
+    return keep(
+        T.call_llvm_pure_intrin("float32x16", name, x, mode, splat(0.0, 16), every, rounding)
+    )
+
+
+def scratch_bytes(seq: Dim, head_size: int) -> Dim:
+    """The memory of one worker: see the top of this file."""
+    rows = (floordiv(seq, QUAD) + 2) * QUAD
+    panels = floordiv(seq + (2 * WIDTH - 2), WIDTH)
+    words = rows * (WIDTH + WORDS) + 2 * head_size * WORDS + WIDTH + panels * (head_size * WORDS)
+    return words * 4

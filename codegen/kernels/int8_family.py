@@ -1,0 +1,233 @@
+"""`linear_int8`: which kernel of int8_gemm computes a layer, and its weights in that form."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sparsec.codegen.isa.coarse import COARSE, MAX_ERROR
+from sparsec.codegen.isa.int8 import INT8_ISAS, Int8Isa, int8_isa
+from sparsec.codegen.isa.polynomials import ACTIVATIONS
+from sparsec.codegen.kernels.base import Binder
+from sparsec.codegen.kernels.int8_cost import Form, block_density, cycles
+from sparsec.codegen.kernels.int8_epilogue import Epilogue
+from sparsec.codegen.kernels.int8_gemm import Int8Gemm
+from sparsec.codegen.kernels.int8_pack import (
+    QUAD,
+    PackedWeight,
+    pack_channels,
+    pack_dense,
+    pack_quads,
+    pack_rows,
+)
+from sparsec.codegen.kernels.panels import WIDTH
+from sparsec.codegen.program import Arg, BufferRef, Kernel, KernelCall
+from sparsec.ir.dims import ceildiv
+from sparsec.ir.graph import Node
+from sparsec.ir.layouts import Bsr, Panels
+from sparsec.ir.op_spec import Array
+from sparsec.ir.schedule import Schedule, Workload
+from sparsec.ir.types import DType
+from sparsec.sparse.bsr import block_zeros
+from sparsec.target import Target
+
+OP = "linear_int8"
+FORM_NAMES = {0: "dense", 1: "channels", QUAD: "quads"}
+DENSE_STRIP = {8: 4, 16: 6}  # rows by tokens of a tile: as many sums as registers allow
+STRIP = 4
+BLOCK_ROWS = (4, 8, 16, 32, 64)
+MOST_PANELS = 8  # of a group
+U8_MAX = 255
+STEPS_OF_COARSE = 64  # a coarse activation is off by less than this part of a step of the result
+GRAIN_MACS = 1 << 15  # per token: about 10 us on one core
+PARAMS = ("rows", "cols", "strip", "group")
+
+
+def kernel_of(form: Form, isa: Int8Isa, epilogue: Epilogue) -> Int8Gemm:
+    return Int8Gemm(isa, FORM_NAMES[form.cols], form.strip, form.rows > form.strip, epilogue)
+
+
+def pack(w: Array, form: Form, isa: Int8Isa) -> PackedWeight:
+    """The int8 weight as the kernel of `form` reads it."""
+    if form.cols == 0:
+        return pack_dense(w, form.strip, isa.words)
+    pack_blocks = pack_channels if form.cols == 1 else pack_quads
+    return pack_blocks(w, form.rows, form.strip, isa.words)
+
+
+def forms(block: tuple[int, int] | None, isa: Int8Isa) -> list[Form]:
+    """All that make sense for a weight with this block; None for a dense one."""
+    dense = DENSE_STRIP[isa.lanes]
+    found = [Form(dense, 0, dense)]
+    if block is None:
+        return found
+    rows, cols = block
+    sizes = [r for r in BLOCK_ROWS if rows % r == 0] or [STRIP]
+    found += [Form(r, 1, STRIP) for r in sizes]
+    if cols % QUAD == 0 or rows < STRIP:
+        found += [Form(r, QUAD, STRIP) for r in sizes]
+        found.append(Form(1, QUAD, 1))
+    return found
+
+
+class Int8GemmFamily:
+    """`linear_int8` on planar u8 panels. Any kernel computes any weight; the order is by cost."""
+
+    ops = (OP,)
+
+    def workload(self, node: Node) -> Workload:
+        weight = node.input(1)
+        m, k = weight.type.shape
+        assert isinstance(m, int), node
+        assert isinstance(k, int), node
+        epilogue = _epilogue(node)
+        end = " ".join([epilogue.activation, *["residual"] * epilogue.has_residual])
+        layout, density = weight.type.layout, 1.0
+        if isinstance(layout, Bsr):
+            assert weight.data is not None, node
+            block = (layout.rows, layout.cols)
+            density = round(1.0 - block_zeros(weight.data, (block,))[block], 3)
+        name = str(layout) if isinstance(layout, Bsr) else "dense"
+        sizes = (("m", m), ("k", k))
+        return Workload(OP, sizes, "u8s8", name, f"{end} {epilogue.result}", density)
+
+    def schedules(self, workload: Workload, target: Target) -> list[Schedule]:
+        isa = next((i for i in reversed(INT8_ISAS) if target.has(i.isa)), None)
+        activation = workload.epilogue.partition(" ")[0]
+        if isa is None or activation not in ACTIVATIONS:
+            return []
+        sizes, block = (workload.size("m"), workload.size("k")), _block(workload.layout)
+
+        def cost(form: Form) -> float:
+            density = block_density(workload.density, block or (1, 1), form)
+            return cycles(form, sizes, density, isa, target)
+
+        # Half of L2 for the group's activations; the rest is for weights and results.
+        group = min(MOST_PANELS, max(1, target.l2_bytes // 2 // (sizes[1] * WIDTH)))
+        return [
+            Schedule(
+                "int8_gemm",
+                isa.name,
+                tuple(zip(PARAMS, (f.rows, f.cols, f.strip, group), strict=True)),
+            )
+            for f in sorted(forms(block, isa), key=cost)
+        ]
+
+    def lower(self, node: Node, schedule: Schedule, binder: Binder) -> list[KernelCall]:
+        x, weight, y = node.input(0), node.input(1), node.output
+        assert weight.data is not None, node
+        assert x.type.layout == y.type.layout == Panels(), node
+        rows, cols, strip, group = (schedule.param(n) for n in PARAMS)
+        form, isa = Form(rows, cols, strip), int8_isa(schedule.isa)
+        kernel = kernel_of(form, isa, _epilogue(node))
+        packed = pack(weight.data, form, isa)
+        m, k = weight.data.shape
+        tokens = x.type.tokens
+        args: list[Arg] = [
+            binder.ref(x),
+            *_weights(node, packed, form, isa, binder),
+            *_rows(node, rows, binder),
+            *([binder.optional(node.optional_input(4))] if kernel.epilogue.has_residual else []),
+            binder.ref(y),
+            *(tokens, m, k, group, *([rows // strip] if kernel.tall else [])),
+        ]
+        if kernel.epilogue.to_u8:
+            inverse = np.float32(1) / np.float32(node.attrs["out_scale"])
+            args += [float(inverse), int(node.attrs["out_zero_point"])]
+        blocks = -(-m // rows)
+        density = 1.0 if packed.starts is None else packed.starts[-1] * QUAD / (k * blocks)
+        name = "dense" if cols == 0 else f"blocks of {rows}x{cols}, {density:.0%} stored"
+        return [
+            KernelCall(
+                kernel,
+                tuple(args),
+                ceildiv(ceildiv(tokens, WIDTH), group) * blocks,
+                f"{node.name}: y[{m}] = w[{m}][{k}] x[{k}], {name}, {kernel.epilogue.activation}",
+                scratch_bytes=kernel.scratch_bytes(k, group, packed.most_steps),
+                grain=max(1, int(GRAIN_MACS / max(1.0, rows * k * density))),
+            )
+        ]
+
+    def variants(self) -> list[Kernel]:
+        return [
+            kernel_of(form, isa, epilogue)
+            for isa in INT8_ISAS
+            for form in _distinct_forms(isa)
+            for epilogue in _epilogues()
+        ]
+
+
+def _distinct_forms(isa: Int8Isa) -> list[Form]:
+    """One for every kernel: all heights above a strip share one."""
+    tall = 2 * STRIP
+    sparse = [Form(r, c, STRIP) for c in (1, QUAD) for r in (STRIP, tall)]
+    return [*forms(None, isa), *sparse, Form(1, QUAD, 1)]
+
+
+def _epilogues() -> list[Epilogue]:
+    """All that `_epilogue` gives."""
+    found = [Epilogue(a, residual) for a in ACTIVATIONS for residual in (False, True)]
+    for activation in ACTIVATIONS:
+        for coarse in (False, True) if activation in COARSE else (False,):
+            found += [
+                Epilogue(activation, residual, True, coarse, bounded)
+                for residual, bounded in ((False, False), (False, True), (True, False))
+            ]
+    return found
+
+
+def _epilogue(node: Node) -> Epilogue:
+    residual, activation = node.optional_input(4) is not None, str(node.attrs["activation"])
+    if node.output.type.dtype is not DType.U8:
+        return Epilogue(activation, residual)
+    coarse = activation in COARSE and node.attrs["out_scale"] >= STEPS_OF_COARSE * MAX_ERROR
+    bounded = not residual and _largest(node) / node.attrs["out_scale"] < 2**30
+    return Epilogue(activation, residual, True, coarse, bounded)
+
+
+def _largest(node: Node) -> float:
+    """A bound of the result before the residual: no activation exceeds max(1, |x|)."""
+    weight, scale, bias = node.input(1).data, node.input(2).data, node.optional_input(3)
+    assert weight is not None, node
+    assert scale is not None, node
+    rows = U8_MAX * np.abs(weight.astype(np.int32)).sum(axis=1) * scale * node.attrs["x_scale"]
+    if bias is not None and bias.data is not None:
+        rows = rows + np.abs(bias.data)
+    return max(1.0, float(rows.max(initial=0)))
+
+
+def _block(layout: str) -> tuple[int, int] | None:
+    """`bsr16x4` as (16, 4)."""
+    if not layout.startswith("bsr"):
+        return None
+    rows, cols = layout.removeprefix("bsr").split("x")
+    return int(rows), int(cols)
+
+
+def _weights(
+    node: Node, packed: PackedWeight, form: Form, isa: Int8Isa, binder: Binder
+) -> list[BufferRef]:
+    name = f"{node.input(1).name}.{form.rows}x{form.cols}.{isa.name}"
+    found = [binder.weight(name, packed.words)]
+    if packed.starts is not None and packed.indices is not None:
+        found.append(binder.weight(f"{name}.starts", packed.starts))
+        found.append(binder.weight(f"{name}.indices", packed.indices))
+    return found
+
+
+def _rows(node: Node, rows: int, binder: Binder) -> list[BufferRef]:
+    """What there is one of per row, up to whole blocks: offset, multiplier and bias.
+
+    The zero point of x is in the offset: sum (x - zero) w = sum x w - zero sum w.
+    """
+    weight, scale, bias = node.input(1).data, node.input(2).data, node.optional_input(3)
+    assert weight is not None, node
+    assert scale is not None, node
+    sums = weight.astype(np.int32).sum(axis=1, dtype=np.int32)
+    start = np.zeros(len(weight), np.float32) if bias is None else bias.data
+    assert start is not None, node
+    values = {
+        "offset": (-int(node.attrs["x_zero_point"]) * sums).astype(np.int32),
+        "multiplier": np.float32(node.attrs["x_scale"]) * scale.astype(np.float32),
+        "bias": start.astype(np.float32),
+    }
+    return [binder.weight(f"{node.name}.{n}", pack_rows(v, rows)) for n, v in values.items()]

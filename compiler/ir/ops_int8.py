@@ -1,0 +1,173 @@
+"""Quantised ops. What they round, and when, is exact: kernels are held to it bit for bit.
+
+Affine: `real = (stored - zero_point) * scale`. Scales are fp32 numbers; `f32(...)` below is one
+rounding to fp32, half to even.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from sparsec.errors import InvalidGraph
+from sparsec.ir.fma import fma_f32
+from sparsec.ir.op_helpers import (
+    Env,
+    array,
+    operand,
+    optional,
+    optional_array,
+    panel_layout,
+    text,
+)
+from sparsec.ir.op_spec import Array, Arrays, Attrs, OpSpec, PanelRule, Types
+from sparsec.ir.ops_elementwise import ACTIVATIONS
+from sparsec.ir.types import DType, QuantParams, TensorType
+
+MAX_DEPTH = 65536  # 255 * 128 * 65536 < 2**31: an int32 accumulator never overflows
+_CHUNK = 1 << 22  # accumulators at a time: 32 MB of float64
+_STORED = (DType.U8, DType.I8)
+
+
+def check_quantization(scale: float, zero_point: int, dtype: DType) -> QuantParams:
+    """The parameters of one tensor; InvalidGraph when nothing can be stored with them."""
+    # 1e-37: its reciprocal is finite in fp32, and it is no subnormal number.
+    if not (math.isfinite(scale) and 1e-37 < scale < 1e37):
+        raise InvalidGraph(f"a scale is a positive finite number of fp32, got {scale}")
+    limits = np.iinfo(dtype.numpy)
+    if not limits.min <= zero_point <= limits.max:
+        raise InvalidGraph(f"zero point {zero_point} is outside {dtype}")
+    return QuantParams((scale,), (zero_point,))
+
+
+def quantize_array(x: Array, scale: float, zero_point: int, dtype: DType) -> Array:
+    """clip(rint(f32(x * f32(1 / scale))) + zero_point); NaN gives the lowest number."""
+    limits = np.iinfo(dtype.numpy)
+    with np.errstate(over="ignore", invalid="ignore"):
+        steps = np.rint(x * (np.float32(1) / np.float32(scale)))
+    # Clipped before the zero point is added, where every limit is exact in fp32.
+    low, high = np.float32(limits.min - zero_point), np.float32(limits.max - zero_point)
+    clipped = np.fmin(np.fmax(steps, low), high).astype(np.int32)
+    return np.asarray(clipped + np.int32(zero_point)).astype(dtype.numpy)
+
+
+def dequantize_array(x: Array, scale: float, zero_point: int) -> Array:
+    """f32((x - zero_point) * scale)"""
+    return np.asarray((x.astype(np.int32) - zero_point).astype(np.float32) * np.float32(scale))
+
+
+def moved_quant(op: str, x: TensorType, attrs: Attrs) -> QuantParams | None:
+    """The parameters of `op(x)` where the op only moves the elements of x; None when none fit."""
+    if x.quant is None or op not in ("reshape", "transpose"):
+        return None
+    if x.quant.axis is None:
+        return x.quant
+    return replace(x.quant, axis=attrs["perm"].index(x.quant.axis)) if op == "transpose" else None
+
+
+def quantized_type(type: TensorType, attrs: Attrs) -> TensorType | None:
+    """`type` stored as u8 by the attributes `out_scale` and `out_zero_point`; None without."""
+    scale = attrs.get("out_scale")
+    if scale is None:
+        return None
+    if type.dtype is not DType.F32:
+        raise InvalidGraph(f"only f32 results are quantised, got {type}")
+    quant = check_quantization(scale, attrs.get("out_zero_point", 0), DType.U8)
+    return TensorType(DType.U8, type.shape, type.layout, quant)
+
+
+def quantized_result(y: Array, attrs: Attrs) -> Array:
+    """What is stored for `y` by the attributes `out_scale` and `out_zero_point`."""
+    return quantize_array(y, attrs["out_scale"], attrs.get("out_zero_point", 0), DType.U8)
+
+
+def _infer_quantize(types: Types, attrs: Attrs) -> list[TensorType]:
+    x = operand(types, 0)
+    if x.dtype is not DType.F32:
+        raise InvalidGraph(f"needs an f32 operand, got {x}")
+    if attrs["dtype"] not in _STORED:
+        raise InvalidGraph(f"quantised numbers are u8 or i8, not {attrs['dtype']}")
+    quant = check_quantization(attrs["scale"], attrs["zero_point"], attrs["dtype"])
+    return [TensorType(attrs["dtype"], x.shape, x.layout, quant)]
+
+
+def _evaluate_quantize(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
+    x = array(arrays, 0)
+    return [quantize_array(x, attrs["scale"], attrs["zero_point"], attrs["dtype"])]
+
+
+def _infer_dequantize(types: Types, attrs: Attrs) -> list[TensorType]:
+    x = operand(types, 0)
+    if x.dtype not in _STORED:
+        raise InvalidGraph(f"needs u8 or i8, got {x}")
+    _require_quant(x, attrs["scale"], attrs["zero_point"])
+    return [TensorType(DType.F32, x.shape, x.layout)]
+
+
+def _evaluate_dequantize(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
+    return [dequantize_array(array(arrays, 0), attrs["scale"], attrs["zero_point"])]
+
+
+def _infer_linear_int8(types: Types, attrs: Attrs) -> list[TensorType]:
+    x, w, w_scale = operand(types, 0), operand(types, 1), operand(types, 2)
+    bias, residual = optional(types, 3), optional(types, 4)
+    if attrs["activation"] not in ACTIVATIONS:
+        raise InvalidGraph(f"there is no activation {attrs['activation']!r}")
+    if (x.dtype, w.dtype) != (DType.U8, DType.I8):
+        raise InvalidGraph(f"needs x in u8 and w in i8, got {x} and {w}")
+    if x.rank == 0 or w.rank != 2 or x.shape[-1] != w.shape[1]:
+        raise InvalidGraph(f"{x} does not end in the columns of the weight {w}")
+    if x.channels > MAX_DEPTH:
+        raise InvalidGraph(f"{x.channels} columns overflow int32; at most {MAX_DEPTH}")
+    for name, row in (("w_scale", w_scale), ("bias", bias)):
+        if row is not None and (row.dtype, row.shape) != (DType.F32, (w.shape[0],)):
+            raise InvalidGraph(f"{name} {row} is not one f32 per row of the weight {w}")
+    shape = (*x.shape[:-1], w.shape[0])
+    if residual is not None and (residual.dtype, residual.shape) != (DType.F32, shape):
+        raise InvalidGraph(f"residual {residual} is not f32{text(shape)}")
+    _require_quant(x, attrs["x_scale"], attrs["x_zero_point"])
+    result = TensorType(DType.F32, shape, panel_layout([x, residual]))
+    return [quantized_type(result, attrs) or result]
+
+
+def _require_quant(x: TensorType, scale: float, zero_point: int) -> None:
+    """The reader's scale must be the one that `x` was stored with, where that is known."""
+    quant = check_quantization(scale, zero_point, x.dtype)
+    if x.quant is not None and x.quant != quant:
+        raise InvalidGraph(f"{x} is read with {quant}")
+
+
+def _evaluate_linear_int8(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
+    x, w = array(arrays, 0), array(arrays, 1)
+    bias, residual = optional_array(arrays, 3), optional_array(arrays, 4)
+    scale = np.float32(attrs["x_scale"]) * array(arrays, 2)
+    tokens = x.reshape(-1, x.shape[-1])
+    result = np.empty((len(tokens), len(w)), np.float32)
+    # float64 sums of these integers are exact: |sum| < 2**31. BLAS has no integer product.
+    wide = w.T.astype(np.float64)
+    step = max(1, _CHUNK // max(1, len(w)))
+    for first in range(0, len(tokens), step):
+        part = slice(first, first + step)
+        centred = tokens[part].astype(np.float64) - attrs["x_zero_point"]
+        sums = np.matmul(centred, wide).astype(np.float32)
+        result[part] = fma_f32(sums, scale, np.float32(0) if bias is None else bias)
+    y = result.reshape(*x.shape[:-1], len(w))
+    with np.errstate(over="ignore"):
+        y = ACTIVATIONS[attrs["activation"]](y).astype(np.float32, copy=False)
+    if residual is not None:
+        y = y + residual
+    return [y if attrs["out_scale"] is None else quantized_result(y, attrs)]
+
+
+_LINEAR = ("activation", "x_scale", "x_zero_point", "out_scale", "out_zero_point")
+
+_ROWS = [
+    OpSpec("quantize", _infer_quantize, _evaluate_quantize, ("scale", "zero_point", "dtype")),
+    OpSpec("dequantize", _infer_dequantize, _evaluate_dequantize, ("scale", "zero_point")),
+    OpSpec(
+        "linear_int8", _infer_linear_int8, _evaluate_linear_int8, _LINEAR, panels=PanelRule((0, 4))
+    ),
+]
+INT8_OPS = {row.name: row for row in _ROWS}

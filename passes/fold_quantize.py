@@ -1,0 +1,95 @@
+"""Let the kernel that makes a value store it quantised.
+
+quantize(linear_int8(x))   ->   linear_int8(x) stored as u8
+quantize(attention(q))     ->   attention(q) stored as u8
+quantize(layer_norm(x))    ->   the second result of layer_norm(x), a u8 copy of the first
+quantize(reshape(x))       ->   reshape(quantize(x))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from sparsec.ir.graph import Graph, Node
+from sparsec.ir.types import DType
+from sparsec.passes.base import PassResult
+from sparsec.passes.rewrite import read_once, replace_node
+
+
+@dataclass(frozen=True, slots=True)
+class FoldQuantize:
+    """After quantize. No result changes by a bit: what is stored is rounded as before."""
+
+    name: str = "fold_quantize"
+
+    def run(self, graph: Graph) -> PassResult:
+        folded, notes = 0, []
+        for node in [n for n in graph.nodes if n.op == "quantize"]:
+            refusal = _fold(graph, _behind_reshapes(graph, node))
+            folded += refusal is None
+            notes += [] if refusal is None else [f"{node.name} is a step of its own: {refusal}"]
+        graph.sort()
+        graph.drop_dead_nodes()
+        return PassResult(folded, tuple(notes))
+
+
+def _behind_reshapes(graph: Graph, node: Node) -> Node:
+    """The quantize moved before all reshapes that keep the channels together."""
+    source = node.input(0).producer
+    while source is not None and source.op == "reshape":
+        x = source.input(0)
+        if x.type.rank == 0 or x.type.shape[-1] != node.output.type.shape[-1]:
+            break
+        moved = graph.add_node("quantize", [x], node.attrs, name=node.name)
+        replace_node(graph, node, "reshape", moved.outputs, source.attrs)
+        if not source.output.uses and source.output not in graph.outputs:
+            graph.erase(source)  # it would count as a reader of x
+        node, source = moved, x.producer
+    return node
+
+
+def _fold(graph: Graph, node: Node) -> str | None:
+    """Folds the quantize into its producer, or says why not."""
+    source = node.input(0).producer
+    if source is None:
+        return f"%{node.input(0).name} is an input"
+    fold = _FOLDS.get(source.op)
+    if fold is None:
+        return f"{source.op} does not store quantised values"
+    if node.attrs["dtype"] is not DType.U8:
+        return f"kernels store u8, not {node.attrs['dtype']}"
+    return fold(graph, source, node)
+
+
+def _into_only_result(graph: Graph, source: Node, node: Node) -> str | None:
+    if source.attrs.get("out_scale") is not None:
+        return f"{source.name} stores u8 already"
+    if not read_once(node.input(0), graph.outputs):
+        return f"%{node.input(0).name} is read elsewhere"
+    new = replace_node(graph, source, source.op, source.inputs, {**source.attrs, **_stored(node)})
+    graph.replace_uses(node.output, new.output)
+    graph.erase(node)
+    return None
+
+
+def _into_second_result(graph: Graph, source: Node, node: Node) -> str | None:
+    stored = _stored(node)
+    if source.attrs.get("out_scale") is None:
+        source = replace_node(graph, source, source.op, source.inputs, {**source.attrs, **stored})
+    elif any(source.attrs[name] != wanted for name, wanted in stored.items()):
+        return f"{source.name} stores u8 with another scale already"
+    graph.replace_uses(node.output, source.outputs[1])
+    graph.erase(node)
+    return None
+
+
+def _stored(node: Node) -> dict[str, float | int]:
+    return {"out_scale": node.attrs["scale"], "out_zero_point": node.attrs["zero_point"]}
+
+
+_FOLDS: Mapping[str, Callable[[Graph, Node, Node], str | None]] = {
+    "linear_int8": _into_only_result,
+    "attention": _into_only_result,
+    "layer_norm": _into_second_result,
+}

@@ -1,0 +1,235 @@
+"""Compute the products of constant weights with tokens in int8.
+
+linear(x, w, b, r)   ->   linear_int8(quantize(x), w in i8, scale per row of w, b, r)
+
+Ranges come from calibration, or the model itself is quantised: a linear that reads a dequantize,
+with a weight that remembers its scales, keeps those of both. Other activations become u8 with one
+scale and zero point per tensor, weights i8 with one scale per output channel. Biases, residuals
+and what comes out stay fp32: fold_quantize joins what can be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from sparsec.errors import InvalidInput
+from sparsec.ir.dims import Dim
+from sparsec.ir.graph import Graph, Node, Value
+from sparsec.ir.op_spec import Array
+from sparsec.ir.ops_int8 import MAX_DEPTH
+from sparsec.ir.types import DType
+from sparsec.passes.base import PassResult
+from sparsec.passes.rewrite import replace_node
+
+LEVELS = 255  # steps of u8
+WEIGHT_LEVELS = 127  # of each sign: -128 is not used, so -w is there for every w
+SMALLEST = 1e-30  # a range or a row of weights below this is all zero: its scale would underflow
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """What to quantise: `(low, high)` per value, and patterns of node names that stay fp32.
+
+    Values are those of the graph that `graph_pipeline` leaves; `quantized_values` names them.
+    """
+
+    ranges: Mapping[str, tuple[float, float]]
+    keep_fp32: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Quantize:
+    """After fuse_epilogue, whose activations and residuals the products keep."""
+
+    ranges: Mapping[str, tuple[float, float]]
+    keep_fp32: tuple[str, ...] = ()
+    name: str = "quantize"
+
+    def run(self, graph: Graph) -> PassResult:
+        """Raises InvalidInput for a range that is none, and for a pattern that fits no node."""
+        found, notes = _candidates(graph, self.keep_fp32)
+        without = [n for n in found if not is_given(n) and n.input(0).name not in self.ranges]
+        notes += [
+            f"{n.name} stays fp32: no range was given for its input %{n.input(0).name}"
+            for n in without
+        ]
+        rewriting = _Quantizing(graph, self.ranges)
+        for node in found:
+            if node not in without:
+                rewriting.visit(node)
+        for node in graph.nodes:
+            if node.op == "linear" and (rounding := rounding_of(node)) is not None:
+                graph.replace_input(node, 0, rounding.input(0))  # for nothing: it stays fp32
+        graph.sort()
+        graph.drop_dead_nodes()
+        return PassResult(len(found) - len(without), tuple(notes))
+
+
+def quantized_values(graph: Graph, keep_fp32: tuple[str, ...] = ()) -> list[str]:
+    """The names of the values that Quantize wants a range of, in execution order."""
+    found, _ = _candidates(graph, keep_fp32)
+    return list(dict.fromkeys(n.input(0).name for n in found if not is_given(n)))
+
+
+def is_quantized(graph: Graph) -> bool:
+    """Whether the model itself says how some product is computed in int8."""
+    return any(n.op == "linear" and is_given(n) for n in graph.nodes)
+
+
+def is_given(node: Node) -> bool:
+    """Whether the model says how a linear is quantised: its input and its weight."""
+    return node.input(1).type.quant is not None and rounding_of(node) is not None
+
+
+def rounding_of(node: Node) -> Node | None:
+    """The quantize to u8 whose numbers a linear reads."""
+    dequantize = node.input(0).producer
+    if dequantize is None or dequantize.op != "dequantize":
+        return None
+    stored = dequantize.input(0)
+    fits = stored.producer is not None and stored.producer.op == "quantize"
+    return stored.producer if fits and stored.type.dtype is DType.U8 else None
+
+
+def affine_u8(low: float, high: float) -> tuple[float, int]:
+    """Scale and zero point that store `low..high`, widened to hold 0, in 0..255."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    if high - low < SMALLEST:
+        return 1.0, 0
+    scale = float(np.float32((high - low) / LEVELS))
+    return scale, min(max(round(-low / scale), 0), LEVELS)
+
+
+def quantize_weight(w: Array) -> tuple[Array, Array]:
+    """`w[m, k]` as i8 with a scale per row; zeros stay zeros."""
+    most = np.abs(w).max(axis=1, initial=0.0)
+    scale = np.where(most < SMALLEST, 1.0, most / WEIGHT_LEVELS).astype(np.float32)
+    steps = np.rint(w.astype(np.float64) / scale[:, None])
+    return np.clip(steps, -WEIGHT_LEVELS, WEIGHT_LEVELS).astype(np.int8), scale
+
+
+def stored_weight(w: Value) -> tuple[Array, Array] | str:
+    """The i8 numbers and the scale per row that make up a quantised `w[m, k]`, or why not.
+
+    They are found again exactly: w was computed as number * scale with one rounding to fp32, which
+    is off by less than half a number.
+    """
+    quant = w.type.quant
+    assert quant is not None, w
+    assert w.data is not None, w
+    if quant.axis == 1:
+        return "its weight has a scale per input channel"
+    scale = np.broadcast_to(np.asarray(quant.scale, np.float32), w.data.shape[:1])
+    numbers = np.rint(w.data / scale[:, None])
+    low, high = numbers.min(initial=0), numbers.max(initial=0)
+    if low < -128 or high > 127:
+        return f"its weight is {low:.0f} to {high:.0f} steps from its zero point, which is no i8"
+    return numbers.astype(np.int8), np.ascontiguousarray(scale)
+
+
+def _candidates(graph: Graph, keep_fp32: tuple[str, ...]) -> tuple[list[Node], list[str]]:
+    """The products that int8 kernels compute, and why the others are none."""
+    tokens = {n.input(0).type.tokens for n in graph.nodes if n.op == "attention"}
+    products = [n for n in graph.nodes if n.op == "linear"]
+    for pattern in keep_fp32:
+        if not any(fnmatchcase(n.name, pattern) for n in products):
+            names = ", ".join(n.name for n in products) or "none"
+            raise InvalidInput(f"no product is named like {pattern!r}; there are {names}")
+    found: list[Node] = []
+    notes: list[str] = []
+    for node in products:
+        reason = _refusal(node, keep_fp32, tokens)
+        if reason is None:
+            found.append(node)
+        else:
+            notes.append(f"{node.name} stays fp32: {reason}")
+    return found, notes
+
+
+def _refusal(node: Node, keep_fp32: tuple[str, ...], tokens: set[Dim]) -> str | None:
+    x, w = node.input(0), node.input(1)
+    for pattern in keep_fp32:
+        if fnmatchcase(node.name, pattern):
+            return f"its name matches {pattern!r}"
+    if w.data is None or x.is_constant:
+        return "its weight is not constant" if w.data is None else "its input is constant"
+    if x.type.dtype is not DType.F32:
+        return f"its input is {x.type}"
+    given = is_given(node)
+    if (x.type.tokens not in tokens) if tokens else x.type.rank < 3 and not given:
+        return f"its input {x.type} is not over all tokens"
+    if x.type.channels > MAX_DEPTH:
+        return f"{x.type.channels} input channels could overflow an int32 sum"
+    if given and isinstance(reason := stored_weight(w), str):
+        return reason
+    return None if np.isfinite(w.data).all() else "its weight is not finite"
+
+
+@dataclass(slots=True)
+class _Quantizing:
+    """Values and weights are quantised once, however many products read them."""
+
+    graph: Graph
+    ranges: Mapping[str, tuple[float, float]]
+    values: dict[Value, tuple[Value, float, int]] = field(default_factory=dict)
+    weights: dict[Value, tuple[Value, Value]] = field(default_factory=dict)
+
+    def visit(self, node: Node) -> None:
+        given = rounding_of(node) if is_given(node) else None
+        if given is None:
+            stored, scale, zero_point = self._value(node.input(0))
+        else:
+            stored, scale, zero_point = _stored(given)
+        weight, weight_scale = self._weight(node.input(1))
+        attrs = {
+            "activation": node.attrs["activation"],
+            "x_scale": scale,
+            "x_zero_point": zero_point,
+            "out_scale": None,
+            "out_zero_point": 0,
+        }
+        bias, residual = node.optional_input(2), node.optional_input(3)
+        operands = [stored, weight, weight_scale, bias, residual]
+        replace_node(self.graph, node, "linear_int8", operands, attrs)
+
+    def _value(self, x: Value) -> tuple[Value, float, int]:
+        if x not in self.values:
+            self.values[x] = self._quantize(x)
+        return self.values[x]
+
+    def _quantize(self, x: Value) -> tuple[Value, float, int]:
+        scale, zero_point = affine_u8(*_checked(x.name, self.ranges[x.name]))
+        attrs = {"scale": scale, "zero_point": zero_point, "dtype": DType.U8}
+        stored = self.graph.add("quantize", [x], attrs, name=f"{x.name}.quantize")
+        return stored, scale, zero_point
+
+    def _weight(self, w: Value) -> tuple[Value, Value]:
+        if w not in self.weights:
+            assert w.data is not None
+            data, scale = _numbers(w, w.data)
+            stored = self.graph.add_constant(data, f"{w.name}.i8")
+            self.weights[w] = stored, self.graph.add_constant(scale, f"{w.name}.scale")
+        return self.weights[w]
+
+
+def _stored(quantize: Node) -> tuple[Value, float, int]:
+    return quantize.output, quantize.attrs["scale"], quantize.attrs["zero_point"]
+
+
+def _numbers(w: Value, data: Array) -> tuple[Array, Array]:
+    """A weight's own numbers where it has some, else new ones."""
+    own = None if w.type.quant is None else stored_weight(w)
+    return quantize_weight(data) if own is None or isinstance(own, str) else own
+
+
+def _checked(name: str, limits: tuple[float, float]) -> tuple[float, float]:
+    low, high = limits
+    # 1e36: the scale, and what it multiplies, stay finite in fp32.
+    if not (math.isfinite(low) and math.isfinite(high) and low <= high and high - low < 1e36):
+        raise InvalidInput(f"the range of %{name} must be finite, low first, got {low}..{high}")
+    return low, high

@@ -1,0 +1,267 @@
+"""Attention with integer products against float64, and its bytes against its own numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sparsec.codegen.kernels.attention_int8 import AttentionInt8, AttentionInt8Family
+from sparsec.codegen.kernels.attention_int8_block import scratch_bytes
+from sparsec.codegen.kernels.quantize import inverse_of
+from sparsec.codegen.program import BufferRef, Region
+from sparsec.ir.dims import Dim, evaluate, symbol
+from sparsec.ir.graph import Graph, Node, Value
+from sparsec.ir.layouts import Panels
+from sparsec.ir.ops import OPS
+from sparsec.ir.types import DType
+from sparsec.target import Target
+
+Array = np.ndarray[Any, Any]
+ALL = [k for k in AttentionInt8Family().variants() if isinstance(k, AttentionInt8)]
+VARIANTS = [k for k in ALL if k.result == "f32"]
+SOME = [k for k in VARIANTS if k.mask == "key"]
+EPS = float(np.finfo(np.float32).eps)
+V_SCALE = 0.013
+BATCH, SEQ = symbol("batch"), symbol("seq")
+TARGET = Target.named("icelake-server")
+
+
+@dataclass(frozen=True)
+class Case:
+    """`spread` is the size of the scores, `qkv` is u8 [3, batch, seq, channels]."""
+
+    batch: int
+    seq: int
+    heads: int
+    head_size: int
+    spread: float = 3.0
+
+    @property
+    def channels(self) -> int:
+        return self.heads * self.head_size
+
+    @property
+    def factor(self) -> float:
+        """74 is the deviation of a uniform byte."""
+        return float(np.float32(self.spread / (74 * 74 * self.head_size**0.5)))
+
+    def qkv(self, rng: np.random.Generator) -> Array:
+        shape = (3, self.batch, self.seq, self.channels)
+        return rng.integers(0, 256, shape).astype(np.uint8)
+
+    def heads_of(self, x: Array) -> Array:
+        """[batch, heads, seq, head_size] without the zero point."""
+        wide = x.astype(np.float64) - 128
+        parts = wide.reshape(self.batch, self.seq, self.heads, self.head_size)
+        return parts.transpose(0, 2, 1, 3)
+
+
+def call(run: Any, kernel: AttentionInt8, case: Case, qkv: Array, mask: Array | None,
+         out: tuple[float, int] | None = None) -> Array:  # fmt: skip
+    tokens = case.batch * case.seq
+    merged = run.to_panels(np.concatenate(list(qkv), axis=2).reshape(tokens, -1))
+    fill, dtype = (np.nan, np.float32) if kernel.result == "f32" else (99, np.uint8)
+    y = np.full((merged.shape[0], case.channels, 64), fill, dtype)
+    args: list[Any] = [merged] * 3 + ([] if mask is None else [mask]) + [y]
+    args += [tokens, case.seq, case.heads, case.head_size]
+    args += [n for i in range(3) for n in (3 * case.channels, i * case.channels)]
+    if mask is not None:
+        batch, heads, _, keys = mask.shape
+        args += [0 if batch == 1 else heads * keys, 0 if heads == 1 else keys]
+    args += [case.factor, V_SCALE, *(() if out is None else (inverse_of(out[0]), out[1]))]
+    scratch = scratch_bytes(case.seq, case.head_size)
+    items = y.shape[0] * case.heads
+    assert run(kernel, *args, output=y, items=items, scratch_bytes=scratch) == 0
+    return np.asarray(run.from_panels(y, tokens))
+
+
+def expected(case: Case, qkv: Array, mask: Array | None) -> tuple[Array, Array]:
+    """The result and how far a kernel may be from it.
+
+    The kernel's 255 * exp(x) is off by 1e-4 of it and by the fp32 rounding of x, so a
+    probability may be a step off where 255 * exp(x) is that near to a half. Each such step moves
+    the average of v by the distance of that key's v, over the sum of the probabilities.
+    """
+    q, k, v = (case.heads_of(x) for x in qkv)
+    scores = q @ k.swapaxes(-1, -2) * case.factor
+    size = np.abs(scores).max()
+    if mask is not None:
+        scores = scores + mask
+        size += np.abs(mask[np.abs(mask) < 1e3]).max(initial=0)
+    highest = scores.max(axis=-1, keepdims=True)
+    steps = 255 * np.exp(scores - np.where(np.isneginf(highest), 0, highest))
+    near = np.abs(steps - np.floor(steps) - 0.5) <= steps * (1e-4 + 4 * EPS * size) + 1e-6
+    p = np.rint(steps)
+    total = np.maximum(p.sum(axis=-1, keepdims=True), 1)
+    context = p @ v / total
+    distance = np.abs(v[:, :, None] - context[:, :, :, None])  # [b, h, query, key, d]
+    moved = np.einsum("bhqk,bhqkd->bhqd", near, distance) / total
+    # Steps may also leave the sum: the first-order bound above grows by their share of it.
+    share = near.sum(axis=-1, keepdims=True) / total
+    bound = (moved / np.maximum(1 - share, 0.5) + 4 * EPS * 128) * V_SCALE
+    flat = (case.batch * case.seq, case.channels)
+    return tuple(x.transpose(0, 2, 1, 3).reshape(flat) for x in (context * V_SCALE, bound))
+
+
+def random_mask(kernel: AttentionInt8, case: Case, rng: np.random.Generator) -> Array | None:
+    if kernel.mask == "none":
+        return None
+    mask = rng.standard_normal((case.batch, 1, 1, case.seq)).astype(np.float32)
+    mask[..., 1:][rng.random(mask[..., 1:].shape) < 0.2] = -np.inf
+    return mask
+
+
+def check(run: Any, kernel: AttentionInt8, case: Case, qkv: Array, mask: Array | None) -> None:
+    y = call(run, kernel, case, qkv, mask)
+    want, bound = expected(case, qkv, mask)
+    worst = np.unravel_index((np.abs(y - want) - bound).argmax(), y.shape)
+    assert (np.abs(y - want) <= bound).all(), (case, y[worst], want[worst], bound[worst])
+    out = (0.011, 100)
+    stored = call(run, replace(kernel, result="u8"), case, qkv, mask, out)
+    attrs = {"scale": out[0], "zero_point": out[1], "dtype": DType.U8}
+    np.testing.assert_array_equal(stored, OPS["quantize"].evaluate([y], attrs, {})[0])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("seq", [1, 2, 7, 15, 16, 17, 32, 33, 48, 64, 65, 127, 128, 129])
+def test_lengths(kernel: AttentionInt8, run: Any, batch: int, seq: int) -> None:
+    rng = np.random.default_rng([batch, seq])
+    for head_size in (4, 20):
+        case = Case(batch, seq, 2, head_size)
+        check(run, kernel, case, case.qkv(rng), random_mask(kernel, case, rng))
+
+
+@pytest.mark.parametrize("head_size", [4, 8, 12, 16, 28, 32, 64, 96])
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("spread", [0.1, 8.0])
+def test_heads_side_by_side(
+    kernel: AttentionInt8, run: Any, heads: int, head_size: int, spread: float
+) -> None:
+    rng = np.random.default_rng([heads, head_size])
+    case = Case(2, 40, heads, head_size, spread)
+    check(run, kernel, case, case.qkv(rng), random_mask(kernel, case, rng))
+
+
+def test_many_short_sequences(kernel: AttentionInt8, run: Any, rng: np.random.Generator) -> None:
+    for batch, seq in ((150, 1), (40, 5)):
+        case = Case(batch, seq, 2, 8)
+        check(run, kernel, case, case.qkv(rng), random_mask(kernel, case, rng))
+
+
+def test_the_largest_bytes(kernel: AttentionInt8, run: Any) -> None:
+    """The corners of the integer ranges: no product saturates, no sum overflows."""
+    case = Case(1, 70, 1, 64, 0.01)
+    for q, k, v in ((0, 0, 0), (255, 255, 255), (0, 255, 0), (255, 0, 255)):
+        qkv = np.empty((3, 1, 70, 64), np.uint8)
+        qkv[0], qkv[1], qkv[2] = q, k, v
+        check(
+            run,
+            kernel,
+            case,
+            qkv,
+            None if kernel.mask == "none" else np.zeros((1, 1, 1, 70), np.float32),
+        )
+
+
+def test_broadcast_masks(some_kernel: AttentionInt8, run: Any, rng: np.random.Generator) -> None:
+    case = Case(2, 21, 3, 8)
+    for shape in ((1, 1, 1, 21), (2, 1, 1, 21), (2, 3, 1, 21), (1, 3, 1, 21)):
+        mask = rng.standard_normal(shape).astype(np.float32)
+        check(run, some_kernel, case, case.qkv(rng), mask)
+
+
+def test_all_keys_masked(some_kernel: AttentionInt8, run: Any, rng: np.random.Generator) -> None:
+    case = Case(2, 21, 1, 8)
+    mask = rng.standard_normal((2, 1, 1, 21)).astype(np.float32)
+    for lowest in (-np.inf, np.finfo(np.float32).min):  # zeros, and the mean of all values
+        mask[1] = lowest
+        qkv = case.qkv(rng)
+        y = call(run, some_kernel, case, qkv, mask)
+        want, bound = expected(case, qkv, np.where(mask == -np.inf, mask, np.maximum(mask, -1e9)))
+        if lowest == -np.inf:
+            assert (y[21:] == 0).all()
+        else:
+            # Adding the lowest number to a score gives the lowest number again.
+            mean = case.heads_of(qkv[2])[1, 0].mean(axis=0) * V_SCALE
+            np.testing.assert_allclose(y[21:], np.tile(mean, (21, 1)), rtol=1e-5, atol=1e-6)
+        assert (np.abs(y - want) <= bound)[:21].all()
+
+
+@dataclass
+class ArrayBinder:
+    """Binds values to the arrays that stand for them."""
+
+    arrays: dict[str, Array]
+    bound: list[Array] = field(default_factory=list)
+
+    def ref(self, value: Value) -> BufferRef:
+        self.bound.append(self.arrays[value.name])
+        return BufferRef(Region.ARENA, len(self.bound) - 1, value.type, value.name)
+
+    def weight(self, name: str, data: Array) -> BufferRef:
+        raise AssertionError(f"attention has no weights, got {name}")
+
+    def optional(self, value: Value | None) -> BufferRef | None:
+        return None if value is None else self.ref(value)
+
+
+def node_of(mask_shape: tuple[Dim, ...] | None, attrs: dict[str, Any]) -> Node:
+    graph = Graph("g")
+    x = graph.add_input("x", DType.U8, (BATCH, SEQ, 72))
+    graph.set_type(x, x.type.with_layout(Panels()))
+    mask = None if mask_shape is None else graph.add_input("mask", DType.F32, mask_shape)
+    sizes = {"heads": 3, "head_size": 8, "scale": 0.35, "q_offset": 0, "k_offset": 24,
+             "v_offset": 48, "q_scale": 0.01, "k_scale": 0.02, "v_scale": 0.03}  # fmt: skip
+    return graph.add_node("attention_int8", [x, x, x, mask], {**sizes, **attrs})
+
+
+@pytest.mark.isa("avx512vnni")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("attrs", [{}, {"out_scale": 0.02, "out_zero_point": 120}])
+def test_lowered_node(masked: bool, attrs: dict[str, Any], run: Any) -> None:
+    rng = np.random.default_rng(7)
+    env = {"batch": 3, "seq": 43}
+    node = node_of((BATCH, 1, 1, SEQ) if masked else None, attrs)
+    x = rng.integers(0, 256, (3, 43, 72)).astype(np.uint8)
+    mask = rng.standard_normal((3, 1, 1, 43)).astype(np.float32)
+    (want,) = OPS[node.op].evaluate([x, x, x, mask if masked else None], node.attrs, env)
+    panels = run.to_panels(x.reshape(129, 72))
+    y = np.full((panels.shape[0], 24, 64), 99, want.dtype)
+    binder = ArrayBinder({"x": panels, "mask": mask, node.output.name: y})
+    family = AttentionInt8Family()
+    schedule = family.schedules(family.workload(node), TARGET)[0]
+    (call_,) = family.lower(node, schedule, binder)
+    args = [binder.bound[a.index] if isinstance(a, BufferRef) else
+            a if isinstance(a, float) else evaluate(a, env) for a in call_.args]  # fmt: skip
+    status = run(call_.kernel, *args, output=y, items=evaluate(call_.items, env),
+                 scratch_bytes=evaluate(call_.scratch_bytes, env))  # fmt: skip
+    assert status == 0
+    got = run.from_panels(y, 129).reshape(want.shape)
+    # Doubtful probabilities, 4 % of 43 keys, move the result by less than a step of 0.02.
+    if attrs:
+        apart = np.abs(got.astype(int) - want.astype(int))
+        assert apart.max() <= 1
+        assert apart.mean() < 0.05
+    else:
+        np.testing.assert_allclose(got, want, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("mask", "attrs", "target"),
+    [
+        ((SEQ, SEQ), {}, "icelake-server"),
+        ((BATCH, 1, SEQ, 1), {}, "icelake-server"),
+        (None, {"head_size": 6}, "icelake-server"),
+        (None, {}, "skylake-avx512"),
+        (None, {}, "haswell"),
+    ],
+)
+def test_what_has_no_kernel(
+    mask: tuple[Dim, ...] | None, attrs: dict[str, Any], target: str
+) -> None:
+    node = node_of(mask, attrs)
+    family = AttentionInt8Family()
+    assert family.schedules(family.workload(node), Target.named(target)) == []

@@ -1,0 +1,169 @@
+"""`linear_int8` nodes through the family: every schedule, and the order in which they come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sparsec.codegen.isa.int8 import INT8_ISAS
+from sparsec.codegen.kernels import family_for, schedule_for
+from sparsec.codegen.kernels.int8_pack import pack_channels, pack_dense, pack_quads
+from sparsec.codegen.program import BufferRef, Region
+from sparsec.ir.dims import evaluate, symbol
+from sparsec.ir.graph import Graph, Node, Value
+from sparsec.ir.layouts import ROW_MAJOR, Bsr, Layout, Panels
+from sparsec.ir.ops import OPS
+from sparsec.ir.schedule import Workload
+from sparsec.ir.types import DType
+from sparsec.target import Isa, Target
+
+Array = np.ndarray[Any, Any]
+BATCH, SEQ = symbol("batch"), symbol("seq")
+ENV = {"batch": 3, "seq": 43}
+TARGETS = {
+    "avx2": Target.named("haswell"),
+    "avx512": Target.named("skylake-avx512"),
+    "avx512vnni": Target.named("icelake-server"),
+    "amx": Target.named("sapphirerapids"),
+}
+LAYOUTS = [ROW_MAJOR, *(Bsr(*b) for b in ((1, 1), (1, 4), (4, 1), (8, 1), (16, 4), (6, 2)))]
+
+
+@dataclass
+class ArrayBinder:
+    """Binds values to the arrays that stand for them."""
+
+    arrays: dict[str, Array]
+    bound: list[Array] = field(default_factory=list)
+
+    def ref(self, value: Value) -> BufferRef:
+        return self.weight(value.name, self.arrays[value.name])
+
+    def weight(self, name: str, data: Array) -> BufferRef:
+        assert data.size, f"{name} is empty"
+        self.bound.append(data)
+        type = None
+        return BufferRef(Region.ARENA, len(self.bound) - 1, type, name)  # type: ignore[arg-type]
+
+    def optional(self, value: Value | None) -> BufferRef | None:
+        return None if value is None else self.ref(value)
+
+
+def example(layout: Layout, *, m: int = 24, k: int = 40, full: bool = True) -> Node:
+    """A node with all operands and u8 result, or the bare one."""
+    rng = np.random.default_rng(3)
+    rows, cols = (layout.rows, layout.cols) if isinstance(layout, Bsr) else (1, 1)
+    kept = rng.random((-(-m // rows), -(-k // cols))) < (0.3 if isinstance(layout, Bsr) else 1)
+    w = rng.integers(-128, 128, (m, k)) * np.repeat(np.repeat(kept, rows, 0), cols, 1)[:m, :k]
+    g = Graph("g")
+    x = g.add_input("x", DType.U8, (BATCH, SEQ, k))
+    g.set_type(x, x.type.with_layout(Panels()))
+    weight = g.add_constant(w.astype(np.int8), "weight")
+    g.set_type(weight, weight.type.with_layout(layout))
+    operands: list[Value | None] = [
+        x, weight, g.add_constant(rng.uniform(0.01, 0.02, m).astype(np.float32), "scale")
+    ]  # fmt: skip
+    attrs = {"activation": "none", "x_scale": 0.02, "x_zero_point": 7}
+    if not full:
+        node = g.add_node("linear_int8", operands, {**attrs, "out_scale": None,
+                                                    "out_zero_point": 0})  # fmt: skip
+        g.set_type(node.output, node.output.type.with_layout(Panels()))
+        return node
+    residual = g.add_input("residual", DType.F32, (BATCH, SEQ, m))
+    g.set_type(residual, residual.type.with_layout(Panels()))
+    operands += [g.add_constant(rng.standard_normal(m).astype(np.float32), "bias"), residual]
+    attrs |= {"activation": "relu", "out_scale": 0.11, "out_zero_point": 5}
+    node = g.add_node("linear_int8", operands, attrs)
+    g.set_type(node.output, node.output.type.with_layout(Panels()))
+    return node
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full", "bare"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    "level", [pytest.param(i.name, marks=pytest.mark.isa(i.name)) for i in INT8_ISAS]
+)
+def test_every_schedule_of_a_node_computes_it(
+    level: str, layout: Layout, full: bool, run: Any
+) -> None:
+    node = example(layout, full=full)
+    rng = np.random.default_rng(9)
+    tokens = ENV["batch"] * ENV["seq"]
+    logical = {"x": rng.integers(0, 256, (tokens, 40)).astype(np.uint8),
+               "residual": rng.standard_normal((tokens, 24)).astype(np.float32)}  # fmt: skip
+    operands = [
+        None if v is None else (logical[v.name] if v.data is None else v.data) for v in node.inputs
+    ]
+    operands += [None] * (5 - len(operands))
+    (expected,) = OPS["linear_int8"].evaluate(operands, node.attrs, ENV)
+    family = family_for(node)
+    assert family is not None
+    schedules = family.schedules(family.workload(node), TARGETS[level])
+    assert schedules[0] == schedule_for(node, TARGETS[level])
+    assert {s.isa for s in schedules} == {level}
+    for schedule in schedules:
+        output = np.full((-(-tokens // 64), 24, 64), 99, expected.dtype)
+        arrays = {n: run.to_panels(a) for n, a in logical.items()}
+        binder = ArrayBinder({**arrays, node.output.name: output})
+        for call in family.lower(node, schedule, binder):
+            args = [
+                binder.bound[a.index] if isinstance(a, BufferRef)
+                else (a if isinstance(a, float) else evaluate(a, ENV))
+                for a in call.args if a is not None
+            ]  # fmt: skip
+            status = run(call.kernel, *args, output=output, items=evaluate(call.items, ENV),
+                         scratch_bytes=evaluate(call.scratch_bytes, ENV))  # fmt: skip
+            assert status == 0
+            assert call.grain >= 1
+        np.testing.assert_array_equal(run.from_panels(output, tokens), expected, str(schedule))
+
+
+def first(layout: str, density: float, level: str, k: int = 768) -> tuple[int, int]:
+    """Rows and columns of the blocks of the heuristic's choice; 0 columns is dense."""
+    node = example(ROW_MAJOR)
+    family = family_for(node)
+    assert family is not None
+    work = Workload("linear_int8", (("m", 768), ("k", k)), "u8s8", layout, "none f32", density)
+    schedule = family.schedules(work, TARGETS[level])[0]
+    return schedule.param("rows"), schedule.param("cols")
+
+
+@pytest.mark.parametrize("level", ["avx2", "avx512vnni"])
+def test_the_choice_follows_the_density(level: str) -> None:
+    dense = first("dense", 1.0, level)
+    assert dense[1] == 0
+    for layout in ("bsr4x1", "bsr16x1", "bsr32x1", "bsr16x4", "bsr1x4", "bsr1x1"):
+        assert first(layout, 1.0, level) == dense
+        assert first(layout, 0.05, level) != dense, layout
+    assert first("bsr32x1", 0.2, level)[1] == 1
+    assert first("bsr16x4", 0.2, level)[1] == 4
+    assert first("bsr4x1", 0.2, level) == (4, 1)
+
+
+def test_levels_that_have_no_kernels_of_their_own_use_those_below() -> None:
+    node = example(ROW_MAJOR)
+    found = {n: schedule_for(node, target) for n, target in TARGETS.items()}
+    assert {n: s.isa for n, s in found.items() if s is not None} == {
+        "avx2": "avx2", "avx512": "avx2", "avx512vnni": "avx512vnni", "amx": "avx512vnni"
+    }  # fmt: skip
+    none = Target("none", (), 1, 1 << 15, 1 << 20, 1 << 23)
+    assert schedule_for(node, none) is None
+    assert Isa.AVX512_VNNI in TARGETS["amx"].isas
+
+
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("isa", INT8_ISAS, ids=lambda i: i.name)
+def test_packed_weights_hold_every_weight_once(isa: Any, density: float, rng: Any) -> None:
+    w = (rng.integers(1, 128, (23, 30)) * (rng.random((23, 30)) < density)).astype(np.int8)
+    packs = [pack_dense(w, 6, isa.words), pack_quads(w, 8, 4, isa.words),
+             pack_channels(w, 8, 4, isa.words)]  # fmt: skip
+    for packed in packs:
+        stored = packed.words.view(np.int8 if isa.words_per_quad == 1 else np.int16)
+        assert sorted(stored[stored != 0]) == sorted(w[w != 0])
+        assert packed.words.dtype == np.int32
+        if packed.starts is not None and packed.indices is not None:
+            assert (packed.starts.dtype, packed.indices.dtype) == (np.int32, np.uint16)
+            assert packed.indices.max() < 30

@@ -1,0 +1,239 @@
+"""int8 GEMM over u8 panels against exact integer sums and one rounding to fp32."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sparsec.codegen.isa.coarse import COARSE, MAX_ERROR
+from sparsec.codegen.isa.int8 import INT8_ISAS
+from sparsec.codegen.isa.polynomials import ACTIVATIONS
+from sparsec.codegen.kernels.int8_cost import Form
+from sparsec.codegen.kernels.int8_epilogue import Epilogue
+from sparsec.codegen.kernels.int8_family import Int8GemmFamily, forms, kernel_of, pack
+from sparsec.codegen.kernels.int8_gemm import Int8Gemm
+from sparsec.codegen.kernels.int8_pack import pack_rows
+from sparsec.target import Target
+
+Array = np.ndarray[Any, Any]
+ALL = [k for k in Int8GemmFamily().variants() if isinstance(k, Int8Gemm)]
+# The loops and the epilogue are independent: every loop nest with these epilogues, and every
+# epilogue with one loop nest.
+EXACT = [
+    Epilogue(),
+    Epilogue("relu", has_residual=True, to_u8=True),
+    Epilogue(to_u8=True, is_bounded=True),
+]
+VARIANTS = [k for k in ALL if k.epilogue in EXACT]
+SOME = [k for k in ALL if k.form == "dense"]
+SIZES = [1, 3, 4, 5, 6, 7, 31, 32, 33, 64]
+TOKENS = [1, 15, 16, 17, 32, 33, 63, 64, 65, 96, 130]
+DENSITIES = [0.0, 0.1, 0.5, 1.0]
+
+
+@dataclass
+class Layer:
+    """Everything that `linear_int8` is given. `block` is where the zeros of w lie."""
+
+    size: tuple[int, int, int]
+    density: float = 1.0
+    block: tuple[int, int] = (1, 1)
+    zero_point: int = 119
+    out_scale: float = 0.37
+    out_zero_point: int = 101
+    seed: int = 0
+    arrays: dict[str, Array] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        tokens, m, k = self.size
+        rng = np.random.default_rng([*self.size, int(self.density * 10), self.seed])
+        rows, cols = self.block
+        kept = rng.random((-(-m // rows), -(-k // cols))) < self.density
+        mask = np.repeat(np.repeat(kept, rows, 0), cols, 1)[:m, :k]
+        self.arrays = {
+            "x": rng.integers(0, 256, (tokens, k)).astype(np.uint8),
+            "w": (rng.integers(-128, 128, (m, k)) * mask).astype(np.int8),
+            "multiplier": rng.uniform(0.001, 0.003, m).astype(np.float32),
+            "bias": rng.standard_normal(m).astype(np.float32),
+            "residual": (10 * rng.standard_normal((tokens, m))).astype(np.float32),
+        }
+
+    def sums(self) -> Array:
+        a = self.arrays
+        total = (a["x"].astype(np.int64) - self.zero_point) @ a["w"].astype(np.int64).T
+        return np.asarray(total)
+
+    def linear(self) -> Array:
+        """sum * multiplier + bias, rounded once: the 64 bits of a long double hold it all."""
+        wide = self.sums().astype(np.float32).astype(np.longdouble)
+        y = wide * self.arrays["multiplier"] + self.arrays["bias"]
+        return np.asarray(y.astype(np.float32))
+
+    def result(self, epilogue: Epilogue) -> Array:
+        y = REFERENCES[epilogue.activation](self.linear().astype(np.float64)).astype(np.float32)
+        if epilogue.has_residual:
+            y = y + self.arrays["residual"]
+        return self.stored(y) if epilogue.to_u8 else np.asarray(y)
+
+    def stored(self, y: Array) -> Array:
+        steps = np.rint(y * self.inverse) + self.out_zero_point
+        return np.asarray(np.clip(steps, 0, 255).astype(np.uint8))
+
+    @property
+    def inverse(self) -> np.float32:
+        return np.float32(1) / np.float32(self.out_scale)
+
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+REFERENCES = {
+    "none": lambda x: x,
+    "relu": lambda x: np.maximum(x, 0),
+    "gelu": lambda x: x * 0.5 * (1 + _erf(x / math.sqrt(2))),
+    "gelu_tanh": lambda x: x * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "tanh": np.tanh,
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+}
+
+
+def rows_of(kernel: Int8Gemm) -> int:
+    return kernel.strip * (3 if kernel.tall else 1)
+
+
+def form_of(kernel: Int8Gemm) -> Form:
+    cols = {"dense": 0, "channels": 1, "quads": 4}[kernel.form]
+    return Form(rows_of(kernel), cols, kernel.strip)
+
+
+def call(run: Any, kernel: Int8Gemm, layer: Layer, *, group: int = 2, splits: int = 3) -> Array:
+    (tokens, m, k), a, rows = layer.size, layer.arrays, rows_of(kernel)
+    packed = pack(a["w"], form_of(kernel), kernel.hooks)
+    offset = (-layer.zero_point * a["w"].astype(np.int64).sum(1)).astype(np.int32)
+    panels = -(-tokens // 64)
+    y = np.full((panels, m, 64), 99, np.uint8 if kernel.epilogue.to_u8 else np.float32)
+    lists = [] if packed.starts is None else [packed.starts, packed.indices]
+    per_row = [pack_rows(v, rows) for v in (offset, a["multiplier"], a["bias"])]
+    residual = [run.to_panels(a["residual"])] if kernel.epilogue.has_residual else []
+    sizes = [tokens, m, k, group, *([rows // kernel.strip] if kernel.tall else [])]
+    numbers = [float(layer.inverse), layer.out_zero_point] if kernel.epilogue.to_u8 else []
+    pointers = [run.to_panels(a["x"]), packed.words, *lists, *per_row, *residual, y]
+    status = run(
+        kernel, *pointers, *sizes, *numbers,
+        output=y, items=-(-m // rows) * -(-panels // group), splits=splits,
+        scratch_bytes=kernel.scratch_bytes(k, group, packed.most_steps),
+    )  # fmt: skip
+    assert status == 0
+    if not kernel.epilogue.has_residual:
+        assert np.isfinite(y).all(), "lanes past the last token"
+    return np.asarray(run.from_panels(y, tokens))
+
+
+def check(run: Any, kernel: Int8Gemm, layer: Layer, **options: int) -> None:
+    expected = layer.result(kernel.epilogue)
+    np.testing.assert_array_equal(call(run, kernel, layer, **options), expected, str(layer))
+
+
+def test_sizes_at_the_edges_of_blocks(kernel: Int8Gemm, run: Any) -> None:
+    """Every pair of m and k, and over them every number of tokens and density."""
+    block = (rows_of(kernel), 4 if kernel.form == "quads" else 1)
+    for (a, m), (b, k) in product(enumerate(SIZES), enumerate(SIZES)):
+        tokens = TOKENS[(3 * a + b) % len(TOKENS)]
+        density = DENSITIES[(a + b // 2) % len(DENSITIES)]
+        check(run, kernel, Layer((tokens, m, k), density, block), group=1 + (a + b) % 2)
+
+
+def test_a_model_sized_layer(kernel: Int8Gemm, run: Any) -> None:
+    block = (rows_of(kernel), 4 if kernel.form == "quads" else 1)
+    layer = Layer((200, 100, 384), 0.2, block)
+    layer.arrays["w"][24:48] = 0  # block rows without a block
+    check(run, kernel, layer, group=3)
+
+
+def test_item_splits_give_the_same_bits(kernel: Int8Gemm, run: Any) -> None:
+    layer = Layer((300, 70, 50), 0.4, (4, 1))
+    parts = [call(run, kernel, layer, splits=n, group=g) for n, g in ((1, 2), (2, 5), (7, 1))]
+    for part in parts[1:]:
+        np.testing.assert_array_equal(part, parts[0])
+
+
+def test_extreme_operands_are_exact(kernel: Int8Gemm, run: Any) -> None:
+    """Sums at the ends of what u8 and int8 can make: pairs of products leave int16."""
+    layer = Layer((20, 36, 64), zero_point=255)
+    for x, w in product((0, 255), (-128, 127)):
+        layer.arrays["x"][...], layer.arrays["w"][...] = x, w
+        check(run, kernel, layer)
+
+
+@pytest.mark.parametrize("out_zero_point", [0, 128, 255])
+def test_ties_and_clamps(kernel: Int8Gemm, run: Any, out_zero_point: int) -> None:
+    """Scales are powers of two, so that an eighth of the results lies between two steps."""
+    layer = Layer((65, 24, 33), 0.5, out_scale=0.5, out_zero_point=out_zero_point)
+    a = layer.arrays
+    a["multiplier"][:] = 2.0**-4 / 64
+    a["bias"][:] = np.arange(24) / 4
+    a["residual"][...] = np.round(a["residual"])
+    a["x"][:, 1:] = layer.zero_point  # sums of one product each: multiples of 64
+    a["w"][:, 0] = 64
+    scaled = layer.linear() * layer.inverse
+    assert ((scaled * 2 % 2) == 1).mean() > 0.05, "no ties"
+    a["bias"][18], a["bias"][19] = 2e6, -2e6  # results outside int16
+    if not kernel.epilogue.is_bounded:
+        a["multiplier"][20] = 1e12  # results outside int32, both signs
+        a["multiplier"][21] = 2.0**100
+        a["bias"][22], a["bias"][23] = 1e38, -1e38
+    check(run, kernel, layer)
+
+
+def test_large_sums_round_once_on_the_way_to_fp32(kernel: Int8Gemm, run: Any) -> None:
+    layer = Layer((17, 5, 1500), zero_point=0)
+    layer.arrays["w"][...] = np.abs(layer.arrays["w"].astype(int)) // 2 + 63
+    assert (layer.sums() > 2**24).any()
+    check(run, kernel, layer)
+
+
+def test_every_epilogue(some_kernel: Int8Gemm, run: Any) -> None:
+    layer = Layer((70, 13, 40), out_scale=0.043, out_zero_point=17)
+    epilogue, y = some_kernel.epilogue, call(run, some_kernel, layer)
+    expected = layer.result(epilogue)
+    if epilogue.to_u8:
+        # The kernel's activation is not rounded as the reference's: a step apart, and seldom.
+        apart = np.abs(y.astype(int) - expected.astype(int))
+        assert apart.max() <= (0 if epilogue.activation in ("none", "relu") else 1)
+        assert (apart > 0).mean() < 0.01
+        return
+    # Activations are good to 1e-6 max(1, |x|); adding the residual rounds once more.
+    bound = 2e-6 * np.maximum(1, np.abs(layer.linear())) + 2e-7 * np.abs(expected)
+    assert (np.abs(y - expected) <= bound).all()
+
+
+def test_variants_are_all_that_schedules_ask_for() -> None:
+    names = {k.name for k in ALL}
+    assert len(names) == len(ALL)
+    for isa in INT8_ISAS:
+        asked = [f for block in (None, (1, 1), (4, 1), (32, 1), (16, 4), (7, 3))
+                 for f in forms(block, isa)]  # fmt: skip
+        for form, activation in product(asked, ACTIVATIONS):
+            assert kernel_of(form, isa, Epilogue(activation)).name in names
+
+
+def test_coarse_activations_stay_in_their_bound(run: Any) -> None:
+    """As fp32 results, which no schedule asks for."""
+    k = 64
+    for isa, activation in product(INT8_ISAS, COARSE):
+        if not Target.host().has(isa.isa):
+            continue
+        layer = Layer((3000, 1, k), zero_point=128)
+        layer.arrays["w"][...] = 0
+        layer.arrays["w"][0, :2] = 127, 1
+        layer.arrays["multiplier"][:] = 9 / 2**14
+        layer.arrays["bias"][:] = 0
+        (form,) = forms(None, isa)
+        y = call(run, kernel_of(form, isa, Epilogue(activation, coarse=True)), layer)
+        exact = REFERENCES[activation](layer.linear().astype(np.float64))
+        assert np.abs(layer.linear()).max() > 8
+        assert np.abs(y - exact).max() < MAX_ERROR
