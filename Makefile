@@ -28,7 +28,8 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/bench_models.py
 
 accuracy: $(VENV)/.ready-compress
-	$(BIN)/python benchmarks/accuracy.py --stsb $(DATA)/stsb/dev.csv --folder $(OUT)
+	$(BIN)/python benchmarks/accuracy.py --folder $(OUT) \
+		--stsb $(DATA)/stsb/dev.csv --stsb-train $(DATA)/stsb/train.csv
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -34,8 +34,7 @@ class Int8Isa:
     `operand` prepares a tile of quads, and `dot(sum, operand, words)` adds four products to each
     lane. A register block has `columns` of the four tiles. `to_integer` rounds half to even, and
     gives the least int32 for what no int32 can hold. `to_tokens` turns tile order into token
-    order, as four vectors of neighbouring tokens, and `to_tiles` turns it back. `narrow` is for
-    panels of which no more than its chunk holds tokens.
+    order, as four vectors of neighbouring tokens, and `to_tiles` turns it back.
     """
 
     isa: Isa
@@ -49,7 +48,6 @@ class Int8Isa:
     pack_names: tuple[str, str]
     to_tokens: Callable[[list[Any]], list[Any]]
     to_tiles: Callable[[list[Any]], list[Any]]
-    narrow: Int8Isa | None = None
 
     @property
     def name(self) -> str:
@@ -118,14 +116,12 @@ def _whole_word(w: Array) -> Array:
 
 
 def _as_it_is(x: Any) -> tuple[Any, ...]:
-    return (x,)
+    return (T.reinterpret("uint8x64", x),)
 
 
 def _vpdpbusd(total: Any, x: tuple[Any, ...], words: tuple[Any, ...]) -> Any:
-    type = str(total.ty.dtype)
-    count = 4 * int(type.partition("x")[2])
-    bytes = T.reinterpret(f"uint8x{count}", x[0]), T.reinterpret(f"int8x{count}", words[0])
-    return _call(type, f"llvm.x86.avx512.vpdpbusd.{8 * count}", total, *bytes)
+    weights = T.reinterpret("int8x64", words[0])
+    return _call("int32x16", "llvm.x86.avx512.vpdpbusd.512", total, x[0], weights)
 
 
 def _to_integer_512(x: Any) -> Any:
@@ -143,6 +139,21 @@ def _transpose_4x4(v: list[Any]) -> list[Any]:
         for left, right in (low, high)
         for lanes in ([0, 2, 4, 6], [1, 3, 5, 7])
     ]
+
+
+AVX512_VNNI = Int8Isa(
+    Isa.AVX512_VNNI,
+    AVX512,
+    (*AVX512.features, "+avx512vnni"),
+    columns=TILES,
+    words=_whole_word,
+    operand=_as_it_is,
+    dot=_vpdpbusd,
+    to_integer=_to_integer_512,
+    pack_names=("llvm.x86.avx512.packssdw.512", "llvm.x86.avx512.packuswb.512"),
+    to_tokens=_transpose_4x4,
+    to_tiles=_transpose_4x4,
+)
 
 
 def _even_and_odd_words(w: Array) -> Array:
@@ -190,35 +201,6 @@ AVX2_INT8 = Int8Isa(
     pack_names=("llvm.x86.avx2.packssdw", "llvm.x86.avx2.packuswb"),
     to_tokens=_to_tokens_256,
     to_tiles=_to_tiles_256,
-)
-
-_VNNI_FEATURES = (*AVX512.features, "+avx512vnni")
-_VNNI_256 = Int8Isa(
-    Isa.AVX512_VNNI,
-    AVX2,
-    _VNNI_FEATURES,
-    columns=TILES,
-    words=_whole_word,
-    operand=_as_it_is,
-    dot=_vpdpbusd,
-    to_integer=_to_integer_256,
-    pack_names=AVX2_INT8.pack_names,
-    to_tokens=_to_tokens_256,
-    to_tiles=_to_tiles_256,
-)
-AVX512_VNNI = Int8Isa(
-    Isa.AVX512_VNNI,
-    AVX512,
-    _VNNI_FEATURES,
-    columns=TILES,
-    words=_whole_word,
-    operand=_as_it_is,
-    dot=_vpdpbusd,
-    to_integer=_to_integer_512,
-    pack_names=("llvm.x86.avx512.packssdw.512", "llvm.x86.avx512.packuswb.512"),
-    to_tokens=_transpose_4x4,
-    to_tiles=_transpose_4x4,
-    narrow=_VNNI_256,
 )
 
 INT8_ISAS: tuple[Int8Isa, ...] = (AVX2_INT8, AVX512_VNNI)  # weakest first

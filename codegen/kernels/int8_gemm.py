@@ -21,8 +21,8 @@ is a loop over rows: an instruction set whose sums are not in vector registers f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
@@ -91,7 +91,7 @@ class Int8Gemm:
     @property
     def _area(self) -> int:
         """Where the quads lie in scratch memory, in int32: after the sums of a register block."""
-        return self.strip * WIDTH
+        return self.strip * self.hooks.chunk
 
     def scratch_bytes(self, k: int, group: int, most_steps: int) -> int:
         """For `group` panels of k channels, or for the steps of a block of rows."""
@@ -115,41 +115,32 @@ class Int8Gemm:
             end = keep(T.min(origin + group, panels))
             if self.form != "channels":
                 with loop(origin, end) as panel:
-                    for kernel, chunks in self._widths(s, panel):
-                        kernel._make_quads(s, panel, panel - origin, chunks)
-            with loop(first, last) as block, loop(origin, end) as panel:
-                at = _Place(block, rows, strips, panel, keep(panel - origin))
-                for kernel, chunks in self._widths(s, panel):
-                    kernel._chunks(s, at, chunks)
+                    self._make_quads(s, panel, keep(panel - origin))
+            chunks = WIDTH // self.hooks.chunk
+            with (
+                loop(first, last) as block,
+                loop(origin, end) as panel,
+                loop(0, self._chunks(s, panel)) as chunk,
+            ):
+                quads = keep((panel - origin) * chunks + chunk)
+                self._block(s, _Place(block, rows, strips, panel, chunk, quads))
 
-    def _widths(self, s: tir.KernelScope, panel: Any) -> Iterator[tuple[Int8Gemm, Any]]:
-        """Run-time cases: which kernel takes the tokens of a panel, in how many chunks."""
-        tokens, size = keep(s["tokens"] - panel * WIDTH), self.hooks.chunk
-        narrow = self.hooks.narrow
-        if narrow is None:
-            yield self, keep(div(T.min(tokens, const(WIDTH)) + (size - 1), size))
-            return
-        with T.If(tokens > narrow.chunk):
-            with T.Then():
-                yield self, const(WIDTH // size)
-            with T.Else():
-                yield replace(self, hooks=narrow), const(1)
+    def _chunks(self, s: tir.KernelScope, panel: Any) -> Any:
+        """How many chunks of a panel hold tokens."""
+        if self.hooks.chunk == WIDTH:
+            return const(1)
+        tokens = T.min(s["tokens"] - panel * WIDTH, const(WIDTH))
+        return keep(div(tokens + (self.hooks.chunk - 1), self.hooks.chunk))
 
-    def _make_quads(self, s: tir.KernelScope, panel: Any, place: Any, chunks: Any) -> None:
+    def _make_quads(self, s: tir.KernelScope, panel: Any, place: Any) -> None:
         """The panel as `[chunk][quad][tile][lane]`; quads past k repeat its last channel."""
-        size, quads = self.hooks.chunk, self._quads(s)
-        first = keep(place * (WIDTH // size))
-        with loop(0, chunks) as chunk, loop(0, quads) as quad:
+        chunks, size = WIDTH // self.hooks.chunk, self.hooks.chunk
+        quads = self._quads(s)
+        with loop(0, self._chunks(s, panel)) as chunk, loop(0, quads) as quad:
             channels = [T.min(quad * QUAD + i, s["k"] - 1) for i in range(QUAD)]
             tiles = self.hooks.interleave(self._load(s, panel, chunk, channels))
-            at = keep(((first + chunk) * quads + quad) * size + self._area)
+            at = keep(((place * chunks + chunk) * quads + quad) * size + self._area)
             self._store_tiles(s, tiles, at)
-
-    def _chunks(self, s: tir.KernelScope, at: _Place, chunks: Any) -> None:
-        """A block of rows for one panel."""
-        with loop(0, chunks) as chunk:
-            quads = keep(at.quads * (WIDTH // self.hooks.chunk) + chunk)
-            self._block(s, replace(at, chunk=chunk, quads=quads))
 
     def _block(self, s: tir.KernelScope, at: _Place) -> None:
         """All strips of a block of rows for one chunk."""
@@ -285,14 +276,14 @@ class Int8Gemm:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A block of rows and a panel or a chunk of it, whose quads come as number `quads`."""
+    """A block of rows, and a chunk of a panel with the number of its quads in scratch memory."""
 
     block: Any
     rows: Any
     strips: Any
     panel: Any
+    chunk: Any
     quads: Any
-    chunk: Any = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,16 +166,30 @@ class LayerNorm:
             result.append((keep(state.mean[at]), keep(splat(1.0, n) / deviation)))
         return result
 
+    @property
+    def _keeps_sum(self) -> bool:
+        """Whether x + residual waits in y for the second pass.
+
+        Where bytes are stored too, adding again is faster than that store.
+        """
+        return self.has_residual and self.result == "f32"
+
     def _source(self, s: tir.KernelScope, at: Any) -> Any:
-        """x + residual. Each pass adds anew: a sum kept in y would cost a store and a load."""
-        value = s["x"][at] + s["residual"][at] if self.has_residual else s["x"][at]
-        return keep(value)
+        """A vector of x + residual, in the first pass."""
+        value = self._sum(s, at)
+        if self._keeps_sum:
+            T.buffer_store(s["y"], value, [at])
+        return value
+
+    def _sum(self, s: tir.KernelScope, at: Any) -> Any:
+        return keep(s["x"][at] + s["residual"][at] if self.has_residual else s["x"][at])
 
     def _normalised(
         self, s: tir.KernelScope, at: Any, channel: Any, statistics: tuple[Any, Any]
     ) -> Any:
         n, (mean, scale) = self.vector.lanes, statistics
-        value = (self._source(s, at) - mean) * scale * splat(s["gamma"][channel], n)
+        total = s["y"][at] if self._keeps_sum else self._sum(s, at)
+        value = (total - mean) * scale * splat(s["gamma"][channel], n)
         return value + splat(s["beta"][channel], n) if self.has_beta else value
 
 
