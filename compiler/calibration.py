@@ -18,7 +18,7 @@ from sparsec.ir import dims
 from sparsec.ir.dims import Symbol, only_atom
 from sparsec.ir.graph import Graph, Value
 from sparsec.ir.types import DType
-from sparsec.ranges import METHODS, Observation, choose_range
+from sparsec.ranges import METHODS, Channels, Observation, choose_range
 
 __all__ = [
     "METHODS",
@@ -36,24 +36,29 @@ Feed = dict[str, Array]
 
 
 def calibrate(
-    graph: Graph, batches: Iterable[Mapping[str, Array]], names: Sequence[str]
+    graph: Graph, batches: Iterable[Mapping[str, Array]], names: Sequence[str | Channels]
 ) -> dict[str, Observation]:
-    """What the values `names` are over all batches; padding tokens do not count.
+    """What the values `names`, or channels of values, are over all batches, by their text.
+
+    Padding tokens do not count.
 
     Padding is where an integer input `[batch, seq]` with "mask" in its name is 0, provided that
     it holds zeros and ones alone. Raises InvalidInput when there is no batch, when a batch is no
     input of the graph, and when it makes a value infinite or NaN.
     """
-    observed = {name: Observation() for name in names}
+    observed = {str(name): Observation() for name in names}
+    wanted: dict[str, list[str | Channels]] = {}
+    for name in names:
+        wanted.setdefault(name if isinstance(name, str) else name.value, []).append(name)
     count = 0
     for batch in batches:
         real = _real_tokens(graph, batch)
 
         def observe(value: Value, data: Array, real: Array | None = real) -> None:
-            if value.name in observed:
-                kept = _kept(data, real)
+            for name in wanted.get(value.name, []):
+                kept = _kept(_part(data, name), real)
                 _require_finite(value.name, kept)
-                observed[value.name] = observed[value.name].including(kept)
+                observed[str(name)] = observed[str(name)].including(kept)
 
         run(graph, batch, observe)
         count += 1
@@ -176,6 +181,10 @@ def _real_tokens(graph: Graph, batch: Mapping[str, Array]) -> Array | None:
 def _kept(data: Array, real: Array | None) -> Array:
     tokens = data.reshape(-1, data.shape[-1]) if data.ndim > 1 and data.size else data
     return tokens[real] if real is not None and len(tokens) == len(real) else tokens
+
+
+def _part(data: Array, name: str | Channels) -> Array:
+    return data if isinstance(name, str) else data[..., name.start : name.stop]
 
 
 def _require_finite(name: str, data: Array) -> None:

@@ -22,6 +22,7 @@ from sparsec.calibration import (
 from sparsec.calibration_text import text_batches
 from sparsec.codegen import tir
 from sparsec.codegen.isa import FEATURES
+from sparsec.codegen.kernels import schedule_for
 from sparsec.codegen.lower import lower, schedule_of
 from sparsec.codegen.program import Program
 from sparsec.codegen.toolchain import build_library
@@ -33,6 +34,7 @@ from sparsec.ir.printer import print_graph
 from sparsec.options import Calibration, CompileOptions
 from sparsec.passes import (
     Quantization,
+    attention_values,
     graph_pipeline,
     int8_pipeline,
     is_quantized,
@@ -41,11 +43,12 @@ from sparsec.passes import (
 )
 from sparsec.passes.manager import PassManager
 from sparsec.passes.plan_memory import plan_memory
+from sparsec.ranges import Channels
 from sparsec.target import Isa, Target
 
 Progress = Callable[[str], None]
 
-RANDOM_SAMPLES = 16
+RANDOM_SAMPLES = 4
 RANDOM_TOKENS = 128
 
 
@@ -119,7 +122,10 @@ def _compile(
         clock.start("calibrate")
         quantization = _quantization(graph, options.calibration, options.keep_fp32)
         clock.start("quantise")
-        records += PassManager(int8_pipeline(quantization), dump).run(graph)
+        pipeline = int8_pipeline(
+            quantization, supported=lambda node: schedule_for(node, target) is not None
+        )
+        records += PassManager(pipeline, dump).run(graph)
     clock.start("schedule")
     pipeline = target_pipeline(lambda node: schedule_of(node, target))
     records += PassManager(pipeline, dump).run(graph)
@@ -166,7 +172,8 @@ def _quantization(
     """
     if calibration is None:
         return Quantization({}, keep_fp32)
-    names = quantized_values(graph, keep_fp32)
+    names: list[str | Channels] = [*quantized_values(graph, keep_fp32)]
+    names += attention_values(graph)
     observed = calibrate(graph, _samples(graph, calibration), names)
     ranges = {name: choose_range(o, calibration.method) for name, o in observed.items()}
     return Quantization(ranges, keep_fp32)

@@ -35,6 +35,18 @@ def _no_counts() -> NDArray[np.int64]:
     return np.zeros(2 * BINS, np.int64)
 
 
+@dataclass(frozen=True, slots=True)
+class Channels:
+    """The channels `[start, stop)` of a value, which have a range of their own."""
+
+    value: str
+    start: int
+    stop: int
+
+    def __str__(self) -> str:
+        return f"{self.value}[{self.start}:{self.stop}]"
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Observation:
     """A histogram around zero: bin i counts the values from (i - BINS) * width on.

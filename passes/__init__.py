@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from sparsec.ir.graph import Node
 from sparsec.passes.absorb_qdq import AbsorbQdq
 from sparsec.passes.assign_layouts import AssignLayouts
 from sparsec.passes.assign_schedules import AssignSchedules, ScheduleLookup
@@ -20,6 +21,7 @@ from sparsec.passes.fuse_linear import FuseLinear
 from sparsec.passes.infer_types import InferTypes
 from sparsec.passes.merge_qkv import MergeQkv
 from sparsec.passes.quantize import Quantization, Quantize, is_quantized, quantized_values
+from sparsec.passes.quantize_attention import QuantizeAttention, attention_values
 
 __all__ = [
     "PASSES",
@@ -28,6 +30,7 @@ __all__ = [
     "PassResult",
     "Quantization",
     "ScheduleLookup",
+    "attention_values",
     "default_pipeline",
     "graph_pipeline",
     "int8_pipeline",
@@ -74,12 +77,18 @@ def graph_pipeline(
 
 
 def int8_pipeline(
-    quantization: Quantization, choose_layout: LayoutChoice = by_density
+    quantization: Quantization,
+    choose_layout: LayoutChoice = by_density,
+    supported: Callable[[Node], bool] = lambda node: True,
 ) -> list[Pass]:
-    """The passes that turn a graph of `graph_pipeline` into one of int8 ops."""
+    """The passes that turn a graph of `graph_pipeline` into one of int8 ops.
+
+    `supported` says whether a kernel computes a node on the target.
+    """
     return [
         Quantize(quantization.ranges, quantization.keep_fp32),
         FoldQuantize(),
+        QuantizeAttention(quantization.ranges, supported),  # its operands are int8 by then
         ChooseWeightLayout(choose_layout),  # after Quantize: it counts int8 zeros
     ]
 

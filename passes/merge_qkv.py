@@ -87,8 +87,6 @@ class StackProjections(RewriteRule):
                 return Reject(f"{name} is more than a product and a bias")
             if m[f"w{name}"].type.shape[0] != width:
                 return Reject(f"{name} has other channels than those of the heads")
-        if len({_is_per_row(m[f"w{name}"]) for name in "qkv"}) > 1:
-            return Reject("some of the weights are quantised per row, others are not")
         return None
 
     def rewrite(self, m: Match, g: Builder) -> Value:

@@ -146,6 +146,7 @@ class AttentionInt8Family:
                 ceildiv(tokens, WIDTH) * heads,
                 f"{node.name}: {heads} heads of {head_size}, mask {kind}",
                 scratch_bytes=scratch_bytes(seq, head_size),
+                macs=tokens * seq * (2 * heads * head_size),
             )
         ]
 

@@ -144,6 +144,7 @@ class Int8GemmFamily:
                 f"{node.name}: y[{m}] = w[{m}][{k}] x[{k}], {name}, {kernel.epilogue.activation}",
                 scratch_bytes=kernel.scratch_bytes(k, group, packed.most_steps),
                 grain=max(1, int(GRAIN_MACS / max(1.0, rows * k * density))),
+                macs=tokens * round(m * k * density),
             )
         ]
 

@@ -164,7 +164,11 @@ def _dequantised(call: Call, x: Value, affine: Affine) -> Value:
     if affine.dtype not in (DType.U8, DType.I8, DType.I32):
         raise UnsupportedOp(f"constants are stored as uint8, int8 or int32, not {x.type}")
     centred = x.data.astype(np.int64) - affine.along(affine.zero_point, x.data.ndim)
-    data = centred.astype(np.float32) * affine.along(affine.scale, x.data.ndim)
+    with np.errstate(over="ignore"):
+        data = centred.astype(np.float32) * affine.along(affine.scale, x.data.ndim)
+    # The lowest number of fp32, which masks are made of, must not become -inf: 0 * -inf is NaN.
+    largest = np.finfo(np.float32).max
+    data = np.clip(data, -largest, largest)
     value = call.g.graph.add_constant(np.asarray(data, np.float32), _name(call, x))
     if affine.dtype is not DType.I32:
         call.g.graph.set_type(value, replace(value.type, quant=affine.params))

@@ -1,0 +1,133 @@
+"""Compute attention from quantised queries, keys and values.
+
+attention(linear_int8(x))   ->   attention_int8(linear_int8(x) stored as u8)
+
+Queries, keys and values get a scale each, also as parts of one product: its rows are scaled to
+the steps of what they become, so that the product itself stores with scale 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sparsec.ir.graph import Graph, Node, Value
+from sparsec.ir.op_spec import Array
+from sparsec.ir.ops_attention_int8 import ZERO_POINT
+from sparsec.passes.base import PassResult
+from sparsec.passes.rewrite import replace_node
+from sparsec.ranges import Channels
+
+STEPS = 127  # of each sign around the zero point
+SMALLEST = 1e-30  # a range below this is all zero
+OPERANDS = "qkv"
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeAttention:
+    """After fold_quantize. `supported` says whether a kernel computes a node on the target."""
+
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    supported: Callable[[Node], bool] = lambda node: True
+    name: str = "quantize_attention"
+
+    def run(self, graph: Graph) -> PassResult:
+        done, notes = 0, []
+        for node in [n for n in graph.nodes if n.op == "attention"]:
+            refusal = self._visit(graph, node)
+            done += refusal is None
+            notes += [] if refusal is None else [f"{node.name} stays fp32 inside: {refusal}"]
+        graph.sort()
+        graph.drop_dead_nodes()
+        return PassResult(done, tuple(notes))
+
+    def _visit(self, graph: Graph, node: Node) -> str | None:
+        """Rewrites one attention, or says why not."""
+        parts = _parts(node)
+        missing = [p for p in parts if str(p) not in self.ranges]
+        if missing:
+            return f"no range was given for %{missing[0]}"
+        sources = list(dict.fromkeys(node.input(i) for i in range(len(OPERANDS))))
+        for value in sources:
+            refusal = _refusal(graph, value, node)
+            if refusal is not None:
+                return refusal
+        scales = {str(p): _scale(*self.ranges[str(p)]) for p in parts}
+        stored = {v: _stored(graph, v, parts, scales) for v in sources}
+        operands = [stored[node.input(i)] for i in range(len(OPERANDS))]
+        named = {f"{x}_scale": scales[str(p)] for x, p in zip(OPERANDS, parts, strict=True)}
+        attrs = {**node.attrs, **named}
+        inputs = [*operands, node.optional_input(3)]
+        trial = graph.add_node("attention_int8", inputs, attrs, name=node.name)
+        accepted = self.supported(trial)
+        graph.erase(trial)
+        if not accepted:
+            return "no int8 kernel takes its mask and head size on this target"
+        replace_node(graph, node, "attention_int8", inputs, attrs)
+        for old, new in stored.items():
+            _take_name(graph, old, new)
+        return None
+
+
+def attention_values(graph: Graph) -> list[Channels]:
+    """The channels whose ranges QuantizeAttention wants, in execution order."""
+    nodes = [n for n in graph.nodes if n.op == "attention"]
+    return list(dict.fromkeys(part for node in nodes for part in _parts(node)))
+
+
+def _parts(node: Node) -> list[Channels]:
+    """Where the queries, keys and values of an attention are."""
+    width = node.attrs["heads"] * node.attrs["head_size"]
+    starts = [node.attrs[f"{x}_offset"] for x in OPERANDS]
+    return [Channels(node.input(i).name, s, s + width) for i, s in enumerate(starts)]
+
+
+def _refusal(graph: Graph, value: Value, reader: Node) -> str | None:
+    source = value.producer
+    if source is None or source.op != "linear_int8":
+        return f"%{value.name} is not a product in int8"
+    if source.attrs["out_scale"] is not None or source.optional_input(4) is not None:
+        return f"{source.name} stores something else than plain fp32"
+    if source.attrs["activation"] != "none":
+        return f"{source.name} has an activation"
+    if value.users != [reader] or value in graph.outputs:
+        return f"%{value.name} is read elsewhere"
+    return None
+
+
+def _scale(low: float, high: float) -> float:
+    most = max(abs(low), abs(high))
+    return 1.0 if most < SMALLEST else float(np.float32(most / STEPS))
+
+
+def _stored(
+    graph: Graph, value: Value, parts: list[Channels], scales: Mapping[str, float]
+) -> Value:
+    """A product beside the one that makes `value`, which stores steps of its parts' scales."""
+    source = value.producer
+    assert source is not None
+    rows = np.ones(value.type.channels, np.float32)
+    for part in parts:
+        if part.value == value.name:
+            rows[part.start : part.stop] = scales[str(part)]
+    x, w, w_scale, bias = (source.optional_input(i) for i in range(4))
+    inputs = [x, w, _divided(graph, w_scale, rows), _divided(graph, bias, rows), None]
+    attrs = {**source.attrs, "out_scale": 1.0, "out_zero_point": ZERO_POINT}
+    return graph.add("linear_int8", inputs, attrs, name=source.name)
+
+
+def _take_name(graph: Graph, old: Value, new: Value) -> None:
+    """The product that nothing reads any more leaves, and the other one gets its name."""
+    assert old.producer is not None and new.producer is not None
+    name = old.producer.name
+    graph.erase(old.producer)
+    graph.rename(new.producer, name)
+
+
+def _divided(graph: Graph, value: Value | None, rows: Array) -> Value | None:
+    if value is None:
+        return None
+    assert value.data is not None, value
+    return graph.add_constant((value.data / rows).astype(np.float32), value.name)
