@@ -55,6 +55,7 @@ def _compile(args: argparse.Namespace) -> int:
             precision=args.precision,
             calibration=_calibration(args),
             keep_fp32=args.keep_fp32,
+            all_roundings=args.all_roundings,
             dump_ir=args.dump_ir,
             report=args.report,
             cc=args.cc,
@@ -246,6 +247,11 @@ def _add_compile(commands: Any) -> None:
         metavar="PATTERN",
         help="int8: leave layers whose name matches in fp32; may be given more than once",
     )
+    p.add_argument(
+        "--all-roundings",
+        action="store_true",
+        help="QDQ models: round wherever the file does, to compare answers; slower",
+    )
     p.add_argument("--dump-ir", type=Path, metavar="DIR", help="write the graph after each pass")
     p.add_argument("--report", type=Path, metavar="FILE", help="write what was done, as JSON")
     p.add_argument("--cc", help="a C compiler to use instead of the packaged one")
@@ -289,7 +295,7 @@ def _add_bench(commands: Any) -> None:
     p.add_argument("--seq", type=_positive, default=128)
     p.add_argument("--threads", type=_positive, default=1)
     p.add_argument("--onnx", type=Path, help="the ONNX file, for the peer")
-    p.add_argument("--against", choices=["onnxruntime"], help="default with --onnx: onnxruntime")
+    p.add_argument("--against", choices=["onnxruntime", "openvino"], help="default: onnxruntime")
     p.add_argument("--seconds", type=float, default=5.0, help="how long to measure")
     p.add_argument("--no-pin", dest="pin", action="store_false", help="leave threads to the OS")
     p.add_argument("--json", action="store_true")

@@ -16,7 +16,7 @@ from sparsec.errors import InvalidInput
 from sparsec.runtime import load
 from sparsec.tools.console import console
 from sparsec.tools.inputs import Arrays, random_inputs
-from sparsec.tools.peers import onnxruntime_runner
+from sparsec.tools.peers import PEERS
 
 WARM_UP_RUNS = 5
 LEAST_RUNS = 20
@@ -47,7 +47,7 @@ def bench(
         sides: dict[str, Callable[[Arrays], Any]] = {"sparsec": model}
         if onnx is not None:
             progress("loading the peer")
-            name, peer = onnxruntime_runner(onnx, threads)
+            name, peer = PEERS[against or "onnxruntime"](onnx, threads)
             sides[name] = peer
         progress(f"measuring {batch}x{seq}")
         times = interleaved_seconds(sides, arrays, seconds)

@@ -1,4 +1,7 @@
-"""Other engines that run the same ONNX file: ONNX Runtime, and the ONNX reference evaluator."""
+"""Other engines that run the same ONNX file: ONNX Runtime, OpenVINO, the ONNX evaluator.
+
+A runner takes (file, threads) and gives (name with version, function on arrays).
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from sparsec.errors import InvalidInput
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 Run = Callable[[Arrays], Arrays]
+Runner = Callable[[Path, int], tuple[str, Run]]
 
 
 def onnxruntime_runner(path: Path, threads: int) -> tuple[str, Run]:
@@ -22,13 +26,13 @@ def onnxruntime_runner(path: Path, threads: int) -> tuple[str, Run]:
     try:
         import onnxruntime as ort
     except ImportError:
-        raise InvalidInput(
-            "onnxruntime is not installed; pip install 'sparsec[bench]', or leave --against out"
-        ) from None
+        raise _not_installed("onnxruntime") from None
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    # Its threads spin while it runs, as always, but not while another engine is being timed.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises its own classes, one per status
@@ -39,6 +43,60 @@ def onnxruntime_runner(path: Path, threads: int) -> tuple[str, Run]:
         return dict(zip(names, session.run(names, arrays), strict=True))
 
     return f"onnxruntime {ort.__version__}", run
+
+
+def openvino_runner(path: Path, threads: int, *, precision: str | None = None) -> tuple[str, Run]:
+    """(name with version, function) for OpenVINO on the CPU; 0 threads: its own choice.
+
+    One request at a time (the latency hint), compiled for the shapes of the arrays, which is its
+    fastest form, when they first come. `precision` is that of the layers that are not quantised:
+    "f32", "bf16", or None for its own choice. Raises InvalidInput when it is not installed or
+    refuses the model.
+    """
+    try:
+        import openvino as ov
+    except ImportError:
+        raise _not_installed("openvino") from None
+    core = ov.Core()
+    config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+    if threads:
+        config["INFERENCE_NUM_THREADS"] = threads
+    if precision is not None:
+        config["INFERENCE_PRECISION_HINT"] = precision
+    try:
+        names = [_name(port) for port in core.read_model(str(path)).outputs]
+    except RuntimeError as error:
+        raise InvalidInput(f"{path}: OpenVINO refuses the model: {error}") from None
+    requests: dict[tuple[tuple[int, ...], ...], Any] = {}
+
+    def request_for(arrays: Arrays) -> Any:
+        key = tuple(arrays[name].shape for name in sorted(arrays))
+        if key not in requests:
+            model = core.read_model(str(path))
+            try:
+                model.reshape({name: list(array.shape) for name, array in arrays.items()})
+                compiled = core.compile_model(model, "CPU", config)
+            except RuntimeError as error:
+                raise InvalidInput(f"{path}: OpenVINO refuses the model: {error}") from None
+            requests[key] = compiled.create_infer_request()
+        return requests[key]
+
+    def run(arrays: Arrays) -> Arrays:
+        results = request_for(arrays).infer(arrays, share_inputs=True)
+        return dict(zip(names, results.values(), strict=True))
+
+    return f"openvino {ov.__version__.split('-')[0]}", run
+
+
+# By the name that `bench --against` takes.
+PEERS: dict[str, Runner] = {"onnxruntime": onnxruntime_runner, "openvino": openvino_runner}
+
+
+def openvino_has_bf16() -> bool:
+    """Whether OpenVINO computes in bfloat16 on this CPU when it may; it must be installed."""
+    import openvino as ov
+
+    return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def reference_runner(path: Path, threads: int) -> tuple[str, Run]:
@@ -61,3 +119,14 @@ def _evaluator(path: Path) -> tuple[str, Run]:
         return dict(zip(names, evaluator.run(None, arrays), strict=True))
 
     return f"onnx {onnx.__version__} reference evaluator", run
+
+
+def _name(port: Any) -> str:
+    """The name of an OpenVINO port; one that has several names has them all for one tensor."""
+    return str(port.get_any_name())
+
+
+def _not_installed(peer: str) -> InvalidInput:
+    return InvalidInput(
+        f"{peer} is not installed; pip install 'sparsec[bench]', or leave --against out"
+    )

@@ -1,0 +1,112 @@
+"""int8 files for the peers, made by ONNX Runtime's quantiser from an fp32 file.
+
+Activations are u8 per tensor, weights s8 symmetric per channel: what runs fastest on a CPU with
+VNNI or AMX. Outputs of the products stay fp32: rounding them to u8 first, the quantiser's own
+default, is slower in ONNX Runtime and in OpenVINO.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from sparsec.errors import InvalidInput
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+PRODUCTS = ("MatMul", "Gemm")
+
+
+def quantize_static(path: Path, output: Path, samples: Arrays, *, attention: bool) -> None:
+    """Write the QDQ form of `path`, ranges from `samples` (first axis of each array = samples).
+
+    `attention` quantises the two products of attention as well as the linear layers.
+    """
+    _check_installed()
+    from onnxruntime.quantization import QuantFormat, QuantType
+    from onnxruntime.quantization import quantize_static as quantize
+
+    with _whole(output) as partial:
+        quantize(
+            str(path),
+            str(partial),
+            _Samples(samples),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            op_types_to_quantize=list(PRODUCTS),
+            nodes_to_exclude=[] if attention else _products_of_activations(path),
+            extra_options={
+                "WeightSymmetric": True,
+                "ActivationSymmetric": False,
+                "QDQDisableWeightAdjustForInt32Bias": True,
+                "OpTypesToExcludeOutputQuantization": list(PRODUCTS),
+            },
+        )
+
+
+def quantize_dynamic(path: Path, output: Path) -> None:
+    """Write the form of `path` whose activations are quantised by their range in each run."""
+    _check_installed()
+    from onnxruntime.quantization import QuantType
+    from onnxruntime.quantization import quantize_dynamic as quantize
+
+    with _whole(output) as partial:
+        quantize(
+            str(path),
+            str(partial),
+            op_types_to_quantize=list(PRODUCTS),
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            extra_options={"WeightSymmetric": True},
+        )
+
+
+class _Samples:
+    """The samples one by one, as ONNX Runtime's CalibrationDataReader gives them."""
+
+    def __init__(self, samples: Arrays):
+        count = min(len(array) for array in samples.values())
+        self._rest = iter(
+            [{name: array[i : i + 1] for name, array in samples.items()} for i in range(count)]
+        )
+
+    def get_next(self) -> Arrays | None:
+        return next(self._rest, None)
+
+
+def _products_of_activations(path: Path) -> list[str]:
+    graph = onnx.load(path, load_external_data=False).graph
+    constants = {tensor.name for tensor in graph.initializer}
+    constants |= {node.output[0] for node in graph.node if node.op_type == "Constant"}
+    return [
+        node.name
+        for node in graph.node
+        if node.op_type in PRODUCTS and not constants & set(node.input[:2])
+    ]
+
+
+@contextmanager
+def _whole(output: Path) -> Iterator[Path]:
+    """A name to write at, renamed to `output` at the end; without the quantiser's advice."""
+    partial = output.with_name(f"partial-{output.name}")
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield partial
+        partial.replace(output)
+    finally:
+        logging.disable(before)
+        partial.unlink(missing_ok=True)
+
+
+def _check_installed() -> None:
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise InvalidInput("int8 files for the peers need onnxruntime: pip install sparsec[bench]")

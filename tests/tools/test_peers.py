@@ -1,0 +1,120 @@
+"""Every peer gives the answers of the ONNX evaluator, and its int8 files are what they claim."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from sparsec.errors import InvalidInput
+from sparsec.tools.peer_models import quantize_dynamic, quantize_static
+from sparsec.tools.peers import PEERS, Arrays, Runner, openvino_runner
+
+CHANNELS = 32
+SHAPES = [(1, 5), (3, 7)]
+
+
+@pytest.fixture
+def model(tmp_path: Path, rng: np.random.Generator) -> Path:
+    """scores = (x w + b) x^T: a linear layer and a product of two activations."""
+    weight = (rng.standard_normal((CHANNELS, CHANNELS)) / np.sqrt(CHANNELS)).astype(np.float32)
+    bias = rng.standard_normal(CHANNELS).astype(np.float32)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["product"], "linear"),
+        helper.make_node("Add", ["product", "b"], ["linear_out"], "bias"),
+        helper.make_node("Transpose", ["x"], ["xt"], "transpose", perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["linear_out", "xt"], ["scores"], "scores_product"),
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "seq", CHANNELS])
+    outputs = [
+        helper.make_tensor_value_info("linear_out", TensorProto.FLOAT, ["batch", "seq", CHANNELS]),
+        helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["batch", "seq", "seq"]),
+    ]
+    constants = [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(bias, "b")]
+    graph = helper.make_graph(nodes, "g", [x], outputs, constants)
+    path = tmp_path / "model.onnx"
+    opset = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=8), path)
+    return path
+
+
+def feed(rng: np.random.Generator, shape: tuple[int, int]) -> Arrays:
+    return {"x": rng.uniform(-1, 1, (*shape, CHANNELS)).astype(np.float32)}
+
+
+def expected(model: Path, arrays: Arrays) -> Arrays:
+    evaluator = ReferenceEvaluator(str(model))
+    return dict(zip(evaluator.output_names, evaluator.run(None, arrays), strict=True))
+
+
+@pytest.fixture(params=sorted(PEERS))
+def runner(request: pytest.FixtureRequest) -> Runner:
+    pytest.importorskip(request.param, reason=f"{request.param} is not installed")
+    return PEERS[request.param]
+
+
+def test_peer_equals_evaluator_for_any_shape(
+    runner: Runner, model: Path, rng: np.random.Generator
+) -> None:
+    name, run = runner(model, 1)
+    if name.startswith("openvino"):  # its own choice may be bfloat16
+        _, run = openvino_runner(model, 1, precision="f32")
+    for shape in [*SHAPES, SHAPES[0]]:
+        arrays = feed(rng, shape)
+        got, wanted = run(arrays), expected(model, arrays)
+        assert list(got) == list(wanted)
+        for key in wanted:
+            # Two sums of 32 products, |terms| below 1 * 8: 32 * 2**-24 relative to their size.
+            np.testing.assert_allclose(got[key], wanted[key], atol=32 * 8 * 2.0**-23)
+
+
+def test_peer_keeps_earlier_answers(runner: Runner, model: Path, rng: np.random.Generator) -> None:
+    run = runner(model, 1)[1]
+    first = run(feed(rng, SHAPES[0]))
+    kept = {key: value.copy() for key, value in first.items()}
+    run(feed(rng, SHAPES[0]))
+    for key in kept:
+        np.testing.assert_array_equal(first[key], kept[key])
+
+
+def test_peer_refuses_what_is_no_model(runner: Runner, tmp_path: Path) -> None:
+    path = tmp_path / "broken.onnx"
+    path.write_bytes(b"not a model")
+    with pytest.raises(InvalidInput, match=r"broken\.onnx: .* refuses the model"):
+        runner(path, 1)
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_static_file_quantizes_the_products_asked_for(
+    attention: bool, runner: Runner, model: Path, rng: np.random.Generator
+) -> None:
+    output = model.with_name("int8.onnx")
+    samples = feed(rng, (8, 6))
+    quantize_static(model, output, samples, attention=attention)
+    graph = onnx.load(output).graph
+    makers = {name: node.op_type for node in graph.node for name in node.output}
+    products = [node for node in graph.node if node.op_type == "MatMul"]
+    inputs = {node.name: [makers.get(name) for name in node.input] for node in products}
+    assert inputs["linear"] == ["DequantizeLinear"] * 2
+    second = inputs["scores_product"]
+    assert second == (["DequantizeLinear"] * 2 if attention else ["Add", "Transpose"])
+    arrays = {"x": samples["x"][:1]}
+    got, wanted = runner(output, 1)[1](arrays), expected(model, arrays)
+    # Both operands are off by at most half a step, 1/255 for x in [-1, 1] and 1/254 of the largest
+    # weight of a channel (below 1), over 32 channels.
+    limit = CHANNELS * (1 / 255 + 1 / 254)
+    np.testing.assert_allclose(got["linear_out"], wanted["linear_out"], atol=limit)
+    assert np.abs(got["linear_out"] - wanted["linear_out"]).max() > 0
+
+
+def test_dynamic_file_multiplies_integers(model: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="the quantiser is ONNX Runtime's")
+    output = model.with_name("int8.onnx")
+    quantize_dynamic(model, output)
+    kinds = [node.op_type for node in onnx.load(output).graph.node]
+    assert "MatMulInteger" in kinds
+    assert not list(output.parent.glob("partial-*"))

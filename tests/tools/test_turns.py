@@ -1,0 +1,49 @@
+"""Turns: all functions get as many, and the first call of each is not timed."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparsec.tools.turns import TURN_RUNS, TURNS, WARM_UP_RUNS, in_turns, summary
+
+
+class Clock:
+    """A clock that only the functions move on."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.calls: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def run(self, name: str, seconds: float) -> None:
+        # The first call after another function's finds its caches cold.
+        cold = not self.calls or self.calls[-1] != name
+        self.calls.append(name)
+        self.now += seconds + 1.0 * cold
+
+
+def test_cold_calls_are_not_timed() -> None:
+    clock = Clock()
+    runs = [lambda: clock.run("fast", 0.01), lambda: clock.run("slow", 0.3)]
+    fast, slow = in_turns(runs, 2.0, clock)
+    # 0.01 by the difference of two sums of up to 1e3: an error of some 1e-13.
+    assert fast == pytest.approx([0.01] * len(fast), abs=1e-9)
+    assert slow == pytest.approx([0.3] * len(slow), abs=1e-9)
+
+
+def test_everyone_is_timed_long_enough() -> None:
+    clock = Clock()
+    runs = [lambda: clock.run("fast", 0.01), lambda: clock.run("slow", 0.3)]
+    fast, slow = in_turns(runs, 2.0, clock)
+    assert sum(fast) >= 2.0 - 1e-9  # an error of summing, as above
+    assert len(slow) == TURNS * TURN_RUNS  # two runs are more than a turn's tenth of 2 s
+    starts = [n for i, n in enumerate(clock.calls) if i == 0 or clock.calls[i - 1] != n]
+    assert starts == ["fast", "slow"] * (TURNS + 1)  # and a warm-up
+    assert len(clock.calls) == len(fast) + len(slow) + 2 * (WARM_UP_RUNS + TURNS)
+
+
+def test_summary_is_in_milliseconds() -> None:
+    figures = summary([i / 1000 for i in range(11)])
+    assert figures == {"median_ms": 5.0, "p10_ms": 1.0, "p90_ms": 9.0, "runs": 11}
