@@ -34,6 +34,7 @@ from sparsec.ir.printer import print_graph
 from sparsec.options import Calibration, CompileOptions
 from sparsec.passes import (
     Quantization,
+    Roundings,
     attention_values,
     graph_pipeline,
     int8_pipeline,
@@ -72,6 +73,7 @@ def compile_model(
     precision: str | None = None,
     calibration: Calibration | None = None,
     keep_fp32: Sequence[str] = (),
+    all_roundings: bool = False,
     dump_ir: str | os.PathLike[str] | None = None,
     report: str | os.PathLike[str] | None = None,
     cc: str | None = None,
@@ -83,8 +85,9 @@ def compile_model(
     per input name the sizes, an int for a fixed one, a name for one that stays dynamic.
     `precision` is fp32 or int8; by default a quantised (QDQ) model is int8, any other fp32. int8
     needs `calibration` unless the model is quantised, and leaves the layers whose names match a
-    pattern in `keep_fp32`. `dump_ir` is a folder for the graph after each pass, `report` a JSON
-    file. `progress` is told each stage.
+    pattern in `keep_fp32`. With `all_roundings` a quantised model rounds wherever its file does,
+    which is slower, not only what its products read. `dump_ir` is a folder for the graph after
+    each pass, `report` a JSON file. `progress` is told each stage.
 
     Raises CompilerError: its subclasses say what was wrong with the model or the arguments.
     Nothing is left behind at `output` when it does.
@@ -96,6 +99,7 @@ def compile_model(
         precision=precision,
         calibration=calibration,
         keep_fp32=tuple(keep_fp32),
+        all_roundings=all_roundings,
         dump_ir=Path(dump_ir) if dump_ir is not None else None,
         report=Path(report) if report is not None else None,
         cc=cc,
@@ -115,7 +119,7 @@ def _compile(
     clock.start("passes")
     target = _limited(options.target, options.isa)
     dump = _dumper(options.dump_ir)
-    pipeline = graph_pipeline(keep_roundings=options.precision != "fp32")
+    pipeline = graph_pipeline(roundings=_roundings(options))
     records = PassManager(pipeline, dump).run(graph)
     int8 = options.is_int8(is_quantized(graph))
     if int8:
@@ -161,6 +165,12 @@ def _compile(
     if options.report is not None:
         _write_json(options.report, report)
     return CompileResult(output, output.with_suffix(".py"), report, clock.seconds)
+
+
+def _roundings(options: CompileOptions) -> Roundings:
+    if options.precision == "fp32":
+        return Roundings.NONE
+    return Roundings.ALL if options.all_roundings else Roundings.PRODUCTS
 
 
 def _quantization(

@@ -55,6 +55,7 @@ class CompileOptions:
     precision: str | None = None  # int8 for a quantised model, else fp32
     calibration: Calibration | None = None
     keep_fp32: tuple[str, ...] = ()
+    all_roundings: bool = False  # of a quantised model
     shapes: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
     dump_ir: Path | None = None
     report: Path | None = None
@@ -67,6 +68,8 @@ class CompileOptions:
             )
         if self.precision != "int8" and self.calibration is not None:
             raise InvalidInput("calibration goes with --precision int8")
+        if self.precision == "fp32" and self.all_roundings:
+            raise InvalidInput("--all-roundings goes with --precision int8")
         if self.precision == "fp32" and self.keep_fp32:
             raise InvalidInput("--keep-fp32 goes with --precision int8")
         if self.isa is not None and not self.target.has(self.isa):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from sparsec.ir.graph import Node
-from sparsec.passes.absorb_qdq import AbsorbQdq
+from sparsec.passes.absorb_qdq import AbsorbQdq, DropQdq, Roundings
 from sparsec.passes.assign_layouts import AssignLayouts
 from sparsec.passes.assign_schedules import AssignSchedules, ScheduleLookup
 from sparsec.passes.base import Pass, PassResult
@@ -29,6 +29,7 @@ __all__ = [
     "Pass",
     "PassResult",
     "Quantization",
+    "Roundings",
     "ScheduleLookup",
     "attention_values",
     "default_pipeline",
@@ -55,21 +56,22 @@ PASSES: Mapping[str, Callable[[], Pass]] = {
 
 
 def graph_pipeline(
-    fixed_dims: Mapping[str, int] | None = None, *, keep_roundings: bool = True
+    fixed_dims: Mapping[str, int] | None = None, *, roundings: Roundings = Roundings.PRODUCTS
 ) -> list[Pass]:
     """The passes that know nothing of a target: a graph of core ops in rows.
 
-    `keep_roundings` to int8 of a quantised model, which int8_pipeline makes use of.
+    `roundings` of a quantised model are kept for int8_pipeline to make use of.
     """
     return [
         InferTypes(fixed_dims or {}),  # first: what is fixed can be folded
-        AbsorbQdq(keep_roundings),  # before all patterns: they have no roundings inside
+        AbsorbQdq(roundings),  # before all patterns: they have no roundings inside
         Canonicalize(),
         FuseEmbedding(),  # before FuseLayerNorm, which would take the last sum as a residual
         FuseGelu(),
         FuseLinear(),
         FuseLayerNorm(),
         FuseAttention(),
+        DropQdq(roundings),
         Canonicalize(),  # the heads' reshapes and transposes meet and cancel
         MergeQkv(),
         FuseEpilogue(),  # after FuseLayerNorm, whose residual costs nothing
@@ -110,5 +112,6 @@ def default_pipeline(
 ) -> list[Pass]:
     """The whole pipeline. `fixed_dims` gives sizes to symbols; without quantization it is fp32."""
     int8 = [] if quantization is None else int8_pipeline(quantization, choose_layout)
-    graph = graph_pipeline(fixed_dims, keep_roundings=quantization is not None)
+    roundings = Roundings.NONE if quantization is None else Roundings.PRODUCTS
+    graph = graph_pipeline(fixed_dims, roundings=roundings)
     return [*graph, *int8, *target_pipeline(schedules)]

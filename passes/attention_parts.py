@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from sparsec.ir.dims import Dim
 from sparsec.ir.graph import Graph, Node, Value
 from sparsec.ir.types import DType
+from sparsec.passes.absorb_qdq import quantize_of
 from sparsec.passes.rewrite import Builder, Match, Reject
 
 VIEWS = ("reshape", "transpose")
@@ -14,11 +17,15 @@ VIEWS = ("reshape", "transpose")
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """q or k^T: `views` of `source`, after a scale was taken off `source` or off the views."""
+    """q, k^T or v: `views` of `source`, after a scale and a rounding were taken off.
+
+    `step` is that of the numbers around 128 that a quantised model rounds `source` to.
+    """
 
     source: Value
     views: tuple[Node, ...]  # the last one is applied first
     scale: float
+    step: float | None = None
 
     @property
     def shape(self) -> tuple[Dim, ...]:
@@ -72,6 +79,7 @@ class Attention:
 
     q: Operand
     k: Operand
+    v: Operand
     steps: tuple[Step, ...]
     batch: Dim
     heads: int
@@ -89,6 +97,7 @@ def read_attention(m: Match, graph: Graph) -> Attention | Reject:
     if isinstance(scores, Reject):
         return scores
     q, k = _unscaled(scores.product.input(0)), _unscaled(scores.product.input(1))
+    v = _unscaled(m["v"], factors=False)
     shapes = (q.shape, k.shape, m["v"].type.shape)
     if len({len(s) for s in shapes}) != 1 or len(shapes[0]) not in (3, 4):
         return Reject("q, k and v do not all have three or all have four axes")
@@ -102,7 +111,7 @@ def read_attention(m: Match, graph: Graph) -> Attention | Reject:
     scale = q.scale * k.scale
     for step in scores.steps:
         scale *= step.factor if isinstance(step, Scale) else 1.0
-    found = Attention(q, k, scores.steps, heads[0], heads[1], seq, size, scale)
+    found = Attention(q, k, v, scores.steps, heads[0], heads[1], seq, size, scale)
     return _check_masks(found) or found
 
 
@@ -201,22 +210,36 @@ def _scalar_factor(node: Node) -> tuple[Value, float] | None:
     return (a, 1.0 / c) if node.op == "div" and c else None
 
 
-def _unscaled(value: Value) -> Operand:
-    """Takes constant factors off an operand, also from under its reshapes and transposes."""
+def _unscaled(value: Value, *, factors: bool = True) -> Operand:
+    """Takes constant factors and roundings off an operand, also from under its views."""
     scale, source = 1.0, value
+    step: float | None = None  # of `value`: that of the last rounding
     views: list[Node] = []
     deepest: Operand | None = None
     while (node := source.producer) is not None:
-        split = _scalar_factor(node) if node.op in ("mul", "div") else None
-        if split is not None:
+        split = _scalar_factor(node) if factors and node.op in ("mul", "div") else None
+        rounding = quantize_of(node)
+        if split is not None and split[1]:
             source, scale = split[0], scale * split[1]
-            deepest = Operand(source, tuple(views), scale)
+            deepest = Operand(source, tuple(views), scale, step and step / abs(scale))
+        elif rounding is not None:
+            source = rounding.input(0)
+            step = step or _step(rounding) * abs(scale)
+            deepest = Operand(source, tuple(views), scale, step / abs(scale))
         elif node.op in VIEWS:
             views.append(node)
             source = node.input(0)
         else:
             break
     return deepest or Operand(value, (), 1.0)
+
+
+def _step(rounding: Node) -> float:
+    """The step of -128..127 that holds all that a quantize stores; its own if that is centred."""
+    limits = np.iinfo(rounding.attrs["dtype"].numpy)
+    scale, zero_point = rounding.attrs["scale"], rounding.attrs["zero_point"]
+    most = max(zero_point - limits.min - 1, limits.max - zero_point)
+    return float(np.float32(scale * most / 127))
 
 
 def _batch_heads(q: Operand, k: Operand, v: Value, scores: Scores) -> tuple[Dim, Dim]:

@@ -95,7 +95,7 @@ class MultiHead(RewriteRule):
         context = Builder(g.graph, f"{g.name}.attention").attention(
             tokens(found.q.build(g)),
             tokens(k),
-            tokens(m["v"]),
+            tokens(found.v.build(g)),
             build_mask(found, g),
             heads=heads,
             head_size=size,
@@ -103,7 +103,15 @@ class MultiHead(RewriteRule):
             q_offset=0,
             k_offset=0,
             v_offset=0,
+            **_steps(found),
         )
         split = g.reshape(context, shape=(batch, seq, heads, size))
         moved = g.transpose(split, perm=(0, 2, 1, 3))
         return g.reshape(moved, shape=m.root.output.type.shape)
+
+
+def _steps(found: Attention) -> dict[str, float]:
+    """The attributes that say how a quantised model stores q, k and v; all of them or none."""
+    steps = {"q_scale": found.q.step, "k_scale": found.k.step, "v_scale": found.v.step}
+    known = {name: step for name, step in steps.items() if step is not None}
+    return known if len(known) == len(steps) else {}

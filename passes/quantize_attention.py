@@ -46,7 +46,8 @@ class QuantizeAttention:
     def _visit(self, graph: Graph, node: Node) -> str | None:
         """Rewrites one attention, or says why not."""
         parts = _parts(node)
-        missing = [p for p in parts if str(p) not in self.ranges]
+        given = _given(node)
+        missing = [p for p in parts if not given and str(p) not in self.ranges]
         if missing:
             return f"no range was given for %{missing[0]}"
         sources = list(dict.fromkeys(node.input(i) for i in range(len(OPERANDS))))
@@ -54,7 +55,8 @@ class QuantizeAttention:
             refusal = _refusal(graph, value, node)
             if refusal is not None:
                 return refusal
-        scales = {str(p): _scale(*self.ranges[str(p)]) for p in parts}
+        chosen = given or [_scale(*self.ranges[str(p)]) for p in parts]
+        scales = {str(p): scale for p, scale in zip(parts, chosen, strict=True)}
         stored = {v: _stored(graph, v, parts, scales) for v in sources}
         operands = [stored[node.input(i)] for i in range(len(OPERANDS))]
         named = {f"{x}_scale": scales[str(p)] for x, p in zip(OPERANDS, parts, strict=True)}
@@ -73,7 +75,7 @@ class QuantizeAttention:
 
 def attention_values(graph: Graph) -> list[Channels]:
     """The channels whose ranges QuantizeAttention wants, in execution order."""
-    nodes = [n for n in graph.nodes if n.op == "attention"]
+    nodes = [n for n in graph.nodes if n.op == "attention" and not _given(n)]
     return list(dict.fromkeys(part for node in nodes for part in _parts(node)))
 
 
@@ -82,6 +84,11 @@ def _parts(node: Node) -> list[Channels]:
     width = node.attrs["heads"] * node.attrs["head_size"]
     starts = [node.attrs[f"{x}_offset"] for x in OPERANDS]
     return [Channels(node.input(i).name, s, s + width) for i, s in enumerate(starts)]
+
+
+def _given(node: Node) -> list[float]:
+    """The scales of q, k and v where the model itself is quantised; else empty."""
+    return [node.attrs[f"{x}_scale"] for x in OPERANDS if f"{x}_scale" in node.attrs]
 
 
 def _refusal(graph: Graph, value: Value, reader: Node) -> str | None:
@@ -120,7 +127,8 @@ def _stored(
 
 def _take_name(graph: Graph, old: Value, new: Value) -> None:
     """The product that nothing reads any more leaves, and the other one gets its name."""
-    assert old.producer is not None and new.producer is not None
+    assert old.producer is not None
+    assert new.producer is not None
     name = old.producer.name
     graph.erase(old.producer)
     graph.rename(new.producer, name)

@@ -2,13 +2,15 @@
 
 A channel of `chunk` tokens is one vector of bytes. Unpacking four channels gives four *tiles* of
 quads: each 32-bit lane holds four channels of one token. Lane c of tile t is then token
-(c / 4) * 16 + 4 t + c % 4 of the chunk: *tile order*. Saturating packs undo it.
+(c / 4) * 16 + 4 t + c % 4 of the chunk: *tile order*. Saturating packs undo it. The narrow form
+of an instruction set has fewer tiles, and an order of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from tvm.script.ir_builder import tirx as T
 
 from sparsec.codegen.isa.avx2 import AVX2
 from sparsec.codegen.isa.avx512 import AVX512
-from sparsec.codegen.isa.vector import VectorIsa, keep, shuffle
+from sparsec.codegen.isa.vector import VectorIsa, keep, shuffle, shuffle_of
 from sparsec.ir.op_spec import Array
 from sparsec.target import Isa
 
@@ -32,9 +34,13 @@ class Int8Isa:
 
     `words(w)` turns int8 `[..., 4]` into the int32 words `[..., n]` that a kernel broadcasts;
     `operand` prepares a tile of quads, and `dot(sum, operand, words)` adds four products to each
-    lane. A register block has `columns` of the four tiles. `to_integer` rounds half to even, and
-    gives the least int32 for what no int32 can hold. `to_tokens` turns tile order into token
-    order, as four vectors of neighbouring tokens, and `to_tiles` turns it back.
+    lane. A register block has `columns` of the `tiles` of a chunk. `to_integer` rounds half to
+    even, and gives the least int32 for what no int32 can hold.
+
+    `interleave` makes tiles of quads from four channels of a chunk. `to_tokens` turns tile order
+    into token order, as vectors of neighbouring tokens, and `to_tiles` turns it back. `pack` is
+    tiles of int32 plus a zero point, clamped to u8 in token order. `narrow` is the form for
+    panels that hold no more tokens than its chunk.
     """
 
     isa: Isa
@@ -45,9 +51,12 @@ class Int8Isa:
     operand: Callable[[Any], tuple[Any, ...]]
     dot: Callable[[Any, tuple[Any, ...], tuple[Any, ...]], Any]
     to_integer: Callable[[Any], Any]
-    pack_names: tuple[str, str]
+    interleave: Callable[[list[Any]], list[Any]]
+    pack: Callable[[list[Any], Any], Any]
     to_tokens: Callable[[list[Any]], list[Any]]
     to_tiles: Callable[[list[Any]], list[Any]]
+    tiles: int = TILES
+    narrow: Int8Isa | None = None
 
     @property
     def name(self) -> str:
@@ -60,49 +69,56 @@ class Int8Isa:
 
     @property
     def chunk(self) -> int:
-        """Tokens of four tiles, and bytes of a vector."""
-        return TILES * self.vector.lanes
+        """Tokens of all tiles."""
+        return self.tiles * self.vector.lanes
 
     @property
     def words_per_quad(self) -> int:
         return int(self.words(np.zeros((1, 4), np.int8)).shape[-1])
-
-    def interleave(self, channels: list[Any]) -> list[Any]:
-        """Four channels of a chunk as four tiles of quads, in int32 lanes: 8 unpacks."""
-        a, b, c, d = channels
-        tiles = []
-        for high in (False, True):
-            first, second = keep(_unpack(a, b, 1, high)), keep(_unpack(c, d, 1, high))
-            for upper in (False, True):
-                tile = _unpack(first, second, 2, upper)
-                tiles.append(keep(T.reinterpret(f"int32x{self.lanes}", tile)))
-        return tiles
-
-    def pack(self, tiles: list[Any], zero_point: Any) -> Any:
-        """Four tiles of int32 plus the zero point, clamped to u8 in token order: 3 packs."""
-        words, type = self.pack_names[0], f"int16x{2 * self.lanes}"
-        zero = T.broadcast(T.cast(zero_point, "int16"), 2 * self.lanes)
-        halves = []
-        for i in (0, 2):
-            packed = keep(_call(type, words, tiles[i], tiles[i + 1]))
-            # Saturating too: what the pack has clamped must not wrap around.
-            halves.append(keep(_call(type, f"llvm.sadd.sat.v{2 * self.lanes}i16", packed, zero)))
-        return _call(f"uint8x{self.chunk}", self.pack_names[1], *halves)
 
 
 def _call(dtype: str, name: str, *args: Any) -> Any:
     return T.call_llvm_pure_intrin(dtype, name, *args)
 
 
+def _lanes(vector: Any) -> int:
+    return int(str(vector.ty.dtype).partition("x")[2])
+
+
 def _unpack(a: Any, b: Any, unit: int, high: bool) -> Any:
     """Pieces of `unit` bytes of a and b in turns, from one half of each 128 bits."""
-    size = int(str(a.ty.dtype).partition("x")[2])
+    size = _lanes(a)
     order = []
     for lane in range(0, size, _LANE):
         start = lane + _LANE // 2 * high
         for piece in range(start, start + _LANE // 2, unit):
             order += [*range(piece, piece + unit), *range(size + piece, size + piece + unit)]
     return shuffle(a, b, order)
+
+
+def _interleave(channels: list[Any]) -> list[Any]:
+    """Four tiles from four vectors: 8 unpacks."""
+    a, b, c, d = channels
+    tiles = []
+    for high in (False, True):
+        first, second = keep(_unpack(a, b, 1, high)), keep(_unpack(c, d, 1, high))
+        for upper in (False, True):
+            tile = _unpack(first, second, 2, upper)
+            tiles.append(keep(T.reinterpret(f"int32x{_lanes(tile) // 4}", tile)))
+    return tiles
+
+
+def _pack(names: tuple[str, str], tiles: list[Any], zero_point: Any) -> Any:
+    """Four tiles as one vector: 3 packs."""
+    lanes = _lanes(tiles[0])
+    words, type = names[0], f"int16x{2 * lanes}"
+    zero = T.broadcast(T.cast(zero_point, "int16"), 2 * lanes)
+    halves = []
+    for i in (0, 2):
+        packed = keep(_call(type, words, tiles[i], tiles[i + 1]))
+        # Saturating too: what the pack has clamped must not wrap around.
+        halves.append(keep(_call(type, f"llvm.sadd.sat.v{2 * lanes}i16", packed, zero)))
+    return _call(f"uint8x{4 * lanes}", names[1], *halves)
 
 
 def _quarters(a: Any, b: Any, lanes: list[int]) -> Any:
@@ -141,7 +157,44 @@ def _transpose_4x4(v: list[Any]) -> list[Any]:
     ]
 
 
-AVX512_VNNI = Int8Isa(
+def _interleave_32(channels: list[Any]) -> list[Any]:
+    """Two tiles from four halves of vectors: 2 joins and 6 shuffles.
+
+    Lane c of tile t is token (c / 8) * 8 + (c / 4 % 2) * 16 + 4 t + c % 4.
+    """
+    a, b, c, d = channels
+    left, right = (_joined(*pair) for pair in ((a, c), (b, d)))
+    low, high = (
+        keep(T.reinterpret("int32x16", _unpack(left, right, 1, part))) for part in (False, True)
+    )
+    ab, cd = (
+        keep(T.reinterpret("uint8x64", _quarters(low, high, lanes)))
+        for lanes in ([0, 1, 4, 5], [2, 3, 6, 7])
+    )
+    return [keep(T.reinterpret("int32x16", _unpack(ab, cd, 2, part))) for part in (False, True)]
+
+
+def _joined(a: Any, b: Any) -> Any:
+    """Two vectors one after the other."""
+    return keep(shuffle(a, b, list(range(2 * _lanes(a)))))
+
+
+def _pack_32(tiles: list[Any], zero_point: Any) -> Any:
+    """Two tiles as half a vector."""
+    words = keep(T.reinterpret("int32x16", _pack(_PACKS_512, tiles * 2, zero_point)))
+    order = [0, 1, 8, 9, 4, 5, 12, 13]  # the upper half of each 128 bits is a copy
+    return T.reinterpret("uint8x32", keep(shuffle_of([words], order)))
+
+
+def _swap_32(v: list[Any]) -> list[Any]:
+    """Tile order of two tiles to token order, and back."""
+    return [_quarters(v[0], v[1], lanes) for lanes in ([0, 4, 2, 6], [1, 5, 3, 7])]
+
+
+_PACKS_512 = ("llvm.x86.avx512.packssdw.512", "llvm.x86.avx512.packuswb.512")
+_PACKS_256 = ("llvm.x86.avx2.packssdw", "llvm.x86.avx2.packuswb")
+
+_FOUR_TILES = Int8Isa(
     Isa.AVX512_VNNI,
     AVX512,
     (*AVX512.features, "+avx512vnni"),
@@ -150,10 +203,21 @@ AVX512_VNNI = Int8Isa(
     operand=_as_it_is,
     dot=_vpdpbusd,
     to_integer=_to_integer_512,
-    pack_names=("llvm.x86.avx512.packssdw.512", "llvm.x86.avx512.packuswb.512"),
+    interleave=_interleave,
+    pack=partial(_pack, _PACKS_512),
     to_tokens=_transpose_4x4,
     to_tiles=_transpose_4x4,
 )
+_TWO_TILES = replace(
+    _FOUR_TILES,
+    columns=2,
+    tiles=2,
+    interleave=_interleave_32,
+    pack=_pack_32,
+    to_tokens=_swap_32,
+    to_tiles=_swap_32,
+)
+AVX512_VNNI = replace(_FOUR_TILES, narrow=_TWO_TILES)
 
 
 def _even_and_odd_words(w: Array) -> Array:
@@ -198,7 +262,8 @@ AVX2_INT8 = Int8Isa(
     operand=_even_and_odd,
     dot=_two_pmaddwd,
     to_integer=_to_integer_256,
-    pack_names=("llvm.x86.avx2.packssdw", "llvm.x86.avx2.packuswb"),
+    interleave=_interleave,
+    pack=partial(_pack, _PACKS_256),
     to_tokens=_to_tokens_256,
     to_tiles=_to_tiles_256,
 )

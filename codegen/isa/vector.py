@@ -67,7 +67,12 @@ def power_of_two(n: Any, lanes: int) -> Any:
 
 def shuffle(a: Any, b: Any, indices: list[int]) -> Any:
     """The lanes `indices` of the concatenation of two vectors."""
-    return tirx.Shuffle([a, b], [tirx.const(i, "int32") for i in indices])
+    return shuffle_of([a, b], indices)
+
+
+def shuffle_of(vectors: list[Any], indices: list[int]) -> Any:
+    """The lanes `indices` of the concatenation of vectors."""
+    return tirx.Shuffle(vectors, [tirx.const(i, "int32") for i in indices])
 
 
 def transpose(rows: list[Any]) -> list[Any]:

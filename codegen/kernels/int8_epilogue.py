@@ -9,7 +9,7 @@ from tvm.script.ir_builder import tirx as T
 
 from sparsec.codegen import tir
 from sparsec.codegen.isa.coarse import COARSE
-from sparsec.codegen.isa.int8 import TILES, Int8Isa
+from sparsec.codegen.isa.int8 import Int8Isa
 from sparsec.codegen.isa.polynomials import ACTIVATIONS, at_most
 from sparsec.codegen.isa.vector import keep, ramp, splat
 from sparsec.codegen.program import Kind, Parameter
@@ -60,7 +60,7 @@ class Epilogue:
     def emit(
         self, s: tir.KernelScope, isa: Int8Isa, sums: list[Any], row: Any, start: Any
     ) -> None:
-        """One row of a chunk: `sums` are four tiles, `start` is the row's first element in y."""
+        """One row of a chunk: `sums` are its tiles, `start` is the row's first element in y."""
         n = isa.lanes
         multiplier, bias = (keep(splat(s[name][row], n)) for name in ("multiplier", "bias"))
         activation = (COARSE if self.coarse else ACTIVATIONS)[self.activation]
@@ -68,7 +68,7 @@ class Epilogue:
             keep(activation(isa.vector, keep(T.cast(part, f"float32x{n}") * multiplier + bias)))
             for part in sums
         ]
-        places = [ramp(start + i * n, n) for i in range(TILES)]
+        places = [ramp(start + i * n, n) for i in range(isa.tiles)]
         if self.to_u8:
             self._store_u8(s, isa, values, start, places)
             return

@@ -1,7 +1,7 @@
 """`linear_int8`: y = activation(scale * (W x) + bias) + residual, u8 panels by int8 weights.
 
 Weights are broadcast, four channels to a lane; tokens lie in the lanes, in tile order. There is
-one loop nest with three ways to come by the four tiles of a step of four channels:
+one loop nest with three ways to come by the tiles of a step of four channels:
 
     dense      all quads of channels in turn, from a copy of the panel in quads
     quads      the same copy, the quads that an index list names: blocks of R x 4
@@ -15,14 +15,17 @@ Loops, outermost first:
     strip: the rows of one register block; the strips of a block share its steps
     step
 
+A last panel with few tokens takes the narrow form of the same loops (`Int8Isa.narrow`): fewer
+tiles, and two strips of a tall block to a register block. It reads the same weights.
+
 Weights are read from memory in order, once per group. Sums go through L1 to the epilogue, which
 is a loop over rows: an instruction set whose sums are not in vector registers fits in there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
@@ -86,12 +89,21 @@ class Int8Gemm:
     @property
     def _gathers(self) -> bool:
         """Whether the register block holds all tiles, so that it can unpack channels itself."""
-        return self.form == "channels" and self.hooks.columns == TILES
+        return self.form == "channels" and self.hooks.columns == self.hooks.tiles
+
+    @property
+    def _together(self) -> int:
+        """Strips of a tall block in one register block: half the tiles leave room for two."""
+        return TILES // self.hooks.tiles if self.tall else 1
+
+    @property
+    def _rows_together(self) -> int:
+        return self._together * self.strip
 
     @property
     def _area(self) -> int:
         """Where the quads lie in scratch memory, in int32: after the sums of a register block."""
-        return self.strip * self.hooks.chunk
+        return self.strip * WIDTH
 
     def scratch_bytes(self, k: int, group: int, most_steps: int) -> int:
         """For `group` panels of k channels, or for the steps of a block of rows."""
@@ -115,32 +127,41 @@ class Int8Gemm:
             end = keep(T.min(origin + group, panels))
             if self.form != "channels":
                 with loop(origin, end) as panel:
-                    self._make_quads(s, panel, keep(panel - origin))
-            chunks = WIDTH // self.hooks.chunk
-            with (
-                loop(first, last) as block,
-                loop(origin, end) as panel,
-                loop(0, self._chunks(s, panel)) as chunk,
-            ):
-                quads = keep((panel - origin) * chunks + chunk)
-                self._block(s, _Place(block, rows, strips, panel, chunk, quads))
+                    for kernel, chunks in self._widths(s, panel):
+                        kernel._make_quads(s, panel, panel - origin, chunks)
+            with loop(first, last) as block, loop(origin, end) as panel:
+                at = _Place(block, rows, strips, panel, keep(panel - origin))
+                for kernel, chunks in self._widths(s, panel):
+                    kernel._chunks(s, at, chunks)
 
-    def _chunks(self, s: tir.KernelScope, panel: Any) -> Any:
-        """How many chunks of a panel hold tokens."""
-        if self.hooks.chunk == WIDTH:
-            return const(1)
-        tokens = T.min(s["tokens"] - panel * WIDTH, const(WIDTH))
-        return keep(div(tokens + (self.hooks.chunk - 1), self.hooks.chunk))
+    def _widths(self, s: tir.KernelScope, panel: Any) -> Iterator[tuple[Int8Gemm, Any]]:
+        """Run-time cases: which kernel takes the tokens of a panel, in how many chunks."""
+        tokens, size = keep(s["tokens"] - panel * WIDTH), self.hooks.chunk
+        narrow = self.hooks.narrow
+        if narrow is None:
+            yield self, keep(div(T.min(tokens, const(WIDTH)) + (size - 1), size))
+            return
+        with T.If(tokens > narrow.chunk):
+            with T.Then():
+                yield self, const(WIDTH // size)
+            with T.Else():
+                yield replace(self, hooks=narrow), const(1)
 
-    def _make_quads(self, s: tir.KernelScope, panel: Any, place: Any) -> None:
+    def _make_quads(self, s: tir.KernelScope, panel: Any, place: Any, chunks: Any) -> None:
         """The panel as `[chunk][quad][tile][lane]`; quads past k repeat its last channel."""
-        chunks, size = WIDTH // self.hooks.chunk, self.hooks.chunk
-        quads = self._quads(s)
-        with loop(0, self._chunks(s, panel)) as chunk, loop(0, quads) as quad:
+        size, quads = self.hooks.chunk, self._quads(s)
+        first = keep(place * (WIDTH // size))
+        with loop(0, chunks) as chunk, loop(0, quads) as quad:
             channels = [T.min(quad * QUAD + i, s["k"] - 1) for i in range(QUAD)]
             tiles = self.hooks.interleave(self._load(s, panel, chunk, channels))
-            at = keep(((place * chunks + chunk) * quads + quad) * size + self._area)
+            at = keep(((first + chunk) * quads + quad) * size + self._area)
             self._store_tiles(s, tiles, at)
+
+    def _chunks(self, s: tir.KernelScope, at: _Place, chunks: Any) -> None:
+        """A block of rows for one panel."""
+        with loop(0, chunks) as chunk:
+            quads = keep(at.quads * (WIDTH // self.hooks.chunk) + chunk)
+            self._block(s, replace(at, chunk=chunk, quads=quads))
 
     def _block(self, s: tir.KernelScope, at: _Place) -> None:
         """All strips of a block of rows for one chunk."""
@@ -155,7 +176,10 @@ class Int8Gemm:
             with loop(0, steps) as step:
                 tiles = self.hooks.interleave(self._gathered(s, at, first + step))
                 self._store_tiles(s, tiles, step * self.hooks.chunk + self._area)
-        with loop(0, at.strips) as strip:
+        together = self._together
+        with loop(0, div(at.strips + (together - 1), together)) as turn:
+            # The last turn may do a strip again: the same values, and no case for odd numbers.
+            strip = keep(T.min(turn * together, at.strips - together))
             row0 = keep(at.block * at.rows + strip * self.strip)
             with T.If(row0 < s["m"]), T.Then():
                 words = keep(weights + strip * steps)
@@ -171,7 +195,7 @@ class Int8Gemm:
         elif self._gathers:
             self._register_block(s, strip, self._unpacked(s, at, strip, store=False))
         else:
-            with loop(0, TILES // self.hooks.columns) as part:
+            with loop(0, self.hooks.tiles // self.hooks.columns) as part:
                 tile = keep(part * self.hooks.columns)
                 self._register_block(s, strip, self._from_scratch(s, at, strip, tile), tile)
         self._rows(s, at, strip)
@@ -209,10 +233,9 @@ class Int8Gemm:
     ) -> None:
         """Sums of the rows of a strip, left in scratch memory."""
         n, columns = self.hooks.lanes, self.hooks.columns
-        sets = 1 if self.strip * columns >= CHAINS else 2
-        sums = [
-            [tir.registers("int32", columns * n) for _ in range(self.strip)] for _ in range(sets)
-        ]
+        rows = self._rows_together
+        sets = 1 if rows * columns >= CHAINS else 2
+        sums = [[tir.registers("int32", columns * n) for _ in range(rows)] for _ in range(sets)]
         tiles = [ramp(i * n, n) for i in range(columns)]
         for index, group in enumerate(sums):
             for r, total in enumerate(group):
@@ -226,7 +249,7 @@ class Int8Gemm:
             with T.If(strip.steps % sets != 0), T.Then():
                 self._step(s, strip, strip.steps - 1, read, sums[0])
         first = const(0) if tile is None else tile * n
-        for r in range(self.strip):
+        for r in range(rows):
             for i, lanes in enumerate(tiles):
                 total = sums[0][r][lanes]
                 for group in sums[1:]:
@@ -239,11 +262,13 @@ class Int8Gemm:
     ) -> None:
         n, per_quad = self.hooks.lanes, self.hooks.words_per_quad
         operands = [self.hooks.operand(x) for x in read(step)]
-        start = keep((strip.words + step) * (self.strip * per_quad))
+        starts = [
+            keep((strip.words + (i * strip.steps + step)) * (self.strip * per_quad))
+            for i in range(self._together)
+        ]
         for r, total in enumerate(sums):
-            words = tuple(
-                keep(splat(s["words"][start + (r * per_quad + i)], n)) for i in range(per_quad)
-            )
+            start = starts[r // self.strip] + r % self.strip * per_quad
+            words = tuple(keep(splat(s["words"][start + i], n)) for i in range(per_quad))
             for i, operand in enumerate(operands):
                 lanes = ramp(i * n, n)
                 T.buffer_store(total, self.hooks.dot(total[lanes], operand, words), [lanes])
@@ -251,9 +276,9 @@ class Int8Gemm:
     def _rows(self, s: tir.KernelScope, at: _Place, strip: _Strip) -> None:
         """The epilogue of a strip's rows."""
         n, size = self.hooks.lanes, self.hooks.chunk
-        with loop(0, T.min(const(self.strip), s["m"] - strip.row0)) as r:
+        with loop(0, T.min(const(self._rows_together), s["m"] - strip.row0)) as r:
             row = keep(strip.row0 + r)
-            sums = [keep(s.scratch[ramp(r * size + i * n, n)]) for i in range(TILES)]
+            sums = [keep(s.scratch[ramp(r * size + i * n, n)]) for i in range(self.hooks.tiles)]
             start = keep((at.panel * s["m"] + row) * WIDTH + at.chunk * size)
             self.epilogue.emit(s, self.hooks, sums, row, start)
 
@@ -276,14 +301,14 @@ class Int8Gemm:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A block of rows, and a chunk of a panel with the number of its quads in scratch memory."""
+    """A block of rows and a panel or a chunk of it, whose quads come as number `quads`."""
 
     block: Any
     rows: Any
     strips: Any
     panel: Any
-    chunk: Any
     quads: Any
+    chunk: Any = 0
 
 
 @dataclass(frozen=True, slots=True)

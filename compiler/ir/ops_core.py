@@ -199,6 +199,9 @@ _ATTENTION = ("heads", "head_size", "scale", "q_offset", "k_offset", "v_offset")
 # second one.
 _QUANTIZED = ("out_scale", "out_zero_point")
 
+# What a quantised model says of q, k and v: quantize_attention reads it, fp32 does not.
+_STEPS = ("q_scale", "k_scale", "v_scale")
+
 _ROWS = [
     OpSpec("matmul", _infer_matmul, _evaluate_matmul),
     OpSpec("linear", _infer_linear, _evaluate_linear, ("activation",), panels=PanelRule((0, 3))),
@@ -208,7 +211,7 @@ _ROWS = [
         _evaluate_attention,
         _ATTENTION,
         panels=PanelRule((0, 1, 2)),
-        optional_attrs=_QUANTIZED,
+        optional_attrs=(*_QUANTIZED, *_STEPS),
     ),
     OpSpec(
         "layer_norm",

@@ -32,7 +32,7 @@ EXACT = [
 VARIANTS = [k for k in ALL if k.epilogue in EXACT]
 SOME = [k for k in ALL if k.form == "dense"]
 SIZES = [1, 3, 4, 5, 6, 7, 31, 32, 33, 64]
-TOKENS = [1, 15, 16, 17, 32, 33, 63, 64, 65, 96, 130]
+TOKENS = [1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 130]
 DENSITIES = [0.0, 0.1, 0.5, 1.0]
 
 
