@@ -14,8 +14,12 @@ __all__ = ["__version__", "compile_model", "load"]
 
 def __getattr__(name: str) -> Any:
     if name == "compile_model":
-        from sparsec.driver import compile_model
+        try:
+            from sparsec.driver import compile_model
+        except ModuleNotFoundError as error:
+            from sparsec.errors import MissingPackage
 
+            raise MissingPackage(error.name) from None
         return compile_model
     if name == "load":
         from sparsec.runtime import load

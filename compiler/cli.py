@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsec import __version__
-from sparsec.errors import CompilerError, InvalidInput
+from sparsec.errors import CompilerError, InvalidInput, MissingPackage
 
 if TYPE_CHECKING:
     from sparsec.options import Calibration
@@ -33,11 +33,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.command(args))
     except (CompilerError, OSError) as error:
-        print(f"sparsec: error: {error}", file=sys.stderr)
-        return 2
+        return _refuse(error)
+    except ModuleNotFoundError as error:
+        return _refuse(MissingPackage(error.name))
     except KeyboardInterrupt:
         print("sparsec: interrupted", file=sys.stderr)
         return 130
+
+
+def _refuse(error: Exception) -> int:
+    print(f"sparsec: error: {error}", file=sys.stderr)
+    return 2
 
 
 def _compile(args: argparse.Namespace) -> int:

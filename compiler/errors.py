@@ -40,5 +40,15 @@ class AbiMismatch(CompilerError):
     """The shared library speaks another version of the C ABI, or is damaged."""
 
 
+class MissingPackage(CompilerError):
+    """A package of an extra is needed for this and not installed."""
+
+    def __init__(self, package: str | None) -> None:
+        super().__init__(
+            f"this needs the package {package}, which is not installed; "
+            "pip install 'sparsec[compiler]' (running a model.so needs NumPy only)"
+        )
+
+
 class UnsupportedCpu(CompilerError):
     """The CPU lacks an instruction set that the shared library needs."""

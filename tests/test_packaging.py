@@ -39,3 +39,30 @@ def test_runtime_import_is_light() -> None:
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+BLOCKED = (
+    "import sys\n"
+    "for name in ('onnx', 'tvm', 'networkx', 'rich'):\n"
+    "    sys.modules[name] = None\n"  # as if it were not installed
+)
+
+
+def test_without_the_compiler_packages_the_command_says_what_to_install() -> None:
+    code = BLOCKED + (
+        "from sparsec.cli import main\nsys.exit(main(['compile', 'a.onnx', '-o', 'a.so']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "pip install 'sparsec[compiler]'" in done.stderr
+
+
+def test_without_the_compiler_packages_compile_model_says_what_to_install() -> None:
+    code = BLOCKED + (
+        "import sparsec\n"
+        "from sparsec.errors import CompilerError\n"
+        "try:\n    sparsec.compile_model\n"
+        "except CompilerError as error:\n    sys.exit(0 if 'sparsec[compiler]' in str(error) else 1)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
