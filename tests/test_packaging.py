@@ -63,6 +63,7 @@ def test_without_the_compiler_packages_compile_model_says_what_to_install() -> N
         "import sparsec\n"
         "from sparsec.errors import CompilerError\n"
         "try:\n    sparsec.compile_model\n"
-        "except CompilerError as error:\n    sys.exit(0 if 'sparsec[compiler]' in str(error) else 1)"
+        "except CompilerError as error:\n"
+        "    sys.exit(0 if 'sparsec[compiler]' in str(error) else 1)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -30,12 +30,12 @@ from sparsec.codegen.kernels.panels import (
     WIDTH,
     const,
     div,
-    groups_in_panel,
     is_planar,
     loop,
     mod,
 )
 from sparsec.codegen.kernels.quantize import inverse_of
+from sparsec.codegen.kernels.query_blocks import over_query_blocks
 from sparsec.codegen.program import Arg, Kernel, KernelCall, Kind, Parameter
 from sparsec.ir.dims import Dim, ceildiv, round_up
 from sparsec.ir.graph import Node
@@ -98,24 +98,10 @@ class Attention:
         return tir.kernel_function(self.name, self.parameters, self._body, scratch="float32")
 
     def _body(self, s: tir.KernelScope) -> None:
-        seq, tokens = s["seq"], s["tokens"]
-        with loop(s.begin, s.end) as item:
-            panel, head = keep(div(item, s["heads"])), keep(mod(item, s["heads"]))
-            groups = keep(groups_in_panel(tokens, panel))
-            token = keep(panel * WIDTH)
-            after = keep(T.min(token + WIDTH, tokens))
-            one_sequence = div(token, seq) == div(after - 1, seq)
-            blocks = keep(T.Select(one_sequence, div(groups, self.groups), const(0)))
-            if self.groups > 1:
-                with loop(0, blocks) as block:
-                    first = keep(token + block * (self.groups * GROUP))
-                    self._run(s, head, first, div(first, seq), self.groups)
-            rest = self.groups if self.groups > 1 else 0
-            with loop(blocks * rest, groups) as group:
-                first = keep(token + group * GROUP)
-                last = keep(T.min(first + (GROUP - 1), tokens - 1))
-                with loop(div(first, seq), div(last, seq) + 1) as sequence:
-                    self._run(s, head, first, sequence, 1)
+        def compute(head: Any, first: Any, sequence: Any, groups: int) -> None:
+            self._run(s, head, first, sequence, groups)
+
+        over_query_blocks(s, (self.groups,) if self.groups > 1 else (), compute)
 
     def _run(self, s: tir.KernelScope, head: Any, token: Any, sequence: Any, groups: int) -> None:
         """All that `groups` groups of queries from `token` on need of one sequence."""

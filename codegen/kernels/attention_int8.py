@@ -9,24 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tvm.script.ir_builder import tirx as T
-
 from sparsec.codegen import tir
 from sparsec.codegen.isa.int8 import AVX512_VNNI, Int8Isa
-from sparsec.codegen.isa.vector import keep
 from sparsec.codegen.kernels.attention import mask_steps
 from sparsec.codegen.kernels.attention_int8_block import QUAD, Block, scratch_bytes
 from sparsec.codegen.kernels.base import Binder
 from sparsec.codegen.kernels.panels import (
-    GROUP,
     WIDTH,
-    const,
-    div,
-    groups_in_panel,
-    loop,
-    mod,
 )
 from sparsec.codegen.kernels.quantize import inverse_of
+from sparsec.codegen.kernels.query_blocks import over_query_blocks
 from sparsec.codegen.program import Arg, Kernel, KernelCall, Kind, Parameter
 from sparsec.ir.dims import ceildiv
 from sparsec.ir.graph import Node
@@ -81,28 +73,10 @@ class AttentionInt8:
         return tir.kernel_function(self.name, self.parameters, self._body, scratch="int32")
 
     def _body(self, s: tir.KernelScope) -> None:
-        seq, tokens = s["seq"], s["tokens"]
-        with loop(s.begin, s.end) as item:
-            panel, head = keep(div(item, s["heads"])), keep(mod(item, s["heads"]))
-            groups = keep(groups_in_panel(tokens, panel))
-            token = keep(panel * WIDTH)
-            after = keep(T.min(token + WIDTH, tokens))
-            one_sequence = div(token, seq) == div(after - 1, seq)
-            whole = keep(T.Select(one_sequence, groups, const(0)))
-            done: Any = const(0)
-            for size in (4, 2):
-                blocks = keep(div(whole - done, size))
-                with loop(0, blocks) as block:
-                    first = keep(token + (done + block * size) * GROUP)
-                    Block(
-                        self.int8, self.mask, self.result, s, head, first, div(first, seq), size
-                    ).compute()
-                done = keep(done + blocks * size)
-            with loop(done, groups) as group:
-                first = keep(token + group * GROUP)
-                last = keep(T.min(first + (GROUP - 1), tokens - 1))
-                with loop(div(first, seq), div(last, seq) + 1) as sequence:
-                    Block(self.int8, self.mask, self.result, s, head, first, sequence, 1).compute()
+        def compute(head: Any, first: Any, sequence: Any, groups: int) -> None:
+            Block(self.int8, self.mask, self.result, s, head, first, sequence, groups).compute()
+
+        over_query_blocks(s, (4, 2), compute)
 
 
 class AttentionInt8Family:
