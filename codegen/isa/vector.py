@@ -59,6 +59,15 @@ def ramp(start: Any, lanes: int) -> Any:
     return T.ramp(start, 1, lanes)
 
 
+def prefetch(buffer: Any, index: Any) -> None:
+    """Bring the line of an element into L1. It may lie outside the buffer."""
+    for_reading, keep_in_l1, data = (tirx.const(n, "int32") for n in (0, 3, 1))
+    place = T.address_of(buffer[index])
+    T.evaluate(
+        T.call_llvm_intrin("void", "llvm.prefetch.p0", place, for_reading, keep_in_l1, data)
+    )
+
+
 def power_of_two(n: Any, lanes: int) -> Any:
     """2**n from the bits of the exponent, n an integral float in [-126, 127]."""
     bias, shift = T.broadcast(T.int32(127), lanes), T.broadcast(T.int32(1 << 23), lanes)

@@ -32,12 +32,13 @@ from tvm.script.ir_builder import tirx as T
 
 from sparsec.codegen import tir
 from sparsec.codegen.isa.int8 import TILES, Int8Isa
-from sparsec.codegen.isa.vector import keep, ramp, splat
+from sparsec.codegen.isa.vector import keep, prefetch, ramp, splat
 from sparsec.codegen.kernels.int8_epilogue import Epilogue
 from sparsec.codegen.kernels.int8_pack import QUAD
 from sparsec.codegen.kernels.panels import WIDTH, const, div, loop
 from sparsec.codegen.program import Kind, Parameter
 
+WORDS_AHEAD = 256  # fetched while others are multiplied: 1 KB, past the end too
 CHAINS = 8  # sums in flight that hide the latency of a multiply-add
 Read = Callable[[Any], list[Any]]
 
@@ -266,6 +267,8 @@ class Int8Gemm:
             keep((strip.words + (i * strip.steps + step)) * (self.strip * per_quad))
             for i in range(self._together)
         ]
+        for start in starts:
+            prefetch(s["words"], start + WORDS_AHEAD)
         for r, total in enumerate(sums):
             start = starts[r // self.strip] + r % self.strip * per_quad
             words = tuple(keep(splat(s["words"][start + i], n)) for i in range(per_quad))
