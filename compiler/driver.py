@@ -42,7 +42,7 @@ from sparsec.passes import (
     quantized_values,
     target_pipeline,
 )
-from sparsec.passes.manager import PassManager
+from sparsec.passes.manager import PassManager, PassRecord
 from sparsec.passes.plan_memory import plan_memory
 from sparsec.ranges import Channels
 from sparsec.target import Isa, Target
@@ -116,23 +116,8 @@ def _compile(
     graph = import_model(model, overrides=options.shapes)
     ranges = {value.name: rows for value, rows in table_rows(graph).items()}
 
-    clock.start("passes")
     target = _limited(options.target, options.isa)
-    dump = _dumper(options.dump_ir)
-    pipeline = graph_pipeline(roundings=_roundings(options))
-    records = PassManager(pipeline, dump).run(graph)
-    int8 = options.is_int8(is_quantized(graph))
-    if int8:
-        clock.start("calibrate")
-        quantization = _quantization(graph, options.calibration, options.keep_fp32)
-        clock.start("quantise")
-        pipeline = int8_pipeline(
-            quantization, supported=lambda node: schedule_for(node, target) is not None
-        )
-        records += PassManager(pipeline, dump).run(graph)
-    clock.start("schedule")
-    pipeline = target_pipeline(lambda node: schedule_of(node, target))
-    records += PassManager(pipeline, dump).run(graph)
+    precision, records = _transform(graph, target, options, clock)
 
     clock.start("lower")
     plan = plan_memory(graph)
@@ -154,7 +139,6 @@ def _compile(
         progress=progress,
     )
     clock.stop()
-    precision = "int8" if int8 else "fp32"
     report = {
         "isa": isa.value,
         "precision": precision,
@@ -165,6 +149,29 @@ def _compile(
     if options.report is not None:
         _write_json(options.report, report)
     return CompileResult(output, output.with_suffix(".py"), report, clock.seconds)
+
+
+def _transform(
+    graph: Graph, target: Target, options: CompileOptions, clock: _Clock
+) -> tuple[str, list[PassRecord]]:
+    """Runs all passes on `graph`; returns its precision and what each pass did."""
+    dump = _dumper(options.dump_ir)
+    clock.start("passes")
+    pipeline = graph_pipeline(roundings=_roundings(options))
+    records = PassManager(pipeline, dump).run(graph)
+    int8 = options.is_int8(is_quantized(graph))
+    if int8:
+        clock.start("calibrate")
+        quantization = _quantization(graph, options.calibration, options.keep_fp32)
+        clock.start("quantise")
+        pipeline = int8_pipeline(
+            quantization, supported=lambda node: schedule_for(node, target) is not None
+        )
+        records += PassManager(pipeline, dump).run(graph)
+    clock.start("schedule")
+    pipeline = target_pipeline(lambda node: schedule_of(node, target))
+    records += PassManager(pipeline, dump).run(graph)
+    return "int8" if int8 else "fp32", records
 
 
 def _roundings(options: CompileOptions) -> Roundings:
