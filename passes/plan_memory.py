@@ -58,11 +58,6 @@ def plan_memory(graph: Graph) -> MemoryPlan:
     return plan
 
 
-def arena_bytes(plan: MemoryPlan, env: Mapping[str, int]) -> int:
-    """The size of the arena when the symbols have the values in `env`."""
-    return plan.arena_bytes(env)
-
-
 def is_view(node: Node) -> bool:
     """Whether the result has the bytes of operand 0 in the same order."""
     if node.op != "reshape":

@@ -35,7 +35,11 @@ from sparsec.codegen.kernels.panels import (
     mod,
 )
 from sparsec.codegen.kernels.quantize import inverse_of
-from sparsec.codegen.kernels.query_blocks import over_query_blocks
+from sparsec.codegen.kernels.query_blocks import (
+    over_query_blocks,
+    queries_before,
+    store_context,
+)
 from sparsec.codegen.program import Arg, Kernel, KernelCall, Kind, Parameter
 from sparsec.ir.dims import Dim, ceildiv, round_up
 from sparsec.ir.graph import Node
@@ -125,7 +129,9 @@ class _Block:
         self.lanes = kernel.vector.lanes
         self.width = groups * GROUP  # queries
         self.count = self.width // self.lanes  # vectors
-        self.partial = groups == 1  # lanes of other sequences may be among the queries
+        self.packer: Packer | None = None
+        # Only a single group may have queries of other sequences among its lanes.
+        self.before = queries_before(self.start, token) if groups == 1 else None
         # Keys or channels at a time: as many accumulators for few queries as for many.
         most = kernel.rows * (kernel.groups // groups)
         self.steps = tuple(n for n in (most, 4, 1) if n <= most)
@@ -249,20 +255,7 @@ class _Block:
         for r in range(rows):
             results = [keep(acc[r][at] * self.total[at]) for at in self.at]
             row = (y0 + r) * WIDTH + mod(self.token, WIDTH)
-            if self.kernel.result == "u8":
-                self._store(row, self.packer.bytes_of(results), 0, self.width)
-            else:
-                for i, result in enumerate(results):
-                    self._store(row, result, i * n, n)
-
-    def _store(self, row: Any, new: Any, first: int, lanes: int) -> None:
-        """`new` in the lanes of this sequence and past it: a later sequence overwrites those."""
-        y, where = self.s["y"], ramp(row + first, lanes)
-        if self.partial:
-            index = T.ramp(T.int32(0), 1, lanes)
-            before = T.cast(T.max(self.start - self.token, const(0)), "int32") - first
-            new = T.Select(index < T.broadcast(before, lanes), y[where], new)
-        T.buffer_store(y, new, [where])
+            store_context(s["y"], row, results, self.lanes, packer=self.packer, before=self.before)
 
     def _zeros(self, rows: int) -> list[Any]:
         acc = [tir.registers("float32", self.width) for _ in range(rows)]

@@ -28,6 +28,7 @@ from sparsec.codegen.isa.polynomials import horner
 from sparsec.codegen.isa.vector import keep, ramp, splat
 from sparsec.codegen.kernels.attention import LOWEST, higher, in_steps
 from sparsec.codegen.kernels.panels import GROUP, WIDTH, const, div, loop, mod
+from sparsec.codegen.kernels.query_blocks import queries_before, store_context
 from sparsec.ir.dims import Dim, floordiv
 
 QUAD = 4
@@ -56,7 +57,9 @@ class Block:
         self.lanes = self.v.lanes
         self.width = groups * GROUP
         self.count = self.width // self.lanes
-        self.partial = groups == 1  # lanes of other sequences may be among the queries
+        self.packer: Packer | None = None
+        # Only a single group may have queries of other sequences among its lanes.
+        self.before = queries_before(self.start, token) if groups == 1 else None
         self.steps = tuple(dict.fromkeys((ROWS[groups], QUAD)))
         self.at = [ramp(i * self.lanes, self.lanes) for i in range(self.count)]
         self.highest = tir.registers("float32", self.width)
@@ -236,20 +239,7 @@ class Block:
                 keep(T.cast(acc[r][at], f"float32x{n}") * inverse)
                 for at, inverse in zip(self.at, self.inverse, strict=True)
             ]
-            if self.result == "u8":
-                self._store(row, self.packer.bytes_of(results), 0, self.width)
-            else:
-                for i, result in enumerate(results):
-                    self._store(row, result, i * n, n)
-
-    def _store(self, row: Any, new: Any, first: int, lanes: int) -> None:
-        """`new` in the lanes of this sequence and past it: a later sequence overwrites those."""
-        y, where = self.s["y"], ramp(row + first, lanes)
-        if self.partial:
-            index = T.ramp(T.int32(0), 1, lanes)
-            before = T.cast(T.max(self.start - self.token, const(0)), "int32") - first
-            new = T.Select(index < T.broadcast(before, lanes), y[where], new)
-        T.buffer_store(y, new, [where])
+            store_context(s["y"], row, results, self.lanes, packer=self.packer, before=self.before)
 
     def _row(self, operand: str, panel: Any) -> Any:
         """Where this head's first channel of a panel of q, k or v starts."""

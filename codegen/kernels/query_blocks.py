@@ -12,7 +12,8 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from sparsec.codegen import tir
-from sparsec.codegen.isa.vector import keep
+from sparsec.codegen.isa.pack8 import Packer
+from sparsec.codegen.isa.vector import keep, ramp
 from sparsec.codegen.kernels.panels import GROUP, WIDTH, const, div, groups_in_panel, loop, mod
 
 # (head, first token, sequence, groups): computes these queries against that sequence's keys.
@@ -45,3 +46,27 @@ def over_query_blocks(s: tir.KernelScope, sizes: Sequence[int], compute: Compute
             last = keep(T.min(first + (GROUP - 1), tokens - 1))
             with loop(div(first, seq), div(last, seq) + 1) as sequence:
                 compute(head, first, sequence, 1)
+
+
+def queries_before(start: Any, token: Any) -> Any:
+    """How many queries from `token` on lie before the sequence that starts at `start`."""
+    return T.cast(T.max(start - token, const(0)), "int32")
+
+
+def store_context(
+    y: Any, row: Any, results: list[Any], lanes: int, *, packer: Packer | None, before: Any | None
+) -> None:
+    """Vectors of results to `y` from `row` on, as bytes with a packer.
+
+    Only the lanes of this sequence and past it change, where `before` lanes are of an earlier one:
+    a later sequence overwrites the others. None: all lanes are of one sequence.
+    """
+    if packer is not None:
+        results, lanes = [packer.bytes_of(results)], len(results) * lanes
+    for i, result in enumerate(results):
+        where = ramp(row + i * lanes, lanes)
+        if before is not None:
+            index = T.ramp(T.int32(0), 1, lanes)
+            own = index >= T.broadcast(before - i * lanes, lanes)
+            result = T.Select(own, result, y[where])
+        T.buffer_store(y, result, [where])

@@ -6,10 +6,10 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.table import Table
 
 from sparsec.errors import InvalidInput
@@ -17,9 +17,7 @@ from sparsec.runtime import load
 from sparsec.tools.console import console
 from sparsec.tools.inputs import Arrays, random_inputs
 from sparsec.tools.peers import PEERS
-
-WARM_UP_RUNS = 5
-LEAST_RUNS = 20
+from sparsec.tools.turns import in_turns, summary
 
 
 def bench(
@@ -34,7 +32,7 @@ def bench(
     pin: bool,
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Median, p10 and p90 of the latency in ms, over `seconds` and at least 20 runs.
+    """Median, p10 and p90 of the latency in ms, over `seconds` per engine, at least 20 runs.
 
     With `onnx` the peer runs the same inputs in turn; `ratio` is the peer's median over ours.
     With `pin` the process is bound to the first `threads` cores while it measures.
@@ -50,31 +48,16 @@ def bench(
             name, peer = PEERS[against or "onnxruntime"](onnx, threads)
             sides[name] = peer
         progress(f"measuring {batch}x{seq}")
-        times = interleaved_seconds(sides, arrays, seconds)
+        calls = [partial(run, arrays) for run in sides.values()]
+        taken = in_turns(calls, seconds, time.perf_counter)
+        times = dict(zip(sides, taken, strict=True))
     return _result(library, batch, seq, threads, times)
-
-
-def interleaved_seconds(
-    sides: dict[str, Callable[[Arrays], Any]], arrays: Arrays, seconds: float
-) -> dict[str, list[float]]:
-    """Wall times of each side, called in turn."""
-    for run in sides.values():
-        for _ in range(WARM_UP_RUNS):
-            run(arrays)
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    stop = time.perf_counter() + seconds
-    while time.perf_counter() < stop or len(times["sparsec"]) < LEAST_RUNS:
-        for name, run in sides.items():
-            start = time.perf_counter()
-            run(arrays)
-            times[name].append(time.perf_counter() - start)
-    return times
 
 
 def _result(
     library: Path, batch: int, seq: int, threads: int, times: dict[str, list[float]]
 ) -> dict[str, Any]:
-    figures = {name: _figures(values) for name, values in times.items()}
+    figures = {name: summary(values) for name, values in times.items()}
     ours, *peers = figures.values()
     ratio = peers[0]["median_ms"] / ours["median_ms"] if peers else None
     return {
@@ -84,16 +67,6 @@ def _result(
         "threads": threads,
         "engines": figures,
         "ratio": ratio,
-    }
-
-
-def _figures(seconds: list[float]) -> dict[str, float]:
-    p10, median, p90 = np.percentile(np.array(seconds) * 1e3, [10, 50, 90])
-    return {
-        "median_ms": float(median),
-        "p10_ms": float(p10),
-        "p90_ms": float(p90),
-        "runs": len(seconds),
     }
 
 

@@ -13,7 +13,7 @@ from sparsec.ir.graph import Graph
 from sparsec.ir.types import DType
 from sparsec.passes import graph_pipeline
 from sparsec.passes.assign_layouts import AssignLayouts
-from sparsec.passes.plan_memory import arena_bytes, at_least, check_plan, plan_memory
+from sparsec.passes.plan_memory import at_least, check_plan, plan_memory
 
 BATCH, SEQ = symbol("batch"), symbol("seq")
 ENV = {"batch": 2, "seq": 5}
@@ -29,7 +29,7 @@ def test_a_chain_needs_two_slots(x32):
     check_plan(graph, plan)
     assert len(plan.slot_of) == 5  # the last value is the output
     assert plan.slots == (BATCH * SEQ * 32,) * 2
-    assert arena_bytes(plan, ENV) == 2 * BYTES
+    assert plan.arena_bytes(ENV) == 2 * BYTES
 
 
 def test_a_value_that_is_read_late_keeps_its_slot(x32):
@@ -124,7 +124,7 @@ def test_zoo_model(planned):
     graph, plan = planned
     check_plan(graph, plan)
     names = {str(d) for d in graph.inputs[0].type.shape}
-    total = arena_bytes(plan, dict.fromkeys(names, 8))
+    total = plan.arena_bytes(dict.fromkeys(names, 8))
     channel = 64 * 4  # bytes of one channel of the only panel
     # Live at once at most: queries, keys, values (96), input and context (32 each), or the
     # normalised value, the FFN's inside (64) and its result; then the mask, ids and so on.
@@ -172,4 +172,4 @@ def test_random_graphs(seed):
     graph.drop_dead_nodes()
     plan = plan_memory(graph)
     check_plan(graph, plan)
-    assert arena_bytes(plan, ENV) <= BYTES * len(plan.slot_of)
+    assert plan.arena_bytes(ENV) <= BYTES * len(plan.slot_of)
