@@ -29,6 +29,7 @@ RANKS = {
     "codegen": 4,
     "runtime": 4,
     "calibration_text": 5,
+    "tuning": 5,
     "driver": 6,
     "tools": 7,
     "cli": 8,

@@ -1,0 +1,67 @@
+"""What `sparsec log` does with tuning logs: best, merge, prune, check."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from sparsec.errors import InvalidInput
+from sparsec.tuning.log import TuningLog, density_class
+from sparsec.tuning.record import Outcome, TuningRecord
+
+Group = tuple[object, ...]
+Revisions = Callable[[str], str | None]  # the revision today of a kernel family; None if unknown
+
+
+def group_of(record: TuningRecord) -> Group:
+    """Records of one group compete with each other."""
+    w = record.workload
+    where = (record.machine, record.tokens, record.threads)
+    return (w.op, w.sizes, w.dtype, w.layout, w.epilogue, density_class(w.density), *where)
+
+
+def best(records: Iterable[TuningRecord]) -> list[TuningRecord]:
+    """The fastest record of each group, in the order of first appearance."""
+    found: dict[Group, TuningRecord] = {}
+    for record in records:
+        if record.outcome is Outcome.OK:
+            group = group_of(record)
+            if group not in found or record.ratio < found[group].ratio:
+                found[group] = record
+    return list(found.values())
+
+
+def merge(logs: Iterable[TuningLog]) -> list[TuningRecord]:
+    """All records once."""
+    return list(dict.fromkeys(record for log in logs for record in log.records))
+
+
+def is_stale(record: TuningRecord, revisions: Revisions) -> bool:
+    """Whether the code of its kernels has changed since."""
+    return record.revision != revisions(record.schedule.family)
+
+
+def prune(records: Iterable[TuningRecord], revisions: Revisions, keep: int) -> list[TuningRecord]:
+    """Without stale records and failures, the `keep` fastest schedules of each group."""
+    groups: dict[Group, list[TuningRecord]] = {}
+    for record in records:
+        if record.outcome is Outcome.OK and not is_stale(record, revisions):
+            groups.setdefault(group_of(record), []).append(record)
+    return [r for group in groups.values() for r in sorted(group, key=_ratio)[:keep]]
+
+
+def write(path: str | os.PathLike[str], records: Iterable[TuningRecord]) -> None:
+    """Replace a log in one step: by what is given, or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text("".join(record.to_json() + "\n" for record in records))
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InvalidInput(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def _ratio(record: TuningRecord) -> float:
+    return record.ratio
