@@ -11,7 +11,9 @@ from sparsec.tuning.log import TuningLog, density_class
 from sparsec.tuning.record import Outcome, TuningRecord
 
 Group = tuple[object, ...]
-Revisions = Callable[[str], str | None]  # the revision today of a kernel family; None if unknown
+Revisions = Callable[
+    [str], str | None
+]  # the revision today of the kernels of an op; None if unknown
 
 
 def group_of(record: TuningRecord) -> Group:
@@ -39,7 +41,7 @@ def merge(logs: Iterable[TuningLog]) -> list[TuningRecord]:
 
 def is_stale(record: TuningRecord, revisions: Revisions) -> bool:
     """Whether the code of its kernels has changed since."""
-    return record.revision != revisions(record.schedule.family)
+    return record.revision != revisions(record.workload.op)
 
 
 def prune(records: Iterable[TuningRecord], revisions: Revisions, keep: int) -> list[TuningRecord]:

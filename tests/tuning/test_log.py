@@ -197,7 +197,7 @@ def test_prune_keeps_the_fastest_that_are_not_stale(tmp_path: Path) -> None:
         record(4, 3e-3), record(8, 1e-3), record(16, 2e-3), record(32, 1e-4, revision="r0"),
         record(64, outcome=Outcome.TIMED_OUT), record(4, 9e-3, tokens=64),
     ]  # fmt: skip
-    kept = prune(records, lambda family: "r1", keep=2)
+    kept = prune(records, lambda op: "r1", keep=2)
     assert kept == [record(8, 1e-3), record(16, 2e-3), record(4, 9e-3, tokens=64)]
     assert best(records) == [record(32, 1e-4, revision="r0"), record(4, 9e-3, tokens=64)]
     write(tmp_path / "log.jsonl", kept)
