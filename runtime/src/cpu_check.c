@@ -44,6 +44,7 @@ static const feature features[] = {
     {"AVX-512 VNNI", LEAF_7_ECX, 11, XCR0_AVX512},
     {"AMX-TILE", LEAF_7_EDX, 24, XCR0_AMX},
     {"AMX-INT8", LEAF_7_EDX, 25, XCR0_AMX},
+    {"AMX-BF16", LEAF_7_EDX, 22, XCR0_AMX},
 };
 
 typedef struct level {
@@ -51,7 +52,7 @@ typedef struct level {
   size_t features;
 } level;
 
-static const level levels[] = {{"avx2", 9}, {"avx512", 13}, {"avx512vnni", 14}, {"amx", 16}};
+static const level levels[] = {{"avx2", 9}, {"avx512", 13}, {"avx512vnni", 14}, {"amx", 17}};
 
 static uint32_t read_xcr0(uint32_t leaf_1_ecx) {
   if (!(leaf_1_ecx >> 27 & 1)) return 0; /* OSXSAVE: xgetbv may be used */

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,7 @@ class Runner:
     """Calls kernels, building each once, and lays arrays out as they read them."""
 
     folder: Path
+    enable_amx: Callable[[], Any]
     functions: dict[str, Any] = field(default_factory=dict)
 
     def function(self, kernel: Kernel) -> Any:
@@ -76,6 +79,8 @@ class Runner:
         return panels.transpose(0, 2, 1).reshape(count * WIDTH, channels)[:tokens]
 
     def _load(self, kernel: Kernel) -> Any:
+        if kernel.isa == Isa.AMX.value:
+            self.enable_amx()
         path = self.folder / f"{kernel.name}.o"
         path.write_bytes(tir.build_object([kernel.build()], FEATURES[Isa(kernel.isa)]))
         library = path.with_suffix(".so")
@@ -148,6 +153,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Runner:
+def run(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Runner:
     """Skipped tests never build: a kernel is built at its first call."""
-    return Runner(tmp_path_factory.mktemp("kernels"))
+    folder = tmp_path_factory.mktemp("kernels")
+    return Runner(folder, partial(request.getfixturevalue, "amx"))

@@ -31,9 +31,12 @@ def _machine(folder: Path, flags: str) -> tuple[Path, Path]:
         (AVX2, 1),
         (AVX512, 2),
         (f"{AVX512} avx512_vnni", 3),
-        (f"{AVX512} avx512_vnni amx_tile amx_int8", 4),
-        (f"{AVX512} avx512_vnni amx_tile", 3),
-        (f"{AVX2} avx512f avx512_vnni amx_tile amx_int8", 1),  # a level needs the one below
+        (f"{AVX512} avx512_vnni amx_tile amx_int8 amx_bf16", 4),
+        (f"{AVX512} avx512_vnni amx_tile amx_int8", 3),
+        (
+            f"{AVX2} avx512f avx512_vnni amx_tile amx_int8 amx_bf16",
+            1,
+        ),  # a level needs the one below
     ],
 )
 def test_levels_come_from_flags(tmp_path: Path, flags: str, levels: int) -> None:
