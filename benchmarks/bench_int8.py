@@ -155,10 +155,9 @@ class Shape:
     def candidate(self, library: Library, kernel: Int8Gemm, form: Form, w: Array, group: int,
                   title: str) -> Candidate:  # fmt: skip
         packed = pack(w, form, kernel.hooks)
-        lists = [] if packed.starts is None else [packed.starts, packed.indices]
         one = np.ones(self.m, np.float32)
         rows = [np.zeros(self.m, np.int32), one * np.float32(1e-4), one]
-        weights = [packed.words, *lists, *(pack_rows(r, form.rows) for r in rows)]
+        weights = [*packed.arrays.values(), *(pack_rows(r, form.rows) for r in rows)]
         sizes = [self.tokens, self.m, self.k, group, *([form.rows // form.strip] * kernel.tall)]
         numbers = [1.0, 128] if self.epilogue.to_u8 else []
         args = [self.x, *(aligned(a) for a in weights), self.y, *sizes, *numbers]

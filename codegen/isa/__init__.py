@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from sparsec.codegen.isa.amx import AMX_FEATURES
 from sparsec.codegen.isa.avx2 import AVX2
 from sparsec.codegen.isa.avx512 import AVX512
-from sparsec.codegen.isa.int8 import AVX512_VNNI, INT8_ISAS
+from sparsec.codegen.isa.int8 import INT8_ISAS
 from sparsec.codegen.isa.vector import VectorIsa
 from sparsec.target import Isa, Target
 
@@ -15,7 +14,6 @@ VECTOR_ISAS: tuple[VectorIsa, ...] = (AVX2, AVX512)  # weakest first
 FEATURES: dict[Isa, tuple[str, ...]] = {
     **{v.isa: v.features for v in VECTOR_ISAS},
     **{v.isa: v.features for v in INT8_ISAS},
-    Isa.AMX: (*AVX512_VNNI.features, *AMX_FEATURES),
 }
 
 __all__ = ["AVX2", "AVX512", "FEATURES", "VECTOR_ISAS", "VectorIsa", "best_vector_isa", "by_name"]
