@@ -103,8 +103,8 @@ def _tile_step(form: Form, quads: float, *, fetches: bool, in_l1: bool) -> float
     products = SUMS * weights * max(rows, LEAST_PRODUCT_CYCLES)
     loads = float(weights * form.strip + TILES * TILE_QUADS)
     if not fetches:
-        lines = TILES * TILE_QUADS + form.strip
-        return max(products, loads / 2, 0.0 if in_l1 else lines * L2_LINE_CYCLES)
+        from_l2 = (TILES * TILE_QUADS + form.strip) * L2_LINE_CYCLES
+        return max(products, loads / 2, 0.0 if in_l1 else from_l2)
     unpacks = UNPACKS * quads if form.cols == 1 else 0.0
     # Channels are read in every pass, and so are indices, one or four of them.
     per_quad = (QUAD + QUAD) * weights if form.cols == 1 else TILES + weights
