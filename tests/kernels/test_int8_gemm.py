@@ -29,7 +29,15 @@ EXACT = [
     Epilogue("relu", has_residual=True, to_u8=True),
     Epilogue(to_u8=True, is_bounded=True),
 ]
-VARIANTS = [k for k in ALL if k.epilogue in EXACT]
+VARIANTS = [k for k in ALL if k.epilogue in EXACT and k.isa != "amx"]
+# Emulated tiles are slow: every loop nest of AMX with one of these epilogues, in turn.
+NESTS = dict.fromkeys((k.form, k.strip, k.tall) for k in ALL if k.isa == "amx")
+VARIANTS += [
+    k
+    for i, nest in enumerate(NESTS)
+    for k in ALL
+    if (k.form, k.strip, k.tall, k.isa, k.epilogue) == (*nest, "amx", EXACT[i % len(EXACT)])
+]
 # AMX shares the code of its epilogues with AVX512-VNNI.
 SOME = [k for k in ALL if k.form == "dense" and k.isa != "amx"]
 SIZES = [1, 3, 4, 5, 6, 7, 31, 32, 33, 64]
