@@ -30,6 +30,26 @@ from sparsec.codegen.program import Kind, Parameter
 UNBOUNDED = 1 << 40  # elements; buffers behind pointers have no extent of their own
 MAX_FAILURES = 256  # statements in one object that leave a kernel with an error
 _STATUS = "sparsec_status"
+BF16_DOT = "sparsec_bf16_dot"
+BF16_PAIRS = "sparsec_bf16_pairs"
+# TVM has no vectors of LLVM's type bfloat: these take and give int32 vectors of pairs.
+_BF16 = f"""
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+declare <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float>, <16 x float>)
+define <16 x float> @{BF16_DOT}(<16 x float> %sum, <16 x i32> %x, <16 x i32> %w) alwaysinline {{
+  %a = bitcast <16 x i32> %x to <32 x bfloat>
+  %b = bitcast <16 x i32> %w to <32 x bfloat>
+  %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(
+      <16 x float> %sum, <32 x bfloat> %a, <32 x bfloat> %b)
+  ret <16 x float> %r
+}}
+define <32 x i16> @{BF16_PAIRS}(<16 x float> %low, <16 x float> %high) alwaysinline {{
+  %p = call <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(
+      <16 x float> %high, <16 x float> %low)
+  %r = bitcast <32 x bfloat> %p to <32 x i16>
+  ret <32 x i16> %r
+}}
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +123,7 @@ def build_object(functions: Sequence[Any], features: Sequence[str]) -> bytes:
     """
     named = {f.attrs["global_symbol"]: f for f in functions}
     assert len(named) == len(functions), "two kernels have one name"
-    module = tvm.IRModule({**named, "status_helpers": _status_helpers()})
+    module = tvm.IRModule({**named, "helpers": _helpers()})
     target = tvm.target.Target(
         {
             "kind": "llvm",
@@ -120,15 +140,16 @@ def build_object(functions: Sequence[Any], features: Sequence[str]) -> bytes:
     return data
 
 
-def _status_helpers() -> Any:
-    """A function that stays out of the object but brings the helpers of `leave` as LLVM IR.
+def _helpers() -> Any:
+    """A function that stays out of the object but brings LLVM IR: `leave`'s helpers and BF16_DOT.
 
-    LLVM gives every call after the first a callee of its own, named `.1`, `.2` and so on. All
-    are inlined and leave no symbol.
+    LLVM gives every call of _STATUS after the first a callee of its own, named `.1`, `.2` and so
+    on. All are inlined and leave no symbol.
     """
     names = [_STATUS, *(f'"{_STATUS}.{i}"' for i in range(1, MAX_FAILURES))]
     signature = "(ptr %self, ptr %args, i32 %status, ptr %result)"
-    code = "\n".join(f"define i32 @{n}{signature} {{ ret i32 %status }}" for n in names)
+    status = [f"define i32 @{n}{signature} {{ ret i32 %status }}" for n in names]
+    code = "\n".join([*status, _BF16])
     nothing = tirx.Return(tirx.const(0, "int32"))
     body = tirx.AttrStmt(
         ir.StringImm("default"), "pragma_import_llvm", ir.StringImm(code), nothing

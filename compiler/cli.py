@@ -61,6 +61,8 @@ def _compile(args: argparse.Namespace) -> int:
             precision=args.precision,
             calibration=_calibration(args),
             keep_fp32=args.keep_fp32,
+            rest=args.rest,
+            attention=args.attention,
             all_roundings=args.all_roundings,
             dump_ir=args.dump_ir,
             report=args.report,
@@ -231,7 +233,7 @@ def _add_compile(commands: Any) -> None:
     )
     p.add_argument(
         "--precision",
-        choices=["fp32", "int8"],
+        choices=["fp32", "bf16", "int8"],
         help="default: int8 for a quantised (QDQ) model, else fp32",
     )
     p.add_argument(
@@ -252,7 +254,18 @@ def _add_compile(commands: Any) -> None:
         action="append",
         default=[],
         metavar="PATTERN",
-        help="int8: leave layers whose name matches in fp32; may be given more than once",
+        help="int8, bf16: leave layers whose name matches in fp32; may be given more than once",
+    )
+    p.add_argument(
+        "--rest",
+        choices=["fp32", "bf16"],
+        default="fp32",
+        help="int8: precision of the layers that int8 leaves",
+    )
+    p.add_argument(
+        "--attention",
+        choices=["fp32", "bf16", "int8"],
+        help="precision of attention (default: that of the layers)",
     )
     p.add_argument(
         "--all-roundings",
