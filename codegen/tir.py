@@ -32,6 +32,7 @@ MAX_FAILURES = 256  # statements in one object that leave a kernel with an error
 _STATUS = "sparsec_status"
 BF16_DOT = "sparsec_bf16_dot"
 BF16_PAIRS = "sparsec_bf16_pairs"
+_EMPTY_REGISTERS = "sparsec_empty_registers"
 # TVM has no vectors of LLVM's type bfloat: these take and give int32 vectors of pairs.
 _BF16 = f"""
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
@@ -48,6 +49,13 @@ define <32 x i16> @{BF16_PAIRS}(<16 x float> %low, <16 x float> %high) alwaysinl
       <16 x float> %high, <16 x float> %low)
   %r = bitcast <32 x bfloat> %p to <32 x i16>
   ret <32 x i16> %r
+}}
+"""
+_CLOBBERED = ",".join(f"~{{xmm{i}}}" for i in range(32))
+_BARRIER = f"""
+define i32 @{_EMPTY_REGISTERS}() alwaysinline {{
+  call void asm sideeffect "", "{_CLOBBERED}"()
+  ret i32 0
 }}
 """
 
@@ -109,6 +117,15 @@ def leave(status: int) -> Any:
     return tirx.Evaluate(tirx.call_cpacked_lowered(_STATUS, null, 0, status))
 
 
+def empty_registers() -> None:
+    """No vector lives in a register here; for AVX-512.
+
+    LLVM keeps constants of one loop in registers throughout the loops around it, and then has
+    too few for the sums of another. Between the two, this makes it load the constants again.
+    """
+    T.evaluate(T.call_extern("int32", _EMPTY_REGISTERS))
+
+
 def registers(dtype: str, lanes: int) -> Any:
     """A stack buffer of `lanes` elements, under 1 KB: above, TVM would call an allocator."""
     assert lanes * tvm.DataType(dtype).bits < 8 * 1024, (dtype, lanes)
@@ -149,7 +166,7 @@ def _helpers() -> Any:
     names = [_STATUS, *(f'"{_STATUS}.{i}"' for i in range(1, MAX_FAILURES))]
     signature = "(ptr %self, ptr %args, i32 %status, ptr %result)"
     status = [f"define i32 @{n}{signature} {{ ret i32 %status }}" for n in names]
-    code = "\n".join([*status, _BF16])
+    code = "\n".join([*status, _BF16, _BARRIER])
     nothing = tirx.Return(tirx.const(0, "int32"))
     body = tirx.AttrStmt(
         ir.StringImm("default"), "pragma_import_llvm", ir.StringImm(code), nothing

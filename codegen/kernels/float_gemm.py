@@ -134,6 +134,7 @@ class FloatGemm:
             if nv * self.lanes % GROUP == 0:
                 with T.If(tokens - tail == nv * self.lanes), T.Then():
                     self._columns(s, block, panel, tail, nv)
+        self._forget_constants()
         self._epilogue(s, block, panel, tokens)
 
     def _columns(self, s: tir.KernelScope, block: Any, panel: Any, column: Any, nv: int) -> None:
@@ -155,6 +156,7 @@ class FloatGemm:
 
     def _register_block(self, s: tir.KernelScope, at: _Strips) -> None:
         """Sums of the rows of some strips, left in scratch memory."""
+        self._forget_constants()
         n, rows = self.lanes, at.together * self.strip
         sets = 1 if rows * at.nv >= CHAINS else 2
         sums = [[tir.registers("float32", at.nv * n) for _ in range(rows)] for _ in range(sets)]
@@ -176,6 +178,11 @@ class FloatGemm:
                 for group in sums[1:]:
                     total = total + group[r][lane]
                 T.buffer_store(s.scratch, total, [ramp(at.place + (r * WIDTH + i * n), n)])
+
+    def _forget_constants(self) -> None:
+        """Those of the epilogue would take the registers of sums."""
+        if self.lanes == 16:
+            tir.empty_registers()
 
     def _step(self, s: tir.KernelScope, at: _Strips, step: Any, sums: list[Any]) -> None:
         n, numbers = self.lanes, self.numbers
