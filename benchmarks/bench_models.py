@@ -2,7 +2,7 @@
 
     python benchmarks/bench_models.py [--models bert-mini,distilbert] [--blocks dense,4x1,32x1]
                                       [--sparsities 80,90] [--shapes 1x32,1x128] [--threads 1,2]
-    python benchmarks/bench_models.py --precision fp32
+    python benchmarks/bench_models.py --precision fp32|bf16
 
 A cell is a model, a shape and a number of threads, measured in one fresh process. There all our
 libraries and all the peers take turns of some runs, each after one run that is not timed, so that
@@ -51,6 +51,7 @@ from sparsec.tools.verify import verify
 Arrays = dict[str, np.ndarray[Any, Any]]
 DEFAULTS = {  # per precision: models, blocks, shapes
     "int8": ("bert-mini,distilbert", "dense,4x1,16x1,32x1,16x4", "1x32,1x128,1x384"),
+    "bf16": ("bert-mini,distilbert", "dense,4x1,16x1", "1x128"),
     "fp32": ("bert-mini,minilm-l6,distilbert", "dense", "1x128"),
 }
 ALL_SHAPES = "1x32,1x128,1x384,8x128"
@@ -279,6 +280,8 @@ def peers(spec: ModelSpec, options: argparse.Namespace, installed: list[str]) ->
         return sides
     if "openvino" in installed and openvino_has_bf16():
         sides.append(Side("OV bf16", "bf16", dense, "bf16"))
+    if options.precision == "bf16":
+        return sides
     for setting, make in int8_files(dense, samples(spec, dense)).items():
         path = folder / f"peer_{setting.replace(' ', '_')}.onnx"
         if not path.exists():

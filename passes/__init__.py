@@ -22,6 +22,7 @@ from sparsec.passes.infer_types import InferTypes
 from sparsec.passes.merge_qkv import MergeQkv
 from sparsec.passes.quantize import Quantization, Quantize, is_quantized, quantized_values
 from sparsec.passes.quantize_attention import QuantizeAttention, attention_values
+from sparsec.passes.use_bf16 import UseBf16
 
 __all__ = [
     "PASSES",
@@ -32,6 +33,7 @@ __all__ = [
     "Roundings",
     "ScheduleLookup",
     "attention_values",
+    "bf16_pipeline",
     "default_pipeline",
     "graph_pipeline",
     "int8_pipeline",
@@ -80,24 +82,36 @@ def graph_pipeline(
 
 def int8_pipeline(
     quantization: Quantization,
-    choose_layout: LayoutChoice = by_density,
     supported: Callable[[Node], bool] = lambda node: True,
+    *,
+    attention: bool = True,
 ) -> list[Pass]:
     """The passes that turn a graph of `graph_pipeline` into one of int8 ops.
 
-    `supported` says whether a kernel computes a node on the target.
+    `supported` says whether a kernel computes a node on the target; without `attention` that
+    stays fp32.
     """
-    return [
-        Quantize(quantization.ranges, quantization.keep_fp32),
-        FoldQuantize(),
-        QuantizeAttention(quantization.ranges, supported),  # its operands are int8 by then
-        ChooseWeightLayout(choose_layout),  # after Quantize: it counts int8 zeros
-    ]
+    # Its operands are int8 by then.
+    last = [QuantizeAttention(quantization.ranges, supported)] if attention else []
+    return [Quantize(quantization.ranges, quantization.keep_fp32), FoldQuantize(), *last]
 
 
-def target_pipeline(schedules: ScheduleLookup) -> list[Pass]:
-    """The passes after all rewrites. `schedules` chooses per node."""
+def bf16_pipeline(
+    products: bool = True,
+    attention: bool = True,
+    keep_fp32: tuple[str, ...] = (),
+    supported: Callable[[Node], bool] = lambda node: True,
+) -> list[Pass]:
+    """The passes that compute in bf16 what is fp32 so far, alone or after `int8_pipeline`."""
+    return [UseBf16(products, attention, keep_fp32, supported), FoldQuantize("to_bf16")]
+
+
+def target_pipeline(
+    schedules: ScheduleLookup, choose_layout: LayoutChoice = by_density
+) -> list[Pass]:
+    """The passes after all changes of precision. `schedules` chooses per node."""
     return [
+        ChooseWeightLayout(choose_layout),
         AssignLayouts(),  # last of the rewrites: it knows all producers and readers
         AssignSchedules(schedules),
     ]
@@ -111,7 +125,7 @@ def default_pipeline(
     choose_layout: LayoutChoice = by_density,
 ) -> list[Pass]:
     """The whole pipeline. `fixed_dims` gives sizes to symbols; without quantization it is fp32."""
-    int8 = [] if quantization is None else int8_pipeline(quantization, choose_layout)
+    int8 = [] if quantization is None else int8_pipeline(quantization)
     roundings = Roundings.NONE if quantization is None else Roundings.PRODUCTS
     graph = graph_pipeline(fixed_dims, roundings=roundings)
-    return [*graph, *int8, *target_pipeline(schedules)]
+    return [*graph, *int8, *target_pipeline(schedules, choose_layout)]

@@ -23,14 +23,14 @@ from sparsec.codegen.kernels.int8_pack import (
 )
 from sparsec.codegen.kernels.int8_tiles import TileGemm
 from sparsec.codegen.kernels.panels import WIDTH
+from sparsec.codegen.kernels.weight_blocks import block_of, layout_and_density
 from sparsec.codegen.program import Arg, BufferRef, Kernel, KernelCall
 from sparsec.ir.dims import ceildiv
 from sparsec.ir.graph import Node
-from sparsec.ir.layouts import Bsr, Panels
+from sparsec.ir.layouts import Panels
 from sparsec.ir.op_spec import Array
 from sparsec.ir.schedule import Schedule, Workload
 from sparsec.ir.types import DType
-from sparsec.sparse.bsr import block_zeros
 from sparsec.target import Target
 
 OP = "linear_int8"
@@ -102,12 +102,7 @@ class Int8GemmFamily:
         assert isinstance(k, int), node
         epilogue = _epilogue(node)
         end = " ".join([epilogue.activation, *["residual"] * epilogue.has_residual])
-        layout, density = weight.type.layout, 1.0
-        if isinstance(layout, Bsr):
-            assert weight.data is not None, node
-            block = (layout.rows, layout.cols)
-            density = round(1.0 - block_zeros(weight.data, (block,))[block], 3)
-        name = str(layout) if isinstance(layout, Bsr) else "dense"
+        name, density = layout_and_density(weight)
         sizes = (("m", m), ("k", k))
         return Workload(OP, sizes, "u8s8", name, f"{end} {epilogue.result}", density)
 
@@ -115,7 +110,7 @@ class Int8GemmFamily:
         activation = workload.epilogue.partition(" ")[0]
         if activation not in ACTIVATIONS:
             return []
-        sizes, block = (workload.size("m"), workload.size("k")), _block(workload.layout)
+        sizes, block = (workload.size("m"), workload.size("k")), block_of(workload.layout)
 
         def cost(candidate: tuple[Form, Int8Isa]) -> float:
             form, isa = candidate
@@ -219,14 +214,6 @@ def _largest(node: Node) -> float:
     if bias is not None and bias.data is not None:
         rows = rows + np.abs(bias.data)
     return max(1.0, float(rows.max(initial=0)))
-
-
-def _block(layout: str) -> tuple[int, int] | None:
-    """`bsr16x4` as (16, 4)."""
-    if not layout.startswith("bsr"):
-        return None
-    rows, cols = layout.removeprefix("bsr").split("x")
-    return int(rows), int(cols)
 
 
 def _weights(

@@ -20,6 +20,7 @@ from sparsec.ir.op_helpers import (
     optional,
     optional_array,
     panel_layout,
+    stored_bf16,
     text,
 )
 from sparsec.ir.op_spec import Array, Arrays, Attrs, OpSpec, PanelRule, Types
@@ -67,9 +68,16 @@ def moved_quant(op: str, x: TensorType, attrs: Attrs) -> QuantParams | None:
     return replace(x.quant, axis=attrs["perm"].index(x.quant.axis)) if op == "transpose" else None
 
 
-def quantized_type(type: TensorType, attrs: Attrs) -> TensorType | None:
-    """`type` stored as u8 by the attributes `out_scale` and `out_zero_point`; None without."""
+def stored_type(type: TensorType, attrs: Attrs) -> TensorType | None:
+    """`type` as it is stored; None for fp32.
+
+    u8 by the attributes `out_scale` and `out_zero_point`, bf16 by `out_bf16`.
+    """
     scale = attrs.get("out_scale")
+    if attrs.get("out_bf16"):
+        if scale is not None:
+            raise InvalidGraph("a result is stored as u8 or as bf16, not as both")
+        return stored_bf16(type)
     if scale is None:
         return None
     if type.dtype is not DType.F32:
@@ -78,8 +86,15 @@ def quantized_type(type: TensorType, attrs: Attrs) -> TensorType | None:
     return TensorType(DType.U8, type.shape, type.layout, quant)
 
 
-def quantized_result(y: Array, attrs: Attrs) -> Array:
-    """What is stored for `y` by the attributes `out_scale` and `out_zero_point`."""
+def is_stored(attrs: Attrs) -> bool:
+    """Whether `stored_type` gives a type other than fp32."""
+    return attrs.get("out_scale") is not None or bool(attrs.get("out_bf16"))
+
+
+def stored_result(y: Array, attrs: Attrs) -> Array:
+    """What is stored for `y` by the attributes of `stored_type`."""
+    if attrs.get("out_bf16"):
+        return y.astype(DType.BF16.numpy)
     return quantize_array(y, attrs["out_scale"], attrs.get("out_zero_point", 0), DType.U8)
 
 
@@ -129,7 +144,7 @@ def _infer_linear_int8(types: Types, attrs: Attrs) -> list[TensorType]:
         raise InvalidGraph(f"residual {residual} is not f32{text(shape)}")
     _require_quant(x, attrs["x_scale"], attrs["x_zero_point"])
     result = TensorType(DType.F32, shape, panel_layout([x, residual]))
-    return [quantized_type(result, attrs) or result]
+    return [stored_type(result, attrs) or result]
 
 
 def _require_quant(x: TensorType, scale: float, zero_point: int) -> None:
@@ -158,7 +173,7 @@ def _evaluate_linear_int8(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]
         y = ACTIVATIONS[attrs["activation"]](y).astype(np.float32, copy=False)
     if residual is not None:
         y = y + residual
-    return [y if attrs["out_scale"] is None else quantized_result(y, attrs)]
+    return [y if attrs["out_scale"] is None else stored_result(y, attrs)]
 
 
 _LINEAR = ("activation", "x_scale", "x_zero_point", "out_scale", "out_zero_point")

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -77,6 +78,21 @@ class Runner:
     def from_panels(panels: Array, tokens: int) -> Array:
         count, channels, _ = panels.shape
         return panels.transpose(0, 2, 1).reshape(count * WIDTH, channels)[:tokens]
+
+    @staticmethod
+    def to_pairs(rows: Array) -> Array:
+        """bf16`[tokens, channels]` as int32`[panel][channel / 2][64]`."""
+        panels = Runner.to_panels(rows.astype(np.float32)).astype(rows.dtype)
+        pairs = np.stack([panels[:, 0::2], panels[:, 1::2]], axis=-1)
+        return np.ascontiguousarray(pairs).view(np.int32)[..., 0]
+
+    @staticmethod
+    def from_pairs(words: Array, tokens: int) -> Array:
+        """`to_pairs` undone."""
+        count, pairs, _ = words.shape
+        halves = words.view(ml_dtypes.bfloat16).reshape(count, pairs, WIDTH, 2)
+        panels = halves.transpose(0, 1, 3, 2).reshape(count, 2 * pairs, WIDTH)
+        return Runner.from_panels(panels, tokens)
 
     def _load(self, kernel: Kernel) -> Any:
         if kernel.isa == Isa.AMX.value:

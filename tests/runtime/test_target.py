@@ -31,12 +31,11 @@ def _machine(folder: Path, flags: str) -> tuple[Path, Path]:
         (AVX2, 1),
         (AVX512, 2),
         (f"{AVX512} avx512_vnni", 3),
-        (f"{AVX512} avx512_vnni amx_tile amx_int8 amx_bf16", 4),
-        (f"{AVX512} avx512_vnni amx_tile amx_int8", 3),
-        (
-            f"{AVX2} avx512f avx512_vnni amx_tile amx_int8 amx_bf16",
-            1,
-        ),  # a level needs the one below
+        (f"{AVX512} avx512_vnni avx512_bf16", 4),
+        (f"{AVX512} avx512_vnni avx512_bf16 amx_tile amx_int8 amx_bf16", 5),
+        (f"{AVX512} avx512_vnni avx512_bf16 amx_tile amx_int8", 4),
+        (f"{AVX512} avx512_vnni amx_tile amx_int8 amx_bf16", 3),
+        (f"{AVX2} avx512f avx512_vnni amx_tile amx_int8", 1),  # a level needs the one below
     ],
 )
 def test_levels_come_from_flags(tmp_path: Path, flags: str, levels: int) -> None:
@@ -63,6 +62,8 @@ def test_named_targets() -> None:
     assert Target.named("native") == Target.host()
     highest = {
         "sapphirerapids": Isa.AMX,
+        "znver4": Isa.AVX512_BF16,
+        "cooperlake": Isa.AVX512_BF16,
         "icelake-server": Isa.AVX512_VNNI,
         "skylake-avx512": Isa.AVX512,
         "haswell": Isa.AVX2,
