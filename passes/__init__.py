@@ -22,6 +22,7 @@ from sparsec.passes.infer_types import InferTypes
 from sparsec.passes.merge_qkv import MergeQkv
 from sparsec.passes.quantize import Quantization, Quantize, is_quantized, quantized_values
 from sparsec.passes.quantize_attention import QuantizeAttention, attention_values
+from sparsec.passes.quantize_tables import QuantizeTables
 
 __all__ = [
     "PASSES",
@@ -91,6 +92,7 @@ def int8_pipeline(
         Quantize(quantization.ranges, quantization.keep_fp32),
         FoldQuantize(),
         QuantizeAttention(quantization.ranges, supported),  # its operands are int8 by then
+        QuantizeTables(quantization.keep_fp32, supported),
         ChooseWeightLayout(choose_layout),  # after Quantize: it counts int8 zeros
     ]
 

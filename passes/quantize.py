@@ -136,10 +136,13 @@ def _candidates(graph: Graph, keep_fp32: tuple[str, ...]) -> tuple[list[Node], l
     """The products that int8 kernels compute, and why the others are none."""
     tokens = {n.input(0).type.tokens for n in graph.nodes if n.op == "attention"}
     products = [n for n in graph.nodes if n.op == "linear"]
+    named = [n.name for n in graph.nodes if n.op in ("linear", "embedding")]
     for pattern in keep_fp32:
-        if not any(fnmatchcase(n.name, pattern) for n in products):
-            names = ", ".join(n.name for n in products) or "none"
-            raise InvalidInput(f"no product is named like {pattern!r}; there are {names}")
+        if not any(fnmatchcase(name, pattern) for name in named):
+            names = ", ".join(named) or "none"
+            raise InvalidInput(
+                f"no product or embedding is named like {pattern!r}; there are {names}"
+            )
     found: list[Node] = []
     notes: list[str] = []
     for node in products:
