@@ -47,7 +47,7 @@ class QuantizeTables:
             notes += [f"%{t.name} stays fp32: {r}" for t, r in refusals.items() if r is not None]
             if chosen:
                 rewriting.visit(node, chosen)
-                notes += [f"%{t.name} is stored in int8, a scale per row" for t in chosen]
+                notes += [f"%{t.name} is stored in int8: {_whose(t)}" for t in chosen]
                 changed += len(chosen)
         graph.sort()
         graph.drop_dead_nodes()
@@ -97,6 +97,10 @@ class _Quantizing:
         return self.stored[table]
 
 
+def _whose(table: Value) -> str:
+    return "rounded, a scale per row" if _own(table) is None else "the model's own numbers"
+
+
 def numbers(table: Value) -> tuple[Array, Array, int]:
     """i8[rows, channels], f32 scale per row and zero point that make up a table.
 
@@ -104,14 +108,22 @@ def numbers(table: Value) -> tuple[Array, Array, int]:
     number * scale with one rounding to fp32, off by less than half a number. Numbers that are u8
     less their own zero point span 255, so that they fit i8 around a zero point of ours.
     """
+    own = _own(table)
+    if own is None:
+        assert table.data is not None, table
+        return (*quantize_weight(table.data), 0)
+    return own
+
+
+def _own(table: Value) -> tuple[Array, Array, int] | None:
     data, quant = table.data, table.type.quant
     assert data is not None, table
     if quant is None or quant.axis == 1:
-        return (*quantize_weight(data), 0)
+        return None
     scale = np.broadcast_to(np.asarray(quant.scale, np.float32), data.shape[:1])
     steps = np.rint(data / scale[:, None])
     low, high = int(steps.min(initial=0)), int(steps.max(initial=0))
     if high - low > 255:  # a zero point per row
-        return (*quantize_weight(data), 0)
+        return None
     zero_point = 0 if low >= -128 and high <= 127 else -128 - low
     return (steps + zero_point).astype(np.int8), np.ascontiguousarray(scale), zero_point
