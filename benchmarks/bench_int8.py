@@ -25,6 +25,7 @@ import numpy as np
 from tvm.script.ir_builder import tirx as T
 
 from sparsec.codegen import tir
+from sparsec.codegen.isa import FEATURES
 from sparsec.codegen.isa.int8 import INT8_ISAS, Int8Isa, int8_isa
 from sparsec.codegen.isa.vector import keep, ramp, splat
 from sparsec.codegen.kernels.int8_cost import Form
@@ -36,7 +37,7 @@ from sparsec.codegen.kernels.panels import WIDTH, loop
 from sparsec.codegen.program import Kernel, Kind, Parameter
 from sparsec.ir.schedule import Workload
 from sparsec.sparse.bsr import block_zeros
-from sparsec.target import Target
+from sparsec.target import Isa, Target
 
 Array = np.ndarray[Any, Any]
 SHAPES = ["768x768", "3072x768", "768x3072", "256x1024", "1024x256"]
@@ -93,9 +94,9 @@ class Candidate:
 class Library:
     """Kernels in one shared library."""
 
-    def __init__(self, kernels: list[Kernel], isa: Int8Isa, folder: Path):
+    def __init__(self, kernels: list[Kernel], isa: Isa, folder: Path):
         path = folder / "kernels.o"
-        path.write_bytes(tir.build_object([k.build() for k in kernels], isa.features))
+        path.write_bytes(tir.build_object([k.build() for k in kernels], FEATURES[isa]))
         linker = [sys.executable, "-m", "ziglang", "ld.lld", "-shared"]
         subprocess.run([*linker, str(path), "-o", str(path.with_suffix(".so"))], check=True)
         self.library = ctypes.CDLL(str(path.with_suffix(".so")))
@@ -229,7 +230,7 @@ def main() -> None:
                              if isinstance(k, Int8Gemm) and k.isa == isa.name
                              and k.epilogue == epilogue]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        library = Library([Peak(isa), *kernels], isa, Path(folder))
+        library = Library([Peak(isa), *kernels], isa.isa, Path(folder))
         peak = peak_of(library, isa)
         print(f"{isa.name}, {epilogue.result}, peak {peak / 1e9:.1f} GMAC/s")
         for text in options.shape or SHAPES:

@@ -1,7 +1,8 @@
 """oneDNN's matmul on u8 activations and s8 weights, called through its C API.
 
-The shared library comes with a package such as `onednn-cpu-gomp` (in the extra `bench`), or is
-the system's. Numbers of the enumerations are those of oneDNN 3's headers.
+The shared library comes with the package `onednn-cpu-gomp` (in the extra `bench`), is the system's
+or the one that SPARSEC_ONEDNN names. Packages of newer versions run on SYCL, and want a driver for
+it. Numbers of the enumerations are those of oneDNN 3's headers.
 """
 
 from __future__ import annotations
@@ -153,15 +154,18 @@ class OneDnn:
             raise OSError(f"oneDNN: {function} gave status {status}")
 
 
-def find_onednn() -> OneDnn | None:
-    """The first library that loads: SPARSEC_ONEDNN, the environment's, the system's."""
+def find_onednn() -> OneDnn:
+    """The first library that loads: SPARSEC_ONEDNN, the environment's, the system's.
+
+    Raises OSError, saying why, when there is none.
+    """
     given = os.environ.get("SPARSEC_ONEDNN")
     beside = sorted((Path(sys.prefix) / "lib").glob("libdnnl.so*"))
-    for path in [given, *map(str, beside), find_library("dnnl")]:
-        if path:
-            try:
-                return OneDnn(path)
-            except OSError:
-                if path == given:
-                    raise
-    return None
+    paths = [given] if given else [*map(str, beside), find_library("dnnl")]
+    problems = []
+    for path in [p for p in paths if p]:
+        try:
+            return OneDnn(path)
+        except OSError as error:
+            problems.append(str(error))
+    raise OSError("; ".join(problems) or "oneDNN is not installed: pip install onednn-cpu-gomp")
