@@ -128,7 +128,8 @@ class Product:
         self.out, self.depth, self.tokens = out, depth, tokens
         rng = np.random.default_rng(1)
         panels = -(-tokens // WIDTH)
-        self.rows = rng.integers(0, 256, (tokens, depth)).astype(np.uint8)
+        self.rows = aligned(rng.integers(0, 256, (tokens, depth)).astype(np.uint8))
+        self.result_rows = aligned(np.zeros((tokens, out), np.uint8))
         padded = np.zeros((panels * WIDTH, depth), np.uint8)
         padded[:tokens] = self.rows
         self.x = aligned(padded.reshape(panels, WIDTH, depth).transpose(0, 2, 1))
@@ -169,10 +170,8 @@ class Product:
 
     def onednn(self, library: OneDnn, weight: Weight) -> tuple[Callable[[], Array], str]:
         scale = self.scale * np.float32(X_SCALE)
-        zero_points = (X_ZERO, Y_ZERO)
-        return library.matmul(
-            self.rows, weight.data, scale, self.bias, self.out_scale, zero_points
-        )
+        operands = (self.rows, weight.data, scale, self.bias, self.result_rows)
+        return library.matmul(*operands, self.out_scale, (X_ZERO, Y_ZERO))
 
     def result(self) -> Array:
         """Ours, as `[tokens, out]`."""
@@ -333,12 +332,10 @@ def detail(records: list[dict[str, Any]], shown: list[tuple[str, int]], has_peer
     """A row per product: oneDNN's time and our speed over it, or our times without it."""
     unit = "times the speed of oneDNN" if has_peer else "us"
     table = Table(title=f"int8 products, u8 results: {unit}")
-    table.add_column("out x in")
-    table.add_column("tokens")
-    if has_peer:
-        table.add_column("oneDNN us")
-    for block, zeros in shown:
-        table.add_column(f"{block} {zeros} %" if zeros else block)
+    heads = ["out x in", "tokens", *["oneDNN\nus"] * has_peer]
+    heads += [f"{block}\n{zeros} %" if zeros else block for block, zeros in shown]
+    for head in heads:
+        table.add_column(head, no_wrap=True)
     key = "ratio" if has_peer else "sparsec_us"
     for size in dict.fromkeys((r["out"], r["in"], r["tokens"]) for r in records):
         row = {(r["block"], r["zeros"]): r for r in records

@@ -53,15 +53,15 @@ class OneDnn:
         self._stream = self._make("stream_create", self._engine, IN_ORDER)
         self._kept: list[Any] = []
 
-    def matmul(self, x: Array, w: Array, scale: Array, bias: Array, out_scale: float,
+    def matmul(self, x: Array, w: Array, scale: Array, bias: Array, y: Array, out_scale: float,
                zero_points: tuple[int, int]) -> tuple[Callable[[], Array], str]:  # fmt: skip
-        """A call that gives u8 `[tokens, m]`, and the name of oneDNN's implementation.
+        """A call that fills and gives `y`, and the name of oneDNN's implementation.
 
-        `x` is u8 `[tokens, k]`, `w` s8 `[m, k]`, `scale` and `bias` f32 `[m]`; zero_points are
-        those of x and of the result: clip(rint((x - z) w * scale + bias) / out_scale) + z').
+        `x` is u8 `[tokens, k]`, `y` u8 `[tokens, m]`, `w` s8 `[m, k]`, `scale` and `bias` f32
+        `[m]`; zero_points are those of x and of the result:
+        clip(rint((x - z) w * scale + bias) / out_scale) + z').
         """
         (tokens, k), m = x.shape, len(w)
-        y = np.zeros((tokens, m), np.uint8)
         attr = self._make("primitive_attr_create")
         self._call("primitive_attr_set_scales_mask", attr, WEIGHTS, PER_COLUMN)
         self._call("primitive_attr_set_scales_mask", attr, DST, 0)

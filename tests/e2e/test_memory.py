@@ -77,5 +77,13 @@ def test_peak_resident_is_the_int8_weights_and_the_arena(library: Path) -> None:
     assert int(out) > TABLE  # all of it was read
 
 
+def test_the_arena_is_what_the_description_says(library: Path) -> None:
+    model = sparsec.load(library, threads=1)
+    shape = (1, TOKENS)
+    model({p.name: np.full(shape, p.name == "attention_mask", np.int64) for p in model.inputs})
+    (context,) = model._idle
+    assert model._model.arena_bytes(context.handle) == model.description["arena"]["bytes"]
+
+
 def test_the_file_holds_no_fp32_table(library: Path) -> None:
     assert TABLE < library.stat().st_size < TABLE + 1.5e6
