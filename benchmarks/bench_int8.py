@@ -26,7 +26,7 @@ import numpy as np
 from tvm.script.ir_builder import tirx as T
 
 from sparsec.codegen import tir
-from sparsec.codegen.isa import amx
+from sparsec.codegen.isa import FEATURES, amx
 from sparsec.codegen.isa.int8 import AMX_INT8, INT8_ISAS, Int8Isa, int8_isa
 from sparsec.codegen.isa.vector import keep, ramp, splat
 from sparsec.codegen.kernels.int8_cost import Form
@@ -119,9 +119,9 @@ class Candidate:
 class Library:
     """Kernels in one shared library."""
 
-    def __init__(self, kernels: list[Kernel], isa: Int8Isa, folder: Path):
+    def __init__(self, kernels: list[Kernel], isa: Isa, folder: Path):
         path = folder / "kernels.o"
-        path.write_bytes(tir.build_object([k.build() for k in kernels], isa.features))
+        path.write_bytes(tir.build_object([k.build() for k in kernels], FEATURES[isa]))
         linker = [sys.executable, "-m", "ziglang", "ld.lld", "-shared"]
         subprocess.run([*linker, str(path), "-o", str(path.with_suffix(".so"))], check=True)
         self.library = ctypes.CDLL(str(path.with_suffix(".so")))
@@ -262,7 +262,7 @@ def main() -> None:
                              and k.epilogue == epilogue]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         peak_kernel: Kernel = TilePeak() if isa is AMX_INT8 else Peak(isa)
-        library = Library([peak_kernel, *kernels], isa, Path(folder))
+        library = Library([peak_kernel, *kernels], isa.isa, Path(folder))
         peak = peak_of(library, isa)
         print(f"{isa.name}, {epilogue.result}, peak {peak / 1e9:.1f} GMAC/s")
         for text in options.shape or SHAPES:

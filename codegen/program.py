@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from sparsec.ir.dims import Dim
+from sparsec.ir.dims import Dim, evaluate
 from sparsec.ir.graph import Limit
+from sparsec.ir.memory_plan import total_bytes
 from sparsec.ir.types import TensorType
 
 
@@ -124,3 +126,8 @@ class Program:
     slots: tuple[Dim, ...]
     calls: tuple[KernelCall, ...]
     limits: tuple[Limit, ...] = ()  # checked when the symbols are bound
+
+    def arena_bytes(self, env: Mapping[str, int]) -> int:
+        """What the arena takes for one thread when the symbols have the values in `env`."""
+        scratch = max((evaluate(call.scratch_bytes, env) for call in self.calls), default=0)
+        return total_bytes((*self.slots, scratch), env)

@@ -91,11 +91,14 @@ def _calibration(args: argparse.Namespace) -> Calibration | None:
 
 
 def _print_summary(result: Any) -> None:
+    from sparsec.tools.inspect import arena_text
+
     report = result.report
     size = result.library.stat().st_size
     total = sum(result.seconds.values())
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.seconds.items())
     print(f"{result.library}: {size / 1e6:.1f} MB for {report['isa']}, {total:.1f} s ({stages})")
+    print(arena_text(report["arena"]))
     slow = sorted({layer["op"] for layer in report["layers"] if layer["generic"]})
     if slow:
         print(f"generic (not hand-tuned) ops: {', '.join(slow)}")

@@ -21,6 +21,7 @@ from sparsec.calibration import (
 )
 from sparsec.calibration_text import text_batches
 from sparsec.codegen import tir
+from sparsec.codegen.describe import describe_arena
 from sparsec.codegen.isa import FEATURES
 from sparsec.codegen.kernels import schedule_for
 from sparsec.codegen.lower import lower, schedule_of
@@ -151,6 +152,7 @@ def _compile(
         "isa": isa.value,
         "precision": precision,
         **description,
+        "arena": describe_arena(program),
         "passes": records,
         "seconds": clock.seconds,
     }

@@ -22,6 +22,7 @@ from sparsec.passes.infer_types import InferTypes
 from sparsec.passes.merge_qkv import MergeQkv
 from sparsec.passes.quantize import Quantization, Quantize, is_quantized, quantized_values
 from sparsec.passes.quantize_attention import QuantizeAttention, attention_values
+from sparsec.passes.quantize_tables import QuantizeTables
 from sparsec.passes.use_bf16 import UseBf16
 
 __all__ = [
@@ -93,7 +94,12 @@ def int8_pipeline(
     """
     # Its operands are int8 by then.
     last = [QuantizeAttention(quantization.ranges, supported)] if attention else []
-    return [Quantize(quantization.ranges, quantization.keep_fp32), FoldQuantize(), *last]
+    return [
+        Quantize(quantization.ranges, quantization.keep_fp32),
+        FoldQuantize(),
+        *last,
+        QuantizeTables(quantization.keep_fp32, supported),
+    ]
 
 
 def bf16_pipeline(

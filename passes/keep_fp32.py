@@ -9,12 +9,14 @@ from sparsec.errors import InvalidInput
 from sparsec.ir.graph import Node
 
 
-def check_patterns(products: Sequence[Node], patterns: Sequence[str]) -> None:
-    """Raises InvalidInput for a pattern that fits none of the products."""
+def check_patterns(nodes: Sequence[Node], patterns: Sequence[str]) -> None:
+    """Raises InvalidInput for a pattern that fits none of the products and embeddings."""
     for pattern in patterns:
-        if not any(fnmatchcase(n.name, pattern) for n in products):
-            names = ", ".join(n.name for n in products) or "none"
-            raise InvalidInput(f"no product is named like {pattern!r}; there are {names}")
+        if not any(fnmatchcase(n.name, pattern) for n in nodes):
+            names = ", ".join(n.name for n in nodes) or "none"
+            raise InvalidInput(
+                f"no product or embedding is named like {pattern!r}; there are {names}"
+            )
 
 
 def kept(node: Node, patterns: Sequence[str]) -> str | None:

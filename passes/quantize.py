@@ -136,7 +136,8 @@ def _candidates(graph: Graph, keep_fp32: tuple[str, ...]) -> tuple[list[Node], l
     """The products that int8 kernels compute, and why the others are none."""
     tokens = {n.input(0).type.tokens for n in graph.nodes if n.op == "attention"}
     products = [n for n in graph.nodes if n.op == "linear"]
-    check_patterns(products, keep_fp32)
+    named = [n for n in graph.nodes if n.op in ("linear", "embedding")]
+    check_patterns(named, keep_fp32)
     found: list[Node] = []
     notes: list[str] = []
     for node in products:

@@ -95,6 +95,16 @@ def example(op: str, g: Graph, rng: np.random.Generator) -> tuple[Node, dict[str
             g.set_type(node.output, node.output.type.with_layout(Panels()))
         case "to_bf16":
             node = g.add_node(op, [panels("x", 40)])
+        case "embedding_int8":
+            ids = [g.add_input(n, DType.I64, (BATCH, SEQ)) for n in ("kinds", "words", "places")]
+            tables = [constant(50, 40)]
+            tables += [g.add_constant(rng.integers(-128, 128, (50, 40)).astype(np.int8), "table")
+                       for _ in range(2)]  # fmt: skip
+            scales = [None, *(g.add_constant(rng.random(50).astype(np.float32) / 100, "scale")
+                              for _ in range(2))]  # fmt: skip
+            parts = [v for part in zip(ids, tables, scales, strict=True) for v in part]
+            node = g.add_node(op, parts, {"zero_points": (0, 0, -9)})
+            g.set_type(node.output, node.output.type.with_layout(Panels()))
         case "to_panels":
             node = g.add_node(op, [g.add_input("x", DType.F32, (BATCH, SEQ, 40))], {"width": 64})
         case "from_panels":
