@@ -29,11 +29,12 @@ from sparsec.codegen.isa.int8 import TILES
 from sparsec.codegen.isa.vector import keep, prefetch, ramp, splat
 from sparsec.codegen.kernels.int8_gemm import Int8Gemm, Place
 from sparsec.codegen.kernels.int8_pack import FETCH, QUAD, SUMS, TILE_QUADS
-from sparsec.codegen.kernels.panels import WIDTH, const, div, loop, mod
+from sparsec.codegen.kernels.panels import WIDTH, const, div, loop
 
 LANES = 16
 TILE = TILE_QUADS * LANES  # elements
 STEP = TILES * TILE
+FETCHES = TILE_QUADS // FETCH  # of a whole step
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +95,13 @@ class TileGemm(Int8Gemm):
         copy = keep(at.quads * quads * self.hooks.chunk + self._area)
         if not self.is_sparse:
             steps = keep(div(quads + (TILE_QUADS - 1), TILE_QUADS))
-            return _Block(keep(at.block * steps), steps, steps, const(0), copy, copy)
+            return _Block(keep(at.block * steps), steps, const(0), copy, copy)
         first, fetches = (keep(T.cast(s["starts"][2 * at.block + i], "int64")) for i in (0, 1))
-        per_step = TILE_QUADS // FETCH
-        whole = keep(div(fetches, per_step))
-        rest = keep(mod(fetches, per_step))
-        steps = keep(div(fetches + (per_step - 1), per_step))
+        steps = keep(div(fetches + (FETCHES - 1), FETCHES))
         tiles = const(self._area)
         if self.form == "quads":
             tiles = keep(s["group"] * quads * WIDTH + self._area)
-        return _Block(first, steps, whole, rest, copy, tiles)
+        return _Block(first, steps, fetches, copy, tiles)
 
     def _pass(self, s: tir.KernelScope, at: Place, block: _Block, part: _Pass) -> None:
         """All products of a strip and of `_columns` tiles, summed into scratch memory."""
@@ -128,15 +126,12 @@ class TileGemm(Int8Gemm):
 
     def _fetched(self, s: tir.KernelScope, at: Place, block: _Block, part: _Pass) -> None:
         """Steps whose quads are fetched before they are multiplied."""
-        with loop(0, block.whole) as step:
-            for quad in range(TILE_QUADS):
-                self._fetch(s, at, block, part, step, const(quad))
-            self._multiply(s, at, block, part, step)
-        with T.If(block.rest != 0), T.Then():
-            with loop(0, block.rest) as fetch:
+        with loop(0, block.steps) as step:
+            fetches = keep(T.min(const(FETCHES), block.fetches - step * FETCHES))
+            with loop(0, fetches) as fetch:
                 for quad in range(FETCH):
-                    self._fetch(s, at, block, part, block.whole, keep(fetch * FETCH + quad))
-            self._multiply(s, at, block, part, block.whole)
+                    self._fetch(s, at, block, part, step, keep(fetch * FETCH + quad))
+            self._multiply(s, at, block, part, step)
 
     def _fetch(
         self, s: tir.KernelScope, at: Place, block: _Block, part: _Pass, step: Any, quad: Any
@@ -203,7 +198,7 @@ class TileGemm(Int8Gemm):
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Steps of a block of rows from `first` on: `whole` ones, and `rest` fetches of one more.
+    """Steps of a block of rows from `first` on, and how many times FETCH quads that is.
 
     In scratch memory, `copy` is where the chunk's copy in quads starts, and `tiles` what the
     products read.
@@ -211,8 +206,7 @@ class _Block:
 
     first: Any
     steps: Any
-    whole: Any
-    rest: Any
+    fetches: Any
     copy: Any
     tiles: Any
 
