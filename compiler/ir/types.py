@@ -34,8 +34,8 @@ class DType(enum.Enum):
     def numpy(self) -> np.dtype[Any]:
         # NumPy has no bfloat16 of its own.
         name: Any = ml_dtypes.bfloat16 if self is DType.BF16 else self.value
-        found: np.dtype[Any] = np.dtype(name)
-        return found
+        dtype: np.dtype[Any] = np.dtype(name)
+        return dtype
 
     @property
     def bytes(self) -> int:

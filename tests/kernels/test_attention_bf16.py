@@ -103,8 +103,7 @@ def test_against_exact_softmax(
         for v in (wide, np.abs(wide))
     )
     # Each probability is rounded to bf16, half to even: off by 2**-8 of it. Sums of head_size
-    # products and of seq probabilities, and exp of scores below 2**5, are off by a few eps per
-    # term.
+    # products, of seq probabilities, and exp of scores below 2**5 are off by a few eps a term.
     terms = 8 * head_size + seq + 64
     bound = (2.0**-8 + terms * EPS) * sizes + 1e-30
     got = run.from_panels(y, c.tokens).reshape(exact.shape)
