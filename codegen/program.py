@@ -10,6 +10,7 @@ import numpy as np
 
 from sparsec.ir.dims import Dim
 from sparsec.ir.graph import Limit
+from sparsec.ir.schedule import EVERY, Bucket
 from sparsec.ir.types import TensorType
 
 
@@ -82,7 +83,9 @@ class KernelCall:
     """One call: `items` work items that may run in any order and on any worker.
 
     `macs` is the number of multiply-accumulates that count as useful: of a sparse weight those of
-    its non-zero blocks. `op` and `node` say where the call comes from; lowering fills them in.
+    its non-zero blocks. A run whose `tokens` are not in `bucket` leaves the call out: it is one of
+    several ways to compute the node. `op`, `node` and `schedule` say where the call comes from;
+    lowering fills in these and the bucket.
     """
 
     kernel: Kernel
@@ -94,6 +97,9 @@ class KernelCall:
     macs: Dim = 0
     op: str = ""
     node: str = ""
+    schedule: str = ""
+    tokens: Dim = 0
+    bucket: Bucket = EVERY
 
 
 @dataclass(frozen=True, slots=True)

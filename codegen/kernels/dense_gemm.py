@@ -27,6 +27,7 @@ from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, best_vector_isa, by_name
 from sparsec.codegen.isa.polynomials import ACTIVATIONS
 from sparsec.codegen.isa.vector import keep, ramp, splat
 from sparsec.codegen.kernels.base import Binder
+from sparsec.codegen.kernels.few_tokens_gemm import MOST_TOKENS, FewTokensGemm
 from sparsec.codegen.kernels.panels import (
     GROUP,
     WIDTH,
@@ -37,7 +38,7 @@ from sparsec.codegen.kernels.panels import (
     loop,
 )
 from sparsec.codegen.program import Kernel, KernelCall, Kind, Parameter
-from sparsec.ir.dims import ceildiv
+from sparsec.ir.dims import Dim, ceildiv
 from sparsec.ir.graph import Node
 from sparsec.ir.op_spec import Array
 from sparsec.ir.schedule import Schedule, Workload
@@ -48,6 +49,7 @@ from sparsec.target import Target
 REGISTER_BLOCKS = {8: ((6, 1, 2),), 16: ((6, 2, 4), (8, 1, 3))}
 # Of 16 and 32 registers; nv vectors of x and one weight are there too.
 ACCUMULATORS = {8: 12, 16: 24}
+FEW_TOKENS = "few_tokens_gemm"
 PARAMS = ("mr", "strips", "nv", "kc", "group")
 
 
@@ -229,12 +231,16 @@ class DenseGemmFamily:
         best = best_vector_isa(target)
         if best is None or workload.dtype != str(DType.F32):
             return []
-        return [
-            Schedule("dense_gemm", v.name, tuple(zip(PARAMS, p, strict=True)))
-            for v in reversed(VECTOR_ISAS)
-            if target.has(v.isa)
-            for p in self._params(v, workload.size("k"), target)
-        ]
+        most = workload.bucket.most
+        few = most is not None and most <= MOST_TOKENS
+        found = []
+        for v in (v for v in reversed(VECTOR_ISAS) if target.has(v.isa)):
+            found += [Schedule(FEW_TOKENS, v.name)] if few else []
+            params = self._params(v, workload.size("k"), target)
+            found += [
+                Schedule("dense_gemm", v.name, tuple(zip(PARAMS, p, strict=True))) for p in params
+            ]
+        return found
 
     def _params(self, v: VectorIsa, k: int, target: Target) -> list[tuple[int, ...]]:
         """PARAMS: x[group][kc] takes at most half of L2, but one panel at least."""
@@ -251,21 +257,30 @@ class DenseGemmFamily:
         bias, residual = node.optional_input(2), node.optional_input(3)
         assert all(is_planar(v.type) for v in (x, y)), node
         assert weight.data is not None, node
-        m, k = weight.data.shape
-        mr, strips, nv, kc, group = (schedule.param(n) for n in PARAMS)
-        activation = str(node.attrs["activation"])
-        kernel = DenseGemm(by_name(schedule.isa), mr, strips, nv, activation, residual is not None)
-        packed = binder.weight(weight.name, pack_weight(weight.data, mr, strips, kc))
-        bias_data = None if bias is None else bias.data
-        packed_bias = binder.weight(f"{node.name}.bias", pack_bias(bias_data, m, kernel.rows))
-        pointers = [binder.ref(x), packed, packed_bias]
-        pointers += [] if residual is None else [binder.ref(residual)]
-        tokens = x.type.tokens
+        (m, k), tokens = weight.data.shape, x.type.tokens
+        v, epilogue = by_name(schedule.isa), (str(node.attrs["activation"]), residual is not None)
+        kernel: DenseGemm | FewTokensGemm
+        if schedule.family == FEW_TOKENS:
+            kernel = FewTokensGemm(v, *epilogue)
+            packed, sizes = pack_weight(weight.data, kernel.rows, 1, k), (tokens, m, k)
+            groups: Dim = 1
+        else:
+            mr, strips, nv, kc, group = (schedule.param(n) for n in PARAMS)
+            kernel = DenseGemm(v, mr, strips, nv, *epilogue)
+            packed = pack_weight(weight.data, mr, strips, kc)
+            sizes = (tokens, m, k, kc, group)
+            groups = ceildiv(ceildiv(tokens, WIDTH), group)
+        packed_bias = pack_bias(None if bias is None else bias.data, m, kernel.rows)
+        refs = [
+            binder.weight(weight.name, packed),
+            binder.weight(f"{node.name}.bias", packed_bias),
+        ]
+        refs += [] if residual is None else [binder.ref(residual)]
         return [
             KernelCall(
                 kernel,
-                (*pointers, binder.ref(y), tokens, m, k, kc, group),
-                ceildiv(ceildiv(tokens, WIDTH), group) * -(-m // kernel.rows),
+                (binder.ref(x), *refs, binder.ref(y), *sizes),
+                groups * -(-m // kernel.rows),
                 f"{node.name}: y[{m}] = w[{m}][{k}] x[{k}], {kernel.activation}",
                 grain=max(1, 2**14 // (kernel.rows * k)),
                 macs=tokens * (m * k),
@@ -273,10 +288,13 @@ class DenseGemmFamily:
         ]
 
     def variants(self) -> list[Kernel]:
+        ends = [(activation, residual) for activation in ACTIVATIONS for residual in (False, True)]
         return [
-            DenseGemm(v, *block, activation, residual)
+            kernel
             for v in VECTOR_ISAS
-            for block in REGISTER_BLOCKS[v.lanes]
-            for activation in ACTIVATIONS
-            for residual in (False, True)
+            for end in ends
+            for kernel in (
+                *(DenseGemm(v, *block, *end) for block in REGISTER_BLOCKS[v.lanes]),
+                FewTokensGemm(v, *end),
+            )
         ]
