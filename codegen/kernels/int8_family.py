@@ -39,11 +39,12 @@ MOST_PANELS = 8  # of a group
 U8_MAX = 255
 STEPS_OF_COARSE = 64  # a coarse activation is off by less than this part of a step of the result
 GRAIN_MACS = 1 << 15  # per token: about 10 us on one core
-PARAMS = ("rows", "cols", "strip", "group")
+PARAMS = ("rows", "cols", "strip", "group", "most")  # most tokens, or 0: any number
 
 
-def kernel_of(form: Form, isa: Int8Isa, epilogue: Epilogue) -> Int8Gemm:
-    return Int8Gemm(isa, FORM_NAMES[form.cols], form.strip, form.rows > form.strip, epilogue)
+def kernel_of(form: Form, isa: Int8Isa, epilogue: Epilogue, most: int = 0) -> Int8Gemm:
+    name, tall = FORM_NAMES[form.cols], form.rows > form.strip
+    return Int8Gemm(isa, name, form.strip, tall, epilogue, most or None)
 
 
 def pack(w: Array, form: Form, isa: Int8Isa) -> PackedWeight:
@@ -95,6 +96,8 @@ class Int8GemmFamily:
         activation = workload.epilogue.partition(" ")[0]
         if isa is None or activation not in ACTIVATIONS:
             return []
+        tokens = workload.bucket.most
+        most = next((n for n in reversed(isa.limits) if tokens is not None and tokens <= n), 0)
         sizes, block = (workload.size("m"), workload.size("k")), _block(workload.layout)
 
         def cost(form: Form) -> float:
@@ -107,7 +110,7 @@ class Int8GemmFamily:
             Schedule(
                 "int8_gemm",
                 isa.name,
-                tuple(zip(PARAMS, (f.rows, f.cols, f.strip, group), strict=True)),
+                tuple(zip(PARAMS, (f.rows, f.cols, f.strip, group, most), strict=True)),
             )
             for f in sorted(forms(block, isa), key=cost)
         ]
@@ -116,9 +119,9 @@ class Int8GemmFamily:
         x, weight, y = node.input(0), node.input(1), node.output
         assert weight.data is not None, node
         assert x.type.layout == y.type.layout == Panels(), node
-        rows, cols, strip, group = (schedule.param(n) for n in PARAMS)
+        rows, cols, strip, group, most = (schedule.param(n) for n in PARAMS)
         form, isa = Form(rows, cols, strip), int8_isa(schedule.isa)
-        kernel = kernel_of(form, isa, _epilogue(node))
+        kernel = kernel_of(form, isa, _epilogue(node), most)
         packed = pack(weight.data, form, isa)
         m, k = weight.data.shape
         tokens = x.type.tokens
@@ -150,10 +153,11 @@ class Int8GemmFamily:
 
     def variants(self) -> list[Kernel]:
         return [
-            kernel_of(form, isa, epilogue)
+            kernel_of(form, isa, epilogue, most)
             for isa in INT8_ISAS
             for form in _distinct_forms(isa)
             for epilogue in _epilogues()
+            for most in (0, *isa.limits)
         ]
 
 

@@ -16,7 +16,8 @@ Loops, outermost first:
     step
 
 A last panel with few tokens takes the narrow form of the same loops (`Int8Isa.narrow`): fewer
-tiles, and two strips of a tall block to a register block. It reads the same weights.
+tiles, and two strips of a tall block to a register block. A kernel for few tokens in all is that
+form alone, without groups and panels. All read the same weights.
 
 Weights are read from memory in order, once per group. Sums go through L1 to the epilogue, which
 is a loop over rows: an instruction set whose sums are not in vector registers fits in there.
@@ -45,20 +46,24 @@ Read = Callable[[Any], list[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Int8Gemm:
-    """A register block of `strip` rows. A `tall` block of rows has several strips."""
+    """A register block of `strip` rows. A `tall` block of rows has several strips.
+
+    `most_tokens` is the chunk of a narrow form of `hooks`, or None: any number of tokens.
+    """
 
     hooks: Int8Isa
     form: str
     strip: int
     tall: bool
     epilogue: Epilogue
+    most_tokens: int | None = None
 
     @property
     def name(self) -> str:
         rows = f"{self.strip}n" if self.tall else f"{self.strip}"
         return (
             f"linear_int8_{self.form}{rows}_{self.epilogue.result}{self.epilogue.suffix}"
-            f"_{self.isa}"
+            f"{'' if self.most_tokens is None else f'_to{self.most_tokens}'}_{self.isa}"
         )
 
     @property
@@ -94,8 +99,8 @@ class Int8Gemm:
 
     @property
     def _together(self) -> int:
-        """Strips of a tall block in one register block: half the tiles leave room for two."""
-        return TILES // self.hooks.tiles if self.tall else 1
+        """Strips of a tall block in one register block: fewer tiles leave room for two."""
+        return 2 if self.tall and self.hooks.tiles < TILES else 1
 
     @property
     def _rows_together(self) -> int:
@@ -116,6 +121,9 @@ class Int8Gemm:
         return tir.kernel_function(self.name, self.parameters, self._body, scratch="int32")
 
     def _body(self, s: tir.KernelScope) -> None:
+        if self.most_tokens is not None:
+            replace(self, hooks=self.hooks.form_for(self.most_tokens))._one_panel(s)
+            return
         group = s["group"]
         strips = s["strips"] if self.tall else const(1)
         rows = keep(strips * self.strip)
@@ -134,6 +142,15 @@ class Int8Gemm:
                 at = _Place(block, rows, strips, panel, keep(panel - origin))
                 for kernel, chunks in self._widths(s, panel):
                     kernel._chunks(s, at, chunks)
+
+    def _one_panel(self, s: tir.KernelScope) -> None:
+        """Blocks of rows for the only panel and its only chunk."""
+        strips, zero = s["strips"] if self.tall else const(1), const(0)
+        rows = keep(strips * self.strip)
+        if self.form != "channels":
+            self._make_quads(s, zero, zero, const(1))
+        with loop(s.begin, s.end) as block:
+            self._block(s, _Place(block, rows, strips, zero, zero, zero))
 
     def _widths(self, s: tir.KernelScope, panel: Any) -> Iterator[tuple[Int8Gemm, Any]]:
         """Run-time cases: which kernel takes the tokens of a panel, in how many chunks."""
@@ -235,7 +252,8 @@ class Int8Gemm:
         """Sums of the rows of a strip, left in scratch memory."""
         n, columns = self.hooks.lanes, self.hooks.columns
         rows = self._rows_together
-        sets = 1 if rows * columns >= CHAINS else 2
+        # With its own unpacks a step is not shorter than the latency of a multiply-add.
+        sets = 1 if rows * columns >= CHAINS or self._gathers else 2
         sums = [[tir.registers("int32", columns * n) for _ in range(rows)] for _ in range(sets)]
         tiles = [ramp(i * n, n) for i in range(columns)]
         for index, group in enumerate(sums):
