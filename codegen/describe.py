@@ -66,7 +66,7 @@ def _step(call: KernelCall) -> dict[str, Any]:
         "most": call.bucket.most,
         "macs": _dim(call.macs),
         "items": _dim(call.items),
-        "grain": call.grain,
+        "grain": _dim(call.grain),
         "scratch_bytes": _dim(call.scratch_bytes),
     }
 

@@ -93,7 +93,7 @@ class KernelCall:
     items: Dim
     comment: str
     scratch_bytes: Dim = 0
-    grain: int = 1  # least number of items worth a worker of its own
+    grain: Dim = 1  # least number of items worth a worker of its own
     macs: Dim = 0
     op: str = ""
     node: str = ""

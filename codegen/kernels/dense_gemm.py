@@ -30,11 +30,14 @@ from sparsec.codegen.kernels.base import Binder
 from sparsec.codegen.kernels.few_tokens_gemm import MOST_TOKENS, FewTokensGemm
 from sparsec.codegen.kernels.panels import (
     GROUP,
+    LEAST_MACS,
     WIDTH,
     const,
     div,
+    grain_of,
     groups_in_panel,
     is_planar,
+    item_rectangles,
     loop,
 )
 from sparsec.codegen.program import Kernel, KernelCall, Kind, Parameter
@@ -96,17 +99,14 @@ class DenseGemm:
 
     def _body(self, s: tir.KernelScope) -> None:
         k, kc, group = s["k"], s["kc"], s["group"]
-        panels = keep(div(s["tokens"] + (WIDTH - 1), WIDTH))
         blocks = keep(div(s["m"] + (self.rows - 1), self.rows))
-        with loop(div(s.begin, blocks), div(s.end + blocks - 1, blocks)) as g:
-            first = keep(T.max(s.begin - g * blocks, const(0)))
-            last = keep(T.min(s.end - g * blocks, blocks))
+        with item_rectangles(s, blocks, group) as (first, last, origin, end):
             with loop(0, div(k + kc - 1, kc)) as kb:
                 k0 = keep(kb * kc)
                 depth = keep(T.min(kc, k - k0))
                 with (
                     loop(first, last) as block,
-                    loop(g * group, T.min((g + 1) * group, panels)) as panel,
+                    loop(origin, end) as panel,
                 ):
                     weights = keep((k0 * blocks + block * depth) * self.rows)
                     self._panel(s, _Place(block, panel, k0, depth, weights))
@@ -269,7 +269,7 @@ class DenseGemmFamily:
             kernel = DenseGemm(v, mr, strips, nv, *epilogue)
             packed = pack_weight(weight.data, mr, strips, kc)
             sizes = (tokens, m, k, kc, group)
-            groups = ceildiv(ceildiv(tokens, WIDTH), group)
+            groups = ceildiv(tokens, WIDTH)
         packed_bias = pack_bias(None if bias is None else bias.data, m, kernel.rows)
         refs = [
             binder.weight(weight.name, packed),
@@ -282,7 +282,7 @@ class DenseGemmFamily:
                 (binder.ref(x), *refs, binder.ref(y), *sizes),
                 groups * -(-m // kernel.rows),
                 f"{node.name}: y[{m}] = w[{m}][{k}] x[{k}], {kernel.activation}",
-                grain=max(1, 2**14 // (kernel.rows * k)),
+                grain=grain_of(kernel.rows * k, tokens, LEAST_MACS["fp32"]),
                 macs=tokens * (m * k),
             )
         ]

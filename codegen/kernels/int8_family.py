@@ -19,7 +19,7 @@ from sparsec.codegen.kernels.int8_pack import (
     pack_quads,
     pack_rows,
 )
-from sparsec.codegen.kernels.panels import WIDTH
+from sparsec.codegen.kernels.panels import LEAST_MACS, WIDTH, grain_of
 from sparsec.codegen.program import Arg, BufferRef, Kernel, KernelCall
 from sparsec.ir.dims import ceildiv
 from sparsec.ir.graph import Node
@@ -38,7 +38,6 @@ BLOCK_ROWS = (4, 8, 16, 32, 64)
 MOST_PANELS = 8  # of a group
 U8_MAX = 255
 STEPS_OF_COARSE = 64  # a coarse activation is off by less than this part of a step of the result
-GRAIN_MACS = 1 << 15  # per token: about 10 us on one core
 PARAMS = ("rows", "cols", "strip", "group", "most")  # most tokens, or 0: any number
 
 
@@ -143,10 +142,10 @@ class Int8GemmFamily:
             KernelCall(
                 kernel,
                 tuple(args),
-                ceildiv(ceildiv(tokens, WIDTH), group) * blocks,
+                ceildiv(tokens, WIDTH) * blocks,
                 f"{node.name}: y[{m}] = w[{m}][{k}] x[{k}], {name}, {kernel.epilogue.activation}",
                 scratch_bytes=kernel.scratch_bytes(k, group, packed.most_steps),
-                grain=max(1, int(GRAIN_MACS / max(1.0, rows * k * density))),
+                grain=grain_of(round(rows * k * density), tokens, LEAST_MACS["int8"]),
                 macs=tokens * round(m * k * density),
             )
         ]

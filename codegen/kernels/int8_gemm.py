@@ -36,7 +36,7 @@ from sparsec.codegen.isa.int8 import TILES, Int8Isa
 from sparsec.codegen.isa.vector import keep, prefetch, ramp, splat
 from sparsec.codegen.kernels.int8_epilogue import Epilogue
 from sparsec.codegen.kernels.int8_pack import QUAD
-from sparsec.codegen.kernels.panels import WIDTH, const, div, loop
+from sparsec.codegen.kernels.panels import WIDTH, const, div, item_rectangles, loop
 from sparsec.codegen.program import Kind, Parameter
 
 WORDS_AHEAD = 256  # fetched while others are multiplied: 1 KB, past the end too
@@ -127,13 +127,8 @@ class Int8Gemm:
         group = s["group"]
         strips = s["strips"] if self.tall else const(1)
         rows = keep(strips * self.strip)
-        panels = keep(div(s["tokens"] + (WIDTH - 1), WIDTH))
         blocks = keep(div(s["m"] + rows - 1, rows))
-        with loop(div(s.begin, blocks), div(s.end + blocks - 1, blocks)) as g:
-            first = keep(T.max(s.begin - g * blocks, const(0)))
-            last = keep(T.min(s.end - g * blocks, blocks))
-            origin = keep(g * group)
-            end = keep(T.min(origin + group, panels))
+        with item_rectangles(s, blocks, group) as (first, last, origin, end):
             if self.form != "channels":
                 with loop(origin, end) as panel:
                     for kernel, chunks in self._widths(s, panel):
