@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from sparsec.codegen.generic_op import GENERIC
 from sparsec.codegen.kernels import family_for
 from sparsec.codegen.kernels.base import KernelFamily
@@ -129,6 +131,7 @@ class _Binder:
     plan: MemoryPlan
     weights: list[Weight] = field(default_factory=list)
     _constants: dict[str, BufferRef] = field(default_factory=dict)
+    _forms: dict[str, list[BufferRef]] = field(default_factory=dict)
     _output_of: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -152,8 +155,14 @@ class _Binder:
         return BufferRef(Region.ARENA, self.plan.slot_of[root], value.type, value.name)
 
     def weight(self, name: str, data: Array) -> BufferRef:
-        """Always a new one: two kernels may want two forms. Equal contents are stored once."""
-        return self._add(name, data, TensorType(DType.of(data.dtype), data.shape))
+        """A new one unless this name has the same contents: kernels may want different forms."""
+        for ref in self._forms.setdefault(name, []):
+            known = self.weights[ref.index].data
+            if known.dtype == data.dtype and np.array_equal(known, data):
+                return ref
+        ref = self._add(name, data, TensorType(DType.of(data.dtype), data.shape))
+        self._forms[name].append(ref)
+        return ref
 
     def optional(self, value: Value | None) -> Arg:
         return None if value is None else self.ref(value)

@@ -1,7 +1,7 @@
 """Give every node the schedules that a lookup function has for it, per bucket of token counts.
 
 linear(x, w)   ->   linear(x, w) [dense_gemm.avx512(mr=6)]
-linear(x, w)   ->   linear(x, w) [few_tokens.avx512() 1 to 8 tokens; dense_gemm.avx512(mr=6) over 8]
+linear(x, w)   ->   linear(x, w) [few.avx512() 1 to 8 tokens; dense.avx512(mr=6) over 8 tokens]
 """
 
 from __future__ import annotations

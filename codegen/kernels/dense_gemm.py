@@ -17,6 +17,7 @@ in y.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,6 @@ from sparsec.codegen.kernels.panels import (
     GROUP,
     LEAST_MACS,
     WIDTH,
-    const,
     div,
     grain_of,
     groups_in_panel,
@@ -100,16 +100,15 @@ class DenseGemm:
     def _body(self, s: tir.KernelScope) -> None:
         k, kc, group = s["k"], s["kc"], s["group"]
         blocks = keep(div(s["m"] + (self.rows - 1), self.rows))
-        with item_rectangles(s, blocks, group) as (first, last, origin, end):
-            with loop(0, div(k + kc - 1, kc)) as kb:
-                k0 = keep(kb * kc)
-                depth = keep(T.min(kc, k - k0))
-                with (
-                    loop(first, last) as block,
-                    loop(origin, end) as panel,
-                ):
-                    weights = keep((k0 * blocks + block * depth) * self.rows)
-                    self._panel(s, _Place(block, panel, k0, depth, weights))
+        with (
+            item_rectangles(s, blocks, group) as (first, last, origin, end),
+            loop(0, div(k + kc - 1, kc)) as kb,
+        ):
+            k0 = keep(kb * kc)
+            depth = keep(T.min(kc, k - k0))
+            with loop(first, last) as block, loop(origin, end) as panel:
+                weights = keep((k0 * blocks + block * depth) * self.rows)
+                self._panel(s, _Place(block, panel, k0, depth, weights))
 
     def _panel(self, s: tir.KernelScope, at: _Place) -> None:
         """One block of rows for all tokens of one panel."""
@@ -260,16 +259,17 @@ class DenseGemmFamily:
         (m, k), tokens = weight.data.shape, x.type.tokens
         v, epilogue = by_name(schedule.isa), (str(node.attrs["activation"]), residual is not None)
         kernel: DenseGemm | FewTokensGemm
+        sizes: tuple[Dim, ...]
         if schedule.family == FEW_TOKENS:
             kernel = FewTokensGemm(v, *epilogue)
             packed, sizes = pack_weight(weight.data, kernel.rows, 1, k), (tokens, m, k)
-            groups: Dim = 1
+            panels: Dim = 1
         else:
             mr, strips, nv, kc, group = (schedule.param(n) for n in PARAMS)
             kernel = DenseGemm(v, mr, strips, nv, *epilogue)
             packed = pack_weight(weight.data, mr, strips, kc)
             sizes = (tokens, m, k, kc, group)
-            groups = ceildiv(tokens, WIDTH)
+            panels = ceildiv(tokens, WIDTH)
         packed_bias = pack_bias(None if bias is None else bias.data, m, kernel.rows)
         refs = [
             binder.weight(weight.name, packed),
@@ -280,7 +280,7 @@ class DenseGemmFamily:
             KernelCall(
                 kernel,
                 (binder.ref(x), *refs, binder.ref(y), *sizes),
-                groups * -(-m // kernel.rows),
+                panels * -(-m // kernel.rows),
                 f"{node.name}: y[{m}] = w[{m}][{k}] x[{k}], {kernel.activation}",
                 grain=grain_of(kernel.rows * k, tokens, LEAST_MACS["fp32"]),
                 macs=tokens * (m * k),
@@ -288,13 +288,9 @@ class DenseGemmFamily:
         ]
 
     def variants(self) -> list[Kernel]:
-        ends = [(activation, residual) for activation in ACTIVATIONS for residual in (False, True)]
-        return [
-            kernel
-            for v in VECTOR_ISAS
-            for end in ends
-            for kernel in (
-                *(DenseGemm(v, *block, *end) for block in REGISTER_BLOCKS[v.lanes]),
-                FewTokensGemm(v, *end),
-            )
-        ]
+        found: list[Kernel] = []
+        for v, activation, residual in product(VECTOR_ISAS, ACTIVATIONS, (False, True)):
+            blocks = REGISTER_BLOCKS[v.lanes]
+            found += [DenseGemm(v, *block, activation, residual) for block in blocks]
+            found.append(FewTokensGemm(v, activation, residual))
+        return found

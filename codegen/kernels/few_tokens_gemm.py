@@ -17,13 +17,13 @@ from sparsec.codegen import tir
 from sparsec.codegen.isa import VectorIsa
 from sparsec.codegen.isa.polynomials import ACTIVATIONS
 from sparsec.codegen.isa.vector import keep, ramp, splat
-from sparsec.codegen.kernels.panels import WIDTH, const, loop
+from sparsec.codegen.kernels.panels import GROUP, WIDTH, const, loop
 from sparsec.codegen.program import Kind, Parameter
 
 MOST_TOKENS = 8
 ROWS = 2  # vectors
 # Up to so many tokens: the tokens of each pass over the weights, as many as registers allow.
-PASSES = {
+PASSES: dict[int, dict[int, tuple[int, ...]]] = {
     8: {1: (1,), 2: (2,), 4: (4,), 6: (6,), MOST_TOKENS: (4, 4)},
     16: {1: (1,), 2: (2,), 4: (4,), 6: (6,), MOST_TOKENS: (8,)},
 }
@@ -107,8 +107,13 @@ class FewTokensGemm:
         row0, first, count = place
         n = self.vector.lanes
         with loop(0, T.min(const(n), s["m"] - row0)) as row:
+            start = keep((row0 + row) * WIDTH)
+            if first == 0:
+                # Others read whole groups of lanes: what is past the last token is a number too.
+                for lane in range(0, GROUP, n):
+                    T.buffer_store(s["y"], splat(0.0, n), [ramp(start + lane, n)])
             for t in range(count):
-                where = keep((row0 + row) * WIDTH + (first + t))
+                where = keep(start + (first + t))
                 value = part[row + t * n]
                 if self.has_residual:
                     value = value + s["residual"][where]

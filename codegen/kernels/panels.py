@@ -17,8 +17,8 @@ WIDTH = PANEL_WIDTH
 GROUP = 16  # kernels process panels in groups of this many lanes, whatever the vector length
 
 
-# Multiply-accumulates worth a worker of its own: about 3 us on one core, where waking a worker that
-# spins and fetching what the other has written takes 1 us.
+# Multiply-accumulates worth a worker of its own: about 3 us on one core. To start a worker that
+# spins, and to fetch what another has written, takes about 1 us.
 LEAST_MACS = {"int8": 1 << 19, "fp32": 1 << 17}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 # Up to each of these numbers of tokens, and above the last, a node may have another schedule.
 BUCKET_LIMITS = (8, 16, 32, 64, 128, 384)
@@ -31,7 +32,7 @@ EVERY = Bucket()
 def buckets() -> Iterator[Bucket]:
     """All buckets, fewest tokens first: together they hold every number once."""
     edges = (0, *BUCKET_LIMITS, None)
-    for above, most in zip(edges, edges[1:], strict=False):
+    for above, most in pairwise(edges):
         assert above is not None
         yield Bucket(above, most)
 
