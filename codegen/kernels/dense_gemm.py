@@ -1,9 +1,9 @@
 """`linear` in fp32: y = activation(W x + bias) + residual over token panels.
 
-Weights are packed `[ceil(k / kc)][ceil(m / (strips * mr))][strips][kc][mr]` and broadcast; tokens
-lie in the lanes. A register block is one strip of mr rows by up to `nv` vectors of tokens. Few
-vectors, at the end of a panel, take several strips at once: there are always enough accumulators
-to hide the latency. Loops, outermost first:
+Weights are packed `[ceil(k / kc)][ceil(m / rows)][kc][rows]`, rows = strips * mr, and broadcast;
+few_tokens_gemm.py reads the same. Tokens lie in the lanes. A register block is a strip of mr rows
+by up to `nv` vectors of tokens. Few vectors, at the end of a panel, take several strips at once:
+there are always enough accumulators to hide the latency. Loops, outermost first:
 
     group of panels     x[group][kc] stays in L2 for all rows
     block of kc channels
@@ -49,7 +49,7 @@ from sparsec.ir.types import DType
 from sparsec.target import Target
 
 # (mr, strips, nv) per vector length, the heuristic's choice first.
-REGISTER_BLOCKS = {8: ((6, 1, 2),), 16: ((6, 2, 4), (8, 1, 3))}
+REGISTER_BLOCKS = {8: ((6, 4, 2),), 16: ((6, 8, 4), (8, 6, 3))}
 # Of 16 and 32 registers; nv vectors of x and one weight are there too.
 ACCUMULATORS = {8: 12, 16: 24}
 FEW_TOKENS = "few_tokens_gemm"
@@ -133,7 +133,7 @@ class DenseGemm:
             first = keep(part * (strips * self.mr))
             row0 = keep(at.block * self.rows + first)
             with T.If(row0 < s["m"]), T.Then():
-                weights = keep(at.weights + first * at.depth)
+                weights = keep(at.weights + first)
                 self._register_block(s, at, (strips * self.mr, nv), (row0, column, weights))
 
     def _register_block(
@@ -157,11 +157,10 @@ class DenseGemm:
                 for r, i in tiles:
                     T.buffer_store(sums[r], y[ramp(starts[r] + i * n, n)], [lanes[i]])
         x0 = keep((at.panel * s["k"] + at.k0) * WIDTH + column)
-        strips = [keep(weights + i * at.depth) for i in range(0, rows, self.mr)]
         with loop(0, at.depth) as c:
             xs = [keep(s["x"][ramp(x0 + c * WIDTH + i * n, n)]) for i in range(nv)]
             for r in range(rows):
-                weight = keep(splat(s["w"][strips[r // self.mr] + c * self.mr + r % self.mr], n))
+                weight = keep(splat(s["w"][weights + c * self.rows + r], n))
                 for i in range(nv):
                     T.buffer_store(sums[r], sums[r][lanes[i]] + weight * xs[i], [lanes[i]])
         for r in range(rows):
@@ -194,14 +193,13 @@ class _Place:
     weights: Any  # index of the first weight
 
 
-def pack_weight(weight: Array, mr: int, strips: int, kc: int) -> Array:
-    """`[m, k]` as `[ceil(k / kc)][ceil(m / (strips * mr)) * strips][kc][mr]`, rows past m zero."""
+def pack_weight(weight: Array, rows: int, kc: int) -> Array:
+    """`[m, k]` as `[ceil(k / kc)][ceil(m / rows)][kc][rows]`, rows past m zero."""
     m, k = weight.shape
-    block = mr * strips
-    padded = np.zeros((-(-m // block) * block, k), np.float32)
+    padded = np.zeros((-(-m // rows) * rows, k), np.float32)
     padded[:m] = weight
-    rows = padded.reshape(-1, mr, k).transpose(0, 2, 1)
-    return np.concatenate([rows[:, k0 : k0 + kc].ravel() for k0 in range(0, k, kc)])
+    blocks = padded.reshape(-1, rows, k).transpose(0, 2, 1)
+    return np.concatenate([blocks[:, k0 : k0 + kc].ravel() for k0 in range(0, k, kc)])
 
 
 def pack_bias(bias: Array | None, m: int, block: int) -> Array:
@@ -234,8 +232,8 @@ class DenseGemmFamily:
         few = most is not None and most <= MOST_TOKENS
         found = []
         for v in (v for v in reversed(VECTOR_ISAS) if target.has(v.isa)):
-            found += [Schedule(FEW_TOKENS, v.name)] if few else []
             params = self._params(v, workload.size("k"), target)
+            found += [Schedule(FEW_TOKENS, v.name, (("kc", params[0][3]),))] if few else []
             found += [
                 Schedule("dense_gemm", v.name, tuple(zip(PARAMS, p, strict=True))) for p in params
             ]
@@ -260,16 +258,17 @@ class DenseGemmFamily:
         v, epilogue = by_name(schedule.isa), (str(node.attrs["activation"]), residual is not None)
         kernel: DenseGemm | FewTokensGemm
         sizes: tuple[Dim, ...]
+        panels: Dim
         if schedule.family == FEW_TOKENS:
             kernel = FewTokensGemm(v, *epilogue)
-            packed, sizes = pack_weight(weight.data, kernel.rows, 1, k), (tokens, m, k)
-            panels: Dim = 1
+            kc, panels = schedule.param("kc"), 1
+            sizes = (tokens, m, k, kc)
         else:
             mr, strips, nv, kc, group = (schedule.param(n) for n in PARAMS)
             kernel = DenseGemm(v, mr, strips, nv, *epilogue)
-            packed = pack_weight(weight.data, mr, strips, kc)
             sizes = (tokens, m, k, kc, group)
             panels = ceildiv(tokens, WIDTH)
+        packed = pack_weight(weight.data, kernel.rows, kc)
         packed_bias = pack_bias(None if bias is None else bias.data, m, kernel.rows)
         refs = [
             binder.weight(weight.name, packed),

@@ -2,8 +2,8 @@
 
 Tokens in the lanes would leave most lanes empty. Here a register block is `ROWS` vectors of output
 channels by all tokens; every weight is read once, so one token runs at the rate of memory. Weights
-are packed `[ceil(m / rows)][k][rows]`. The activations are those of one token panel: sums go
-through the stack into its columns.
+are those of dense_gemm.py, `[ceil(k / kc)][ceil(m / rows)][kc][rows]`. The activations are those
+of one token panel: sums go through the stack into its columns.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from sparsec.codegen import tir
 from sparsec.codegen.isa import VectorIsa
 from sparsec.codegen.isa.polynomials import ACTIVATIONS
 from sparsec.codegen.isa.vector import keep, ramp, splat
-from sparsec.codegen.kernels.panels import GROUP, WIDTH, const, loop
+from sparsec.codegen.kernels.panels import GROUP, WIDTH, const, div, loop
 from sparsec.codegen.program import Kind, Parameter
 
 MOST_TOKENS = 8
-ROWS = 2  # vectors
+ROWS = 3  # vectors
 # Up to so many tokens: the tokens of each pass over the weights, as many as registers allow.
 PASSES: dict[int, dict[int, tuple[int, ...]]] = {
-    8: {1: (1,), 2: (2,), 4: (4,), 6: (6,), MOST_TOKENS: (4, 4)},
+    8: {1: (1,), 2: (2,), 4: (4,), MOST_TOKENS: (4, 4)},
     16: {1: (1,), 2: (2,), 4: (4,), 6: (6,), MOST_TOKENS: (8,)},
 }
 
@@ -53,7 +53,7 @@ class FewTokensGemm:
         pointers = ["x", "w", "bias", *(["residual"] if self.has_residual else []), "y"]
         return (
             *(Parameter(n) for n in pointers),
-            *(Parameter(n, Kind.INT) for n in ("tokens", "m", "k")),
+            *(Parameter(n, Kind.INT) for n in ("tokens", "m", "k", "kc")),
         )
 
     @property
@@ -87,16 +87,29 @@ class FewTokensGemm:
             bias = keep(s["bias"][ramp(row0 + i * n, n)])
             for total in sums:
                 T.buffer_store(total, bias, [at])
-        weights = keep(row0 * s["k"])
-        with loop(0, s["k"]) as c:
-            start = keep(weights + c * self.rows)
-            w = [keep(s["w"][ramp(start + i * n, n)]) for i in range(ROWS)]
-            for t, total in enumerate(sums):
-                x = keep(splat(s["x"][c * WIDTH + (first + t)], n))
-                for at, weight in zip(lanes, w, strict=True):
-                    T.buffer_store(total, total[at] + weight * x, [at])
+        blocks = keep(div(s["m"] + (self.rows - 1), self.rows))
+        with loop(0, div(s["k"] + s["kc"] - 1, s["kc"])) as kb:
+            k0 = keep(kb * s["kc"])
+            depth = keep(T.min(s["kc"], s["k"] - k0))
+            weights = keep((k0 * blocks + block * depth) * self.rows)
+            with loop(0, depth) as c:
+                self._multiply(s, sums, keep(weights + c * self.rows), (k0 + c) * WIDTH + first)
+        self._finish(s, sums, row0, first)
+
+    def _multiply(self, s: tir.KernelScope, sums: list[Any], start: Any, x0: Any) -> None:
+        """One channel: its weights from `start` on, of all tokens from `x0` on."""
+        n = self.vector.lanes
+        lanes = [ramp(i * n, n) for i in range(ROWS)]
+        w = [keep(s["w"][ramp(start + i * n, n)]) for i in range(ROWS)]
+        for t, total in enumerate(sums):
+            x = keep(splat(s["x"][x0 + t], n))
+            for at, weight in zip(lanes, w, strict=True):
+                T.buffer_store(total, total[at] + weight * x, [at])
+
+    def _finish(self, s: tir.KernelScope, sums: list[Any], row0: Any, first: int) -> None:
+        n, count = self.vector.lanes, len(sums)
         activation = ACTIVATIONS[self.activation]
-        for i, at in enumerate(lanes):
+        for i, at in enumerate(ramp(i * n, n) for i in range(ROWS)):
             part = tir.registers("float32", count * n)
             for t, total in enumerate(sums):
                 T.buffer_store(part, activation(self.vector, total[at]), [ramp(t * n, n)])

@@ -31,7 +31,7 @@ def call(
     (tokens, k), (m, _) = data["x"].shape, data["w"].shape
     y = np.full(run.to_panels(np.zeros((tokens, m), np.float32)).shape, np.nan, np.float32)
     residual = [run.to_panels(data["residual"])] if kernel.has_residual else []
-    weights = [pack_weight(data["w"], kernel.mr, kernel.strips, kc)]
+    weights = [pack_weight(data["w"], kernel.rows, kc)]
     weights.append(pack_bias(data["bias"], m, kernel.rows))
     items = -(-m // kernel.rows) * len(y)
     pointers: list[Any] = [run.to_panels(data["x"]), *weights, *residual, y]

@@ -19,14 +19,14 @@ SOME = [k for k in VARIANTS if k.activation == "none"]
 EPS = float(np.finfo(np.float32).eps)
 
 
-def check(run: Any, kernel: FewTokensGemm, tokens: int, m: int, k: int) -> None:
+def check(run: Any, kernel: FewTokensGemm, tokens: int, m: int, k: int, kc: int = 40) -> None:
     rng = np.random.default_rng([tokens, m, k])
     shapes = {"x": (tokens, k), "w": (m, k), "bias": (m,), "residual": (tokens, m)}
     data = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
     y = np.full((1, m, 64), np.nan, np.float32)
     residual = [run.to_panels(data["residual"])] if kernel.has_residual else []
-    weights = [pack_weight(data["w"], kernel.rows, 1, k), pack_bias(data["bias"], m, kernel.rows)]
-    status = run(kernel, run.to_panels(data["x"]), *weights, *residual, y, tokens, m, k,
+    weights = [pack_weight(data["w"], kernel.rows, kc), pack_bias(data["bias"], m, kernel.rows)]
+    status = run(kernel, run.to_panels(data["x"]), *weights, *residual, y, tokens, m, k, kc,
                  output=y, items=-(-m // kernel.rows))  # fmt: skip
     assert status == 0
     assert not np.isnan(y[0, :, tokens:16]).any(), "lanes of the only group"
