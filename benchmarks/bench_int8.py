@@ -36,7 +36,7 @@ from sparsec.codegen.kernels.int8_gemm import Int8Gemm
 from sparsec.codegen.kernels.int8_pack import pack_rows
 from sparsec.codegen.kernels.panels import WIDTH, loop
 from sparsec.codegen.program import Kernel, Kind, Parameter
-from sparsec.ir.schedule import Workload
+from sparsec.ir.schedule import Workload, buckets
 from sparsec.sparse.bsr import block_zeros
 from sparsec.target import Isa, Target
 
@@ -187,7 +187,7 @@ class Shape:
         sizes = [self.tokens, self.m, self.k, group, *([form.rows // form.strip] * kernel.tall)]
         numbers = [1.0, 128] if self.epilogue.to_u8 else []
         args = [self.x, *(aligned(a) for a in weights), self.y, *sizes, *numbers]
-        items = -(-self.m // form.rows) * -(-len(self.x) // group)
+        items = -(-self.m // form.rows) * len(self.x)
         scratch = kernel.scratch_bytes(self.k, group, packed.most_steps)
         work = np.count_nonzero(w) * self.tokens
         return Candidate(title, library.bind(kernel, args, items, scratch), work)
@@ -201,13 +201,14 @@ def candidates(shape: Shape, library: Library, isa: Int8Isa, every: bool) -> lis
         layout = "dense" if block is None else f"bsr{block[0]}x{block[1]}"
         density = 1.0 if block is None else 1.0 - block_zeros(w, (block,))[block]
         sizes = (("m", shape.m), ("k", shape.k))
-        work = Workload("linear_int8", sizes, "u8s8", layout, "none u8", density)
+        bucket = next(b for b in buckets() if shape.tokens in b)
+        work = Workload("linear_int8", sizes, "u8s8", layout, "none u8", density, bucket)
         level = Target.named(LEVELS[isa.isa])
         schedules = [s for s in Int8GemmFamily().schedules(work, level) if s.isa == isa.name]
         for schedule in schedules if every else schedules[:1]:
-            rows, cols, strip, group = (schedule.param(n) for n in PARAMS)
+            rows, cols, strip, group, most = (schedule.param(n) for n in PARAMS)
             form = Form(rows, cols, strip)
-            kernel = kernel_of(form, isa, shape.epilogue)
+            kernel = kernel_of(form, isa, shape.epilogue, most)
             title = f"{layout:8} {sparsity:3.0%} zero by {kernel.form:8} {rows:2}"
             found.append(shape.candidate(library, kernel, form, w, group, title))
     return found

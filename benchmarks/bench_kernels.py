@@ -141,7 +141,7 @@ def gemm(
     rows = -(-m // kernel.rows) * kernel.rows
     weight, bias = aligned(rows * k), aligned(rows)
     args = [aligned(panels, k, WIDTH), weight, bias, aligned(panels, m, WIDTH)]
-    items = -(-m // kernel.rows) * -(-panels // group)
+    items = -(-m // kernel.rows) * panels
     call = library.bind(kernel, [*args, tokens, m, k, kc, group], items)
     return Candidate(
         f"{kernel.strips}x{kernel.mr}x{kernel.nv} kc{kc} group{group}", call, m * k * tokens, []

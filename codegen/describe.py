@@ -76,15 +76,20 @@ def _port(port: Port) -> dict[str, Any]:
 
 
 def _step(call: KernelCall) -> dict[str, Any]:
+    """`tokens` are above `above` and, unless null, at most `most` where this call is made."""
     return {
         "kernel": call.kernel.name,
         "isa": call.kernel.isa,
         "op": call.op,
         "node": call.node,
         "comment": call.comment,
+        "schedule": call.schedule,
+        "tokens": _dim(call.tokens),
+        "above": call.bucket.above,
+        "most": call.bucket.most,
         "macs": _dim(call.macs),
         "items": _dim(call.items),
-        "grain": call.grain,
+        "grain": _dim(call.grain),
         "scratch_bytes": _dim(call.scratch_bytes),
     }
 

@@ -254,8 +254,7 @@ def _meaning(parameter: Parameter, arg: Arg) -> str:
 
 def _step_table(calls: Sequence[KernelCall]) -> str:
     rows = [
-        f"{{step_{i}, {call.grain}, {c_string(comment_text(call.comment))}}}"
-        for i, call in enumerate(calls)
+        f"{{step_{i}, {c_string(comment_text(call.comment))}}}" for i, call in enumerate(calls)
     ]
     return _array("const sparsec_step steps", rows)
 
@@ -273,7 +272,7 @@ def _magnitude(program: Program, names: _Symbols) -> str:
     values: list[Dim] = [d for port in ports for d in port.type.shape]
     values += [*program.slots, *(limit.dim for limit in program.limits)]
     for call in program.calls:
-        values += [call.items, call.scratch_bytes]
+        values += [call.items, call.grain, call.scratch_bytes, call.tokens]
         values += [a for a in call.args if isinstance(a, (int, Expr))]
     bound = magnitude(values)
     return (
@@ -288,7 +287,7 @@ def _sizes(program: Program, names: _Symbols) -> str:
     ports = (*program.inputs, *program.outputs)
     port_dims = [d for port in ports for d in port.type.shape]
     values = [*port_dims, *program.slots]
-    values += [d for c in program.calls for d in (c.items, c.scratch_bytes)]
+    values += [d for c in program.calls for d in (c.items, c.grain, c.scratch_bytes, c.tokens)]
     values += [limit.dim for limit in program.limits]
     lines: list[str] = []
     position = 0
@@ -302,8 +301,9 @@ def _sizes(program: Program, names: _Symbols) -> str:
         lines.append(f"  s->slot_bytes[{i}] = {names.text(slot)};")
     lines.append("")
     for i, call in enumerate(program.calls):
-        lines.append(f"  s->items[{i}] = {names.text(call.items)};")
-        lines.append(f"  s->scratch_bytes[{i}] = {names.text(call.scratch_bytes)};")
+        lines.append(f"  s->items[{i}] = {_in_bucket(call, call.items, names)};")
+        lines.append(f"  s->grain[{i}] = {names.text(call.grain)};")
+        lines.append(f"  s->scratch_bytes[{i}] = {_in_bucket(call, call.scratch_bytes, names)};")
     for i, limit in enumerate(program.limits):
         lines.append(f"  s->limits[{i}] = {names.text(limit.dim)};")
     return (
@@ -312,6 +312,14 @@ def _sizes(program: Program, names: _Symbols) -> str:
         + "\n".join(lines).rstrip()
         + "\n}\n"
     )
+
+
+def _in_bucket(call: KernelCall, value: Dim, names: _Symbols) -> str:
+    """The value in C, but 0 where the number of tokens is not in the call's bucket."""
+    bucket, tokens, text = call.bucket, names.text(call.tokens), names.text(value)
+    tests = [f"{tokens} > {bucket.above}"] if bucket.above else []
+    tests += [] if bucket.most is None else [f"{tokens} <= {bucket.most}"]
+    return f"{' && '.join(tests)} ? {text} : 0" if tests and text != "0" else text
 
 
 def _ports(what: str, ports: Sequence[Port], symbols: Sequence[str]) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from sparsec.codegen.generic_op import GENERIC
 from sparsec.codegen.kernels import family_for
@@ -17,12 +20,12 @@ from sparsec.codegen.program import (
     Weight,
 )
 from sparsec.errors import InvalidGraph, NoSchedule
-from sparsec.ir.dims import symbols
+from sparsec.ir.dims import symbol, symbols
 from sparsec.ir.graph import Graph, Node, Value
 from sparsec.ir.layouts import ROW_MAJOR
 from sparsec.ir.memory_plan import MemoryPlan
 from sparsec.ir.op_spec import Array
-from sparsec.ir.schedule import Schedule
+from sparsec.ir.schedule import EVERY, Bucket, Choice, Schedule
 from sparsec.ir.types import DType, TensorType
 from sparsec.target import Target
 
@@ -35,11 +38,15 @@ def family_of(node: Node, target: Target) -> KernelFamily:
     return GENERIC
 
 
-def schedule_of(node: Node, target: Target) -> Schedule | None:
-    """The heuristic's schedule: the first that the node's family lists."""
+def schedules_of(node: Node, target: Target, bucket: Bucket = EVERY) -> list[Schedule]:
+    """All that compute the node for token counts in the bucket, the heuristic's choice first."""
     family = family_of(node, target)
-    schedules = family.schedules(family.workload(node), target)
-    return schedules[0] if schedules else None
+    return family.schedules(replace(family.workload(node), bucket=bucket), target)
+
+
+def schedule_of(node: Node, target: Target, bucket: Bucket = EVERY) -> Schedule | None:
+    """The heuristic's schedule."""
+    return next(iter(schedules_of(node, target, bucket)), None)
 
 
 def lower(graph: Graph, plan: MemoryPlan, target: Target) -> Program:
@@ -52,10 +59,10 @@ def lower(graph: Graph, plan: MemoryPlan, target: Target) -> Program:
     for node in graph.nodes:
         if node.outputs[0].name in plan.view_of:
             continue
-        if node.schedule is None:
+        if not node.schedules:
             raise NoSchedule(f"{node.name} ({node.op}): no schedule was assigned")
-        made = family_of(node, target).lower(node, node.schedule, binder)
-        calls += [replace(call, op=node.op, node=node.name) for call in made]
+        for choice in node.schedules:
+            calls += _calls(node, choice, target, binder)
     calls += binder.output_copies(target)
     return Program(
         name=graph.name,
@@ -63,7 +70,7 @@ def lower(graph: Graph, plan: MemoryPlan, target: Target) -> Program:
         outputs=tuple(
             Port(n, v.type) for n, v in zip(graph.output_names, graph.outputs, strict=True)
         ),
-        symbols=_symbols(graph),
+        symbols=_symbols([v.type for v in graph.inputs]),
         weights=tuple(binder.weights),
         slots=plan.slots,
         calls=tuple(calls),
@@ -71,11 +78,47 @@ def lower(graph: Graph, plan: MemoryPlan, target: Target) -> Program:
     )
 
 
-def _symbols(graph: Graph) -> tuple[str, ...]:
-    """The symbols of the input shapes in order of first appearance."""
+def lower_alone(node: Node, schedule: Schedule, target: Target) -> Program:
+    """A program of this one node: what a tuner builds to time a schedule.
+
+    Its operands and results lie in the arena, whatever is in there; one input, `sizes`, has an
+    axis for every symbol of their shapes and is not read.
+    """
+    operands = [v for v in (*node.inputs, *node.outputs) if v is not None and v.data is None]
+    types = {v.name: v.type for v in operands}
+    slots = tuple(type.nbytes for type in types.values())
+    plan = MemoryPlan({name: index for index, name in enumerate(types)}, slots, {})
+    binder = _Binder(Graph(node.name), plan)
+    calls = _calls(node, Choice(schedule), target, binder)
+    names = _symbols(types.values())
+    sizes = TensorType(DType.U8, tuple(symbol(name) for name in names))
+    return Program(
+        name=node.name,
+        inputs=(Port("sizes", sizes),),
+        outputs=(),
+        symbols=names,
+        weights=tuple(binder.weights),
+        slots=slots,
+        calls=tuple(calls),
+    )
+
+
+def _calls(node: Node, choice: Choice, target: Target, binder: _Binder) -> list[KernelCall]:
+    """The calls of a node for the token counts of one of its choices."""
+    made = family_of(node, target).lower(node, choice.schedule, binder)
+    schedule, tokens = str(choice.schedule), node.tokens if choice.bucket != EVERY else 0
+    return [
+        replace(call, op=node.op, node=node.name, schedule=schedule, tokens=tokens,
+                bucket=choice.bucket)
+        for call in made
+    ]  # fmt: skip
+
+
+def _symbols(types: Iterable[TensorType]) -> tuple[str, ...]:
+    """The symbols of the shapes in order of first appearance."""
     names: list[str] = []
-    for value in graph.inputs:
-        for dim in value.type.shape:
+    for type in types:
+        for dim in type.shape:
             names += sorted(symbols(dim) - set(names))
     return tuple(names)
 
@@ -88,6 +131,7 @@ class _Binder:
     plan: MemoryPlan
     weights: list[Weight] = field(default_factory=list)
     _constants: dict[str, BufferRef] = field(default_factory=dict)
+    _forms: dict[str, list[BufferRef]] = field(default_factory=dict)
     _output_of: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -111,8 +155,14 @@ class _Binder:
         return BufferRef(Region.ARENA, self.plan.slot_of[root], value.type, value.name)
 
     def weight(self, name: str, data: Array) -> BufferRef:
-        """Always a new one: two kernels may want two forms. Equal contents are stored once."""
-        return self._add(name, data, TensorType(DType.of(data.dtype), data.shape))
+        """A new one unless this name has the same contents: kernels may want different forms."""
+        for ref in self._forms.setdefault(name, []):
+            known = self.weights[ref.index].data
+            if known.dtype == data.dtype and np.array_equal(known, data):
+                return ref
+        ref = self._add(name, data, TensorType(DType.of(data.dtype), data.shape))
+        self._forms[name].append(ref)
+        return ref
 
     def optional(self, value: Value | None) -> Arg:
         return None if value is None else self.ref(value)

@@ -12,6 +12,7 @@ import numpy as np
 from sparsec.ir.dims import Dim, evaluate
 from sparsec.ir.graph import Limit
 from sparsec.ir.memory_plan import total_bytes
+from sparsec.ir.schedule import EVERY, Bucket
 from sparsec.ir.types import TensorType
 
 
@@ -84,7 +85,9 @@ class KernelCall:
     """One call: `items` work items that may run in any order and on any worker.
 
     `macs` is the number of multiply-accumulates that count as useful: of a sparse weight those of
-    its non-zero blocks. `op` and `node` say where the call comes from; lowering fills them in.
+    its non-zero blocks. A run whose `tokens` are not in `bucket` leaves the call out: it is one of
+    several ways to compute the node. `op`, `node` and `schedule` say where the call comes from;
+    lowering fills in these and the bucket.
     """
 
     kernel: Kernel
@@ -92,10 +95,13 @@ class KernelCall:
     items: Dim
     comment: str
     scratch_bytes: Dim = 0
-    grain: int = 1  # least number of items worth a worker of its own
+    grain: Dim = 1  # least number of items worth a worker of its own
     macs: Dim = 0
     op: str = ""
     node: str = ""
+    schedule: str = ""
+    tokens: Dim = 0
+    bucket: Bucket = EVERY
 
 
 @dataclass(frozen=True, slots=True)

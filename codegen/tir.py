@@ -147,6 +147,7 @@ def build_object(functions: Sequence[Any], features: Sequence[str]) -> bytes:
             "mtriple": "x86_64-unknown-linux-gnu",
             "mcpu": "x86-64",
             "mattr": list(features),
+            "cl-opt": ["-vectorize-slp:bool=0"],
         }
     )
     with tempfile.TemporaryDirectory() as folder:

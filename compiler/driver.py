@@ -186,7 +186,7 @@ def _transform(
         clock.start("bf16")
         records += PassManager(_bf16(options, supported), dump).run(graph)
     clock.start("schedule")
-    pipeline = target_pipeline(lambda node: schedule_of(node, target))
+    pipeline = target_pipeline(lambda node, bucket: schedule_of(node, target, bucket))
     records += PassManager(pipeline, dump).run(graph)
     return "int8" if int8 else options.precision or "fp32", records
 
@@ -264,9 +264,9 @@ def _describe(
             "node": node.name,
             "op": node.op,
             "type": ", ".join(str(v.type) for v in node.outputs),
-            "schedule": str(node.schedule),
-            "source": node.schedule.source if node.schedule else "",
-            "generic": node.schedule is not None and node.schedule.family == "generic",
+            "schedule": "; ".join(map(str, node.schedules)),
+            "source": ", ".join(dict.fromkeys(c.schedule.source for c in node.schedules)),
+            "generic": any(c.schedule.family == "generic" for c in node.schedules),
         }
         for node in graph.nodes
         if node.outputs[0].name not in plan.view_of

@@ -20,11 +20,12 @@ from tvm.script.ir_builder import tirx as T
 from sparsec.codegen.isa.amx import AMX_FEATURES
 from sparsec.codegen.isa.avx2 import AVX2
 from sparsec.codegen.isa.avx512 import AVX512
-from sparsec.codegen.isa.vector import VectorIsa, keep, shuffle, shuffle_of
+from sparsec.codegen.isa.vector import VectorIsa, fence, keep, shuffle, shuffle_of
 from sparsec.ir.op_spec import Array
 from sparsec.target import Isa, Target
 
 TILES = 4
+_WORDS = 4  # 32-bit words of 128 bits
 _LANE = 16  # bytes: unpacks and packs work within 128 bits
 _CURRENT_ROUNDING = 4
 
@@ -72,6 +73,17 @@ class Int8Isa:
     def chunk(self) -> int:
         """Tokens of all tiles."""
         return self.tiles * self.vector.lanes
+
+    @property
+    def limits(self) -> tuple[int, ...]:
+        """The chunks of the narrow forms, widest first."""
+        return () if self.narrow is None else (self.narrow.chunk, *self.narrow.limits)
+
+    def form_for(self, tokens: int) -> Int8Isa:
+        """The narrowest form that holds as many tokens in a chunk."""
+        if self.narrow is None or self.narrow.chunk < tokens:
+            return self
+        return self.narrow.form_for(tokens)
 
     @property
     def words_per_quad(self) -> int:
@@ -192,6 +204,29 @@ def _swap_32(v: list[Any]) -> list[Any]:
     return [_quarters(v[0], v[1], lanes) for lanes in ([0, 4, 2, 6], [1, 5, 3, 7])]
 
 
+def _interleave_16(channels: list[Any]) -> list[Any]:
+    """One tile, its lanes in token order, from four quarters of vectors: 3 joins, 2 shuffles."""
+    a, b, c, d = channels
+    four = fence(T.reinterpret("int32x16", _joined(_joined(a, b), _joined(c, d))))
+    order = [_WORDS * channel + word for word in range(_WORDS) for channel in range(4)]
+    words = T.reinterpret("uint8x64", fence(shuffle_of([four], order)))
+    lanes = range(0, 4 * _LANE, _LANE)
+    bytes_ = [
+        lane + _WORDS * channel + i for lane in lanes for i in range(4) for channel in range(4)
+    ]
+    return [keep(T.reinterpret("int32x16", keep(shuffle_of([keep(words)], bytes_))))]
+
+
+def _pack_16(tiles: list[Any], zero_point: Any) -> Any:
+    """One tile as a quarter of a vector."""
+    words = keep(T.reinterpret("int32x16", _pack(_PACKS_512, tiles * 4, zero_point)))
+    return T.reinterpret("uint8x16", keep(shuffle_of([words], [0, 4, 8, 12])))
+
+
+def _as_they_are(v: list[Any]) -> list[Any]:
+    return v
+
+
 _PACKS_512 = ("llvm.x86.avx512.packssdw.512", "llvm.x86.avx512.packuswb.512")
 _PACKS_256 = ("llvm.x86.avx2.packssdw", "llvm.x86.avx2.packuswb")
 
@@ -218,7 +253,16 @@ _TWO_TILES = replace(
     to_tokens=_swap_32,
     to_tiles=_swap_32,
 )
-AVX512_VNNI = replace(_FOUR_TILES, narrow=_TWO_TILES)
+_ONE_TILE = replace(
+    _FOUR_TILES,
+    columns=1,
+    tiles=1,
+    interleave=_interleave_16,
+    pack=_pack_16,
+    to_tokens=_as_they_are,
+    to_tiles=_as_they_are,
+)
+AVX512_VNNI = replace(_FOUR_TILES, narrow=replace(_TWO_TILES, narrow=_ONE_TILE))
 
 
 def _even_and_odd_words(w: Array) -> Array:

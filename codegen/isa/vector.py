@@ -49,6 +49,15 @@ def keep(value: Any) -> Any:
     return slot[at]
 
 
+def fence(value: Any) -> Any:
+    """The vector of 32-bit integers as it is: LLVM does not merge shuffles before and after."""
+    lanes = int(str(value.ty.dtype).partition("x")[2])
+    floats = keep(T.reinterpret(f"float32x{lanes}", keep(value)))
+    name = f"llvm.arithmetic.fence.v{lanes}f32"
+    fenced = keep(T.call_llvm_pure_intrin(f"float32x{lanes}", name, floats))
+    return keep(T.reinterpret(f"int32x{lanes}", fenced))
+
+
 def splat(value: Any, lanes: int) -> Any:
     """A float or a scalar expression in all lanes."""
     return T.broadcast(T.float32(value) if isinstance(value, float | int) else value, lanes)

@@ -1,9 +1,9 @@
 """`linear` in fp32: y = activation(W x + bias) + residual over token panels.
 
-Weights are packed `[ceil(k / kc)][ceil(m / (strips * mr))][strips][kc][mr]` and broadcast; tokens
-lie in the lanes. A register block is one strip of mr rows by up to `nv` vectors of tokens. Few
-vectors, at the end of a panel, take several strips at once: there are always enough accumulators
-to hide the latency. Loops, outermost first:
+Weights are packed `[ceil(k / kc)][ceil(m / rows)][kc][rows]`, rows = strips * mr, and broadcast;
+few_tokens_gemm.py reads the same. Tokens lie in the lanes. A register block is a strip of mr rows
+by up to `nv` vectors of tokens. Few vectors, at the end of a panel, take several strips at once:
+there are always enough accumulators to hide the latency. Loops, outermost first:
 
     group of panels     x[group][kc] stays in L2 for all rows
     block of kc channels
@@ -17,6 +17,7 @@ in y.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -27,17 +28,20 @@ from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, best_vector_isa, by_name
 from sparsec.codegen.isa.polynomials import ACTIVATIONS
 from sparsec.codegen.isa.vector import keep, ramp, splat
 from sparsec.codegen.kernels.base import Binder
+from sparsec.codegen.kernels.few_tokens_gemm import MOST_TOKENS, FewTokensGemm
 from sparsec.codegen.kernels.panels import (
     GROUP,
+    LEAST_MACS,
     WIDTH,
-    const,
     div,
+    grain_of,
     groups_in_panel,
     is_planar,
+    item_rectangles,
     loop,
 )
 from sparsec.codegen.program import Kernel, KernelCall, Kind, Parameter
-from sparsec.ir.dims import ceildiv
+from sparsec.ir.dims import Dim, ceildiv
 from sparsec.ir.graph import Node
 from sparsec.ir.op_spec import Array
 from sparsec.ir.schedule import Schedule, Workload
@@ -45,9 +49,10 @@ from sparsec.ir.types import DType
 from sparsec.target import Target
 
 # (mr, strips, nv) per vector length, the heuristic's choice first.
-REGISTER_BLOCKS = {8: ((6, 1, 2),), 16: ((6, 2, 4), (8, 1, 3))}
+REGISTER_BLOCKS = {8: ((6, 4, 2),), 16: ((6, 8, 4), (8, 6, 3))}
 # Of 16 and 32 registers; nv vectors of x and one weight are there too.
 ACCUMULATORS = {8: 12, 16: 24}
+FEW_TOKENS = "few_tokens_gemm"
 PARAMS = ("mr", "strips", "nv", "kc", "group")
 
 
@@ -94,20 +99,16 @@ class DenseGemm:
 
     def _body(self, s: tir.KernelScope) -> None:
         k, kc, group = s["k"], s["kc"], s["group"]
-        panels = keep(div(s["tokens"] + (WIDTH - 1), WIDTH))
         blocks = keep(div(s["m"] + (self.rows - 1), self.rows))
-        with loop(div(s.begin, blocks), div(s.end + blocks - 1, blocks)) as g:
-            first = keep(T.max(s.begin - g * blocks, const(0)))
-            last = keep(T.min(s.end - g * blocks, blocks))
-            with loop(0, div(k + kc - 1, kc)) as kb:
-                k0 = keep(kb * kc)
-                depth = keep(T.min(kc, k - k0))
-                with (
-                    loop(first, last) as block,
-                    loop(g * group, T.min((g + 1) * group, panels)) as panel,
-                ):
-                    weights = keep((k0 * blocks + block * depth) * self.rows)
-                    self._panel(s, _Place(block, panel, k0, depth, weights))
+        with (
+            item_rectangles(s, blocks, group) as (first, last, origin, end),
+            loop(0, div(k + kc - 1, kc)) as kb,
+        ):
+            k0 = keep(kb * kc)
+            depth = keep(T.min(kc, k - k0))
+            with loop(first, last) as block, loop(origin, end) as panel:
+                weights = keep((k0 * blocks + block * depth) * self.rows)
+                self._panel(s, _Place(block, panel, k0, depth, weights))
 
     def _panel(self, s: tir.KernelScope, at: _Place) -> None:
         """One block of rows for all tokens of one panel."""
@@ -132,7 +133,7 @@ class DenseGemm:
             first = keep(part * (strips * self.mr))
             row0 = keep(at.block * self.rows + first)
             with T.If(row0 < s["m"]), T.Then():
-                weights = keep(at.weights + first * at.depth)
+                weights = keep(at.weights + first)
                 self._register_block(s, at, (strips * self.mr, nv), (row0, column, weights))
 
     def _register_block(
@@ -156,11 +157,10 @@ class DenseGemm:
                 for r, i in tiles:
                     T.buffer_store(sums[r], y[ramp(starts[r] + i * n, n)], [lanes[i]])
         x0 = keep((at.panel * s["k"] + at.k0) * WIDTH + column)
-        strips = [keep(weights + i * at.depth) for i in range(0, rows, self.mr)]
         with loop(0, at.depth) as c:
             xs = [keep(s["x"][ramp(x0 + c * WIDTH + i * n, n)]) for i in range(nv)]
             for r in range(rows):
-                weight = keep(splat(s["w"][strips[r // self.mr] + c * self.mr + r % self.mr], n))
+                weight = keep(splat(s["w"][weights + c * self.rows + r], n))
                 for i in range(nv):
                     T.buffer_store(sums[r], sums[r][lanes[i]] + weight * xs[i], [lanes[i]])
         for r in range(rows):
@@ -193,14 +193,13 @@ class _Place:
     weights: Any  # index of the first weight
 
 
-def pack_weight(weight: Array, mr: int, strips: int, kc: int) -> Array:
-    """`[m, k]` as `[ceil(k / kc)][ceil(m / (strips * mr)) * strips][kc][mr]`, rows past m zero."""
+def pack_weight(weight: Array, rows: int, kc: int) -> Array:
+    """`[m, k]` as `[ceil(k / kc)][ceil(m / rows)][kc][rows]`, rows past m zero."""
     m, k = weight.shape
-    block = mr * strips
-    padded = np.zeros((-(-m // block) * block, k), np.float32)
+    padded = np.zeros((-(-m // rows) * rows, k), np.float32)
     padded[:m] = weight
-    rows = padded.reshape(-1, mr, k).transpose(0, 2, 1)
-    return np.concatenate([rows[:, k0 : k0 + kc].ravel() for k0 in range(0, k, kc)])
+    blocks = padded.reshape(-1, rows, k).transpose(0, 2, 1)
+    return np.concatenate([blocks[:, k0 : k0 + kc].ravel() for k0 in range(0, k, kc)])
 
 
 def pack_bias(bias: Array | None, m: int, block: int) -> Array:
@@ -229,12 +228,16 @@ class DenseGemmFamily:
         best = best_vector_isa(target)
         if best is None or workload.dtype != str(DType.F32):
             return []
-        return [
-            Schedule("dense_gemm", v.name, tuple(zip(PARAMS, p, strict=True)))
-            for v in reversed(VECTOR_ISAS)
-            if target.has(v.isa)
-            for p in self._params(v, workload.size("k"), target)
-        ]
+        most = workload.bucket.most
+        few = most is not None and most <= MOST_TOKENS
+        found = []
+        for v in (v for v in reversed(VECTOR_ISAS) if target.has(v.isa)):
+            params = self._params(v, workload.size("k"), target)
+            found += [Schedule(FEW_TOKENS, v.name, (("kc", params[0][3]),))] if few else []
+            found += [
+                Schedule("dense_gemm", v.name, tuple(zip(PARAMS, p, strict=True))) for p in params
+            ]
+        return found
 
     def _params(self, v: VectorIsa, k: int, target: Target) -> list[tuple[int, ...]]:
         """PARAMS: x[group][kc] takes at most half of L2, but one panel at least."""
@@ -251,32 +254,42 @@ class DenseGemmFamily:
         bias, residual = node.optional_input(2), node.optional_input(3)
         assert all(is_planar(v.type) for v in (x, y)), node
         assert weight.data is not None, node
-        m, k = weight.data.shape
-        mr, strips, nv, kc, group = (schedule.param(n) for n in PARAMS)
-        activation = str(node.attrs["activation"])
-        kernel = DenseGemm(by_name(schedule.isa), mr, strips, nv, activation, residual is not None)
-        packed = binder.weight(weight.name, pack_weight(weight.data, mr, strips, kc))
-        bias_data = None if bias is None else bias.data
-        packed_bias = binder.weight(f"{node.name}.bias", pack_bias(bias_data, m, kernel.rows))
-        pointers = [binder.ref(x), packed, packed_bias]
-        pointers += [] if residual is None else [binder.ref(residual)]
-        tokens = x.type.tokens
+        (m, k), tokens = weight.data.shape, x.type.tokens
+        v, epilogue = by_name(schedule.isa), (str(node.attrs["activation"]), residual is not None)
+        kernel: DenseGemm | FewTokensGemm
+        sizes: tuple[Dim, ...]
+        panels: Dim
+        if schedule.family == FEW_TOKENS:
+            kernel = FewTokensGemm(v, *epilogue)
+            kc, panels = schedule.param("kc"), 1
+            sizes = (tokens, m, k, kc)
+        else:
+            mr, strips, nv, kc, group = (schedule.param(n) for n in PARAMS)
+            kernel = DenseGemm(v, mr, strips, nv, *epilogue)
+            sizes = (tokens, m, k, kc, group)
+            panels = ceildiv(tokens, WIDTH)
+        packed = pack_weight(weight.data, kernel.rows, kc)
+        packed_bias = pack_bias(None if bias is None else bias.data, m, kernel.rows)
+        refs = [
+            binder.weight(weight.name, packed),
+            binder.weight(f"{node.name}.bias", packed_bias),
+        ]
+        refs += [] if residual is None else [binder.ref(residual)]
         return [
             KernelCall(
                 kernel,
-                (*pointers, binder.ref(y), tokens, m, k, kc, group),
-                ceildiv(ceildiv(tokens, WIDTH), group) * -(-m // kernel.rows),
+                (binder.ref(x), *refs, binder.ref(y), *sizes),
+                panels * -(-m // kernel.rows),
                 f"{node.name}: y[{m}] = w[{m}][{k}] x[{k}], {kernel.activation}",
-                grain=max(1, 2**14 // (kernel.rows * k)),
+                grain=grain_of(kernel.rows * k, tokens, LEAST_MACS["fp32"]),
                 macs=tokens * (m * k),
             )
         ]
 
     def variants(self) -> list[Kernel]:
-        return [
-            DenseGemm(v, *block, activation, residual)
-            for v in VECTOR_ISAS
-            for block in REGISTER_BLOCKS[v.lanes]
-            for activation in ACTIVATIONS
-            for residual in (False, True)
-        ]
+        found: list[Kernel] = []
+        for v, activation, residual in product(VECTOR_ISAS, ACTIVATIONS, (False, True)):
+            blocks = REGISTER_BLOCKS[v.lanes]
+            found += [DenseGemm(v, *block, activation, residual) for block in blocks]
+            found.append(FewTokensGemm(v, activation, residual))
+        return found

@@ -34,8 +34,8 @@ class DotGemm(Int8Gemm):
 
     @property
     def _together(self) -> int:
-        """Strips of a tall block in one register block: half the tiles leave room for two."""
-        return TILES // self.hooks.tiles if self.tall else 1
+        """Strips of a tall block in one register block: fewer tiles leave room for two."""
+        return 2 if self.tall and self.hooks.tiles < TILES else 1
 
     @property
     def _rows_together(self) -> int:
@@ -123,7 +123,8 @@ class DotGemm(Int8Gemm):
         """Sums of the rows of a strip, left in scratch memory."""
         n, columns = self.hooks.lanes, self.hooks.columns
         rows = self._rows_together
-        sets = 1 if rows * columns >= CHAINS else 2
+        # With its own unpacks a step is not shorter than the latency of a multiply-add.
+        sets = 1 if rows * columns >= CHAINS or self._gathers else 2
         sums = [[tir.registers("int32", columns * n) for _ in range(rows)] for _ in range(sets)]
         tiles = [ramp(i * n, n) for i in range(columns)]
         for index, group in enumerate(sums):

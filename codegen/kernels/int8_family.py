@@ -22,7 +22,7 @@ from sparsec.codegen.kernels.int8_pack import (
     pack_tiles,
 )
 from sparsec.codegen.kernels.int8_tiles import TileGemm
-from sparsec.codegen.kernels.panels import WIDTH
+from sparsec.codegen.kernels.panels import LEAST_MACS, WIDTH, grain_of
 from sparsec.codegen.kernels.weight_blocks import block_of, layout_and_density
 from sparsec.codegen.program import Arg, BufferRef, Kernel, KernelCall
 from sparsec.ir.dims import ceildiv
@@ -43,13 +43,21 @@ LEAST_TILE_ROWS = 8
 MOST_PANELS = 8  # of a group
 U8_MAX = 255
 STEPS_OF_COARSE = 64  # a coarse activation is off by less than this part of a step of the result
-GRAIN_MACS = 1 << 15  # per token: about 10 us on one core
-PARAMS = ("rows", "cols", "strip", "group")
+PARAMS = ("rows", "cols", "strip", "group", "most")  # most tokens, or 0: any number
 
 
-def kernel_of(form: Form, isa: Int8Isa, epilogue: Epilogue) -> Int8Gemm:
+def kernel_of(form: Form, isa: Int8Isa, epilogue: Epilogue, most: int = 0) -> Int8Gemm:
     kind = TileGemm if isa is AMX_INT8 else DotGemm
-    return kind(isa, FORM_NAMES[form.cols], form.strip, form.rows > form.strip, epilogue)
+    name, tall = FORM_NAMES[form.cols], form.rows > form.strip
+    return kind(isa, name, form.strip, tall, epilogue, most or None)
+
+
+def limits(isa: Int8Isa) -> tuple[int, ...]:
+    """The numbers of tokens that kernels for few tokens in all are made for, most first.
+
+    With AMX the loops over panels cost little beside a block of rows.
+    """
+    return () if isa is AMX_INT8 else isa.limits
 
 
 def pack(w: Array, form: Form, isa: Int8Isa) -> PackedWeight:
@@ -90,6 +98,12 @@ def _tile_forms(block: tuple[int, int] | None) -> list[Form]:
     return found + [Form(r, c, min(r, TILE_STRIP)) for c in widths for r in sizes]
 
 
+def _most(isa: Int8Isa, tokens: int | None) -> int:
+    """The least of `limits` that is not below the tokens, or 0: the kernel for any number."""
+    fitting = [n for n in limits(isa) if tokens is not None and tokens <= n]
+    return min(fitting, default=0)
+
+
 class Int8GemmFamily:
     """`linear_int8` on planar u8 panels. Any kernel computes any weight; the order is by cost."""
 
@@ -110,6 +124,7 @@ class Int8GemmFamily:
         activation = workload.epilogue.partition(" ")[0]
         if activation not in ACTIVATIONS:
             return []
+        tokens = workload.bucket.most
         sizes, block = (workload.size("m"), workload.size("k")), block_of(workload.layout)
 
         def cost(candidate: tuple[Form, Int8Isa]) -> float:
@@ -124,7 +139,9 @@ class Int8GemmFamily:
             Schedule(
                 "int8_gemm",
                 isa.name,
-                tuple(zip(PARAMS, (f.rows, f.cols, f.strip, group), strict=True)),
+                tuple(
+                    zip(PARAMS, (f.rows, f.cols, f.strip, group, _most(isa, tokens)), strict=True)
+                ),
             )
             for f, isa in sorted(found, key=cost)
         ]
@@ -133,9 +150,9 @@ class Int8GemmFamily:
         x, weight, y = node.input(0), node.input(1), node.output
         assert weight.data is not None, node
         assert x.type.layout == y.type.layout == Panels(), node
-        rows, cols, strip, group = (schedule.param(n) for n in PARAMS)
+        rows, cols, strip, group, most = (schedule.param(n) for n in PARAMS)
         form, isa = Form(rows, cols, strip), int8_isa(schedule.isa)
-        kernel = kernel_of(form, isa, _epilogue(node))
+        kernel = kernel_of(form, isa, _epilogue(node), most)
         packed = pack(weight.data, form, isa)
         m, k = weight.data.shape
         tokens = x.type.tokens
@@ -157,20 +174,21 @@ class Int8GemmFamily:
             KernelCall(
                 kernel,
                 tuple(args),
-                ceildiv(ceildiv(tokens, WIDTH), group) * blocks,
+                ceildiv(tokens, WIDTH) * blocks,
                 f"{node.name}: y[{m}] = w[{m}][{k}] x[{k}], {name}, {kernel.epilogue.activation}",
                 scratch_bytes=kernel.scratch_bytes(k, group, packed.most_steps),
-                grain=max(1, int(GRAIN_MACS / max(1.0, rows * k * density))),
+                grain=grain_of(round(rows * k * density), tokens, LEAST_MACS["int8"]),
                 macs=tokens * round(m * k * density),
             )
         ]
 
     def variants(self) -> list[Kernel]:
         return [
-            kernel_of(form, isa, epilogue)
+            kernel_of(form, isa, epilogue, most)
             for isa in INT8_ISAS
             for form in _distinct_forms(isa)
             for epilogue in _epilogues()
+            for most in (0, *limits(isa))
         ]
 
 

@@ -16,8 +16,9 @@ Loops, outermost first:
     step
 
 The last two are those of int8_dots, for vector instructions, or of int8_tiles, for AMX. A last
-panel with few tokens takes the narrow form of the same loops (`Int8Isa.narrow`): fewer tiles. It
-reads the same weights.
+panel with few tokens takes the narrow form of the same loops (`Int8Isa.narrow`): fewer tiles. A
+kernel for few tokens in all is that form alone, without groups and panels. All read the same
+weights.
 
 Weights are read from memory in order, once per group. Sums go through L1 to the epilogue, which
 is a loop over rows.
@@ -36,27 +37,31 @@ from sparsec.codegen.isa.int8 import Int8Isa
 from sparsec.codegen.isa.vector import alone, keep, ramp
 from sparsec.codegen.kernels.int8_epilogue import Epilogue
 from sparsec.codegen.kernels.int8_pack import QUAD
-from sparsec.codegen.kernels.panels import WIDTH, const, div, loop
+from sparsec.codegen.kernels.panels import WIDTH, const, div, item_rectangles, loop
 from sparsec.codegen.program import Kind, Parameter
 
 
 @dataclass(frozen=True, slots=True)
 class Int8Gemm:
     """What all have in common. A register block has `strip` rows, a `tall` block of rows several
-    strips."""
+    strips.
+
+    `most_tokens` is the chunk of a narrow form of `hooks`, or None: any number of tokens.
+    """
 
     hooks: Int8Isa
     form: str
     strip: int
     tall: bool
     epilogue: Epilogue
+    most_tokens: int | None = None
 
     @property
     def name(self) -> str:
         rows = f"{self.strip}n" if self.tall else f"{self.strip}"
         return (
             f"linear_int8_{self.form}{rows}_{self.epilogue.result}{self.epilogue.suffix}"
-            f"_{self.isa}"
+            f"{'' if self.most_tokens is None else f'_to{self.most_tokens}'}_{self.isa}"
         )
 
     @property
@@ -104,16 +109,14 @@ class Int8Gemm:
         return tir.kernel_function(self.name, self.parameters, self._body, scratch="int32")
 
     def _body(self, s: tir.KernelScope) -> None:
+        if self.most_tokens is not None:
+            replace(self, hooks=self.hooks.form_for(self.most_tokens))._one_panel(s)
+            return
         group = s["group"]
         strips = s["strips"] if self.tall else const(1)
         rows = keep(strips * self.strip)
-        panels = keep(div(s["tokens"] + (WIDTH - 1), WIDTH))
         blocks = keep(div(s["m"] + rows - 1, rows))
-        with loop(div(s.begin, blocks), div(s.end + blocks - 1, blocks)) as g:
-            first = keep(T.max(s.begin - g * blocks, const(0)))
-            last = keep(T.min(s.end - g * blocks, blocks))
-            origin = keep(g * group)
-            end = keep(T.min(origin + group, panels))
+        with item_rectangles(s, blocks, group) as (first, last, origin, end):
             if self.form != "channels":
                 with loop(origin, end) as panel:
                     for kernel, chunks in self._widths(s, panel):
@@ -122,6 +125,15 @@ class Int8Gemm:
                 at = Place(block, rows, strips, panel, keep(panel - origin))
                 for kernel, chunks in self._widths(s, panel):
                     kernel._chunks(s, at, chunks)
+
+    def _one_panel(self, s: tir.KernelScope) -> None:
+        """Blocks of rows for the only panel and its only chunk."""
+        strips, zero = s["strips"] if self.tall else const(1), const(0)
+        rows = keep(strips * self.strip)
+        if self.form != "channels":
+            self._make_quads(s, zero, zero, const(1))
+        with loop(s.begin, s.end) as block:
+            self._block(s, Place(block, rows, strips, zero, zero, zero))
 
     def _widths(self, s: tir.KernelScope, panel: Any) -> Iterator[tuple[Int8Gemm, Any]]:
         """Run-time cases: which kernel takes the tokens of a panel, in how many chunks."""

@@ -15,7 +15,7 @@ from sparsec.errors import InvalidGraph
 from sparsec.ir.dims import Dim
 from sparsec.ir.op_spec import Attrs
 from sparsec.ir.ops import OPS
-from sparsec.ir.schedule import Schedule
+from sparsec.ir.schedule import Choice
 from sparsec.ir.types import DType, TensorType
 
 
@@ -47,7 +47,7 @@ class Value:
 class Node:
     """One application of an op. An optional operand that is absent is None."""
 
-    __slots__ = ("attrs", "inputs", "name", "op", "outputs", "schedule")
+    __slots__ = ("attrs", "inputs", "name", "op", "outputs", "schedules")
 
     def __init__(self, name: str, op: str, inputs: tuple[Value | None, ...], attrs: Attrs):
         self.name = name
@@ -55,13 +55,18 @@ class Node:
         self.inputs = inputs
         self.outputs: tuple[Value, ...] = ()
         self.attrs: Attrs = MappingProxyType(dict(attrs))
-        self.schedule: Schedule | None = None
+        self.schedules: tuple[Choice, ...] = ()  # their buckets: every token count once
 
     @property
     def output(self) -> Value:
         """The only output."""
         (value,) = self.outputs
         return value
+
+    @property
+    def tokens(self) -> Dim:
+        """Of its result: all but the last axis."""
+        return self.outputs[0].type.tokens
 
     def input(self, index: int) -> Value:
         """The operand at `index`, which must be present."""
@@ -197,8 +202,8 @@ class Graph:
     def set_attrs(self, node: Node, **changes: Any) -> None:
         node.attrs = MappingProxyType({**node.attrs, **changes})
 
-    def set_schedule(self, node: Node, schedule: Schedule) -> None:
-        node.schedule = schedule
+    def set_schedules(self, node: Node, choices: Iterable[Choice]) -> None:
+        node.schedules = tuple(choices)
 
     def set_type(self, value: Value, type: TensorType) -> None:
         value.type = type

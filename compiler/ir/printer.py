@@ -36,7 +36,7 @@ def node_line(node: Node) -> str:
     results = ", ".join(f"%{v.name}" for v in node.outputs)
     operands = ", ".join(_name(v) for v in node.inputs)
     types = ", ".join(str(v.type) for v in node.outputs)
-    schedule = f" [{node.schedule}]" if node.schedule else ""
+    schedule = f" [{'; '.join(map(str, node.schedules))}]" if node.schedules else ""
     return f"{results} = {node.op}({operands}){_attrs(node.attrs)} : {types}{schedule}"
 
 

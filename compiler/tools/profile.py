@@ -12,6 +12,7 @@ import numpy as np
 from rich.table import Table
 
 from sparsec.ir.dims import evaluate, parse
+from sparsec.ir.schedule import EVERY, Bucket
 from sparsec.runtime import load
 from sparsec.tools.console import console
 from sparsec.tools.inputs import bind_symbols, random_inputs
@@ -43,6 +44,7 @@ def profile(
     steps = [
         _step(step, float(time), symbols)
         for step, time in zip(model.description["steps"], seconds, strict=True)
+        if _is_made(step, symbols)
     ]
     return {
         "model": str(library),
@@ -55,12 +57,19 @@ def profile(
     }
 
 
+def _is_made(step: dict[str, Any], symbols: dict[str, int]) -> bool:
+    """Whether the number of tokens is in the bucket of this call."""
+    bucket = Bucket(step["above"], step["most"])
+    return bucket == EVERY or evaluate(parse(str(step["tokens"])), symbols) in bucket
+
+
 def _step(step: dict[str, Any], seconds: float, symbols: dict[str, int]) -> dict[str, Any]:
     macs = evaluate(parse(str(step["macs"])), symbols)
     return {
         "node": step["node"] or step["comment"],
         "op": step["op"],
         "kernel": step["kernel"],
+        "schedule": step["schedule"],
         "seconds": seconds,
         "macs": macs,
         "gmacs": macs / seconds / 1e9 if seconds else 0.0,

@@ -87,7 +87,7 @@ static int64_t *take(int64_t **memory, uint32_t count) {
 
 static sparsec_context *allocate(const sparsec_code *code) {
   size_t numbers = code->model->symbol_count + code->dim_count + 2 * (size_t)code->slot_count +
-                   2 * (size_t)code->step_count + code->limit_count;
+                   3 * (size_t)code->step_count + code->limit_count;
   sparsec_context *context = calloc(1, sizeof *context + numbers * sizeof(int64_t));
   if (!context) return NULL;
   int64_t *memory = (int64_t *)(context + 1);
@@ -98,6 +98,7 @@ static sparsec_context *allocate(const sparsec_code *code) {
   context->sizes.dims = take(&memory, code->dim_count);
   context->sizes.slot_bytes = take(&memory, code->slot_count);
   context->sizes.items = take(&memory, code->step_count);
+  context->sizes.grain = take(&memory, code->step_count);
   context->sizes.scratch_bytes = take(&memory, code->step_count);
   context->sizes.limits = take(&memory, code->limit_count);
   return context;
@@ -352,7 +353,8 @@ static int32_t run(sparsec_context *context, const void *const *inputs, void *co
     int64_t items = context->sizes.items[i];
     uint64_t start = step_ns ? now_ns() : 0;
     job j = {context, &frame, step};
-    if (items > 0) status = sparsec_pool_run(context->pool, items, step->grain, run_range, &j);
+    if (items > 0)
+      status = sparsec_pool_run(context->pool, items, context->sizes.grain[i], run_range, &j);
     if (status != SPARSEC_OK)
       return fail(context, status, "step %" PRIu32 " (%s): %s", i, step->text,
                   sparsec_status_text(status));

@@ -21,7 +21,6 @@ typedef int32_t (*sparsec_step_function)(const sparsec_frame *frame, void *scrat
 
 typedef struct sparsec_step {
   sparsec_step_function run;
-  int64_t grain;    /* least number of items worth a worker of its own */
   const char *text; /* for error messages */
 } sparsec_step;
 
@@ -36,7 +35,8 @@ typedef struct sparsec_limit {
 typedef struct sparsec_sizes {
   int64_t *dims;          /* of all inputs, then of all outputs, axis by axis */
   int64_t *slot_bytes;    /* per slot */
-  int64_t *items;         /* per step */
+  int64_t *items;         /* per step; 0: another step computes the same for these symbols */
+  int64_t *grain;         /* per step: the least number of items worth a worker of its own */
   int64_t *scratch_bytes; /* per step, for each worker */
   int64_t *limits;        /* the value of each limit */
 } sparsec_sizes;

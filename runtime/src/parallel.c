@@ -27,10 +27,12 @@ typedef struct signal_word {
   _Atomic uint32_t sleeping; /* the waiting thread is in, or about to enter, futex_wait */
 } signal_word;
 
-/* The caller writes a range, then raises `start`; the worker writes the status, then raises `done`.
- * Each side has its own cache line. */
+/* The caller writes what to do, then raises `start`; the worker writes the status, then raises
+ * `done`. Each side has one cache line of its own: a step moves two lines per worker. */
 typedef struct worker {
   _Alignas(64) signal_word start;
+  sparsec_range range;
+  void *argument;
   int64_t begin, end;
   _Alignas(64) signal_word done;
   int32_t status;
@@ -40,8 +42,6 @@ typedef struct worker {
 } worker;
 
 struct sparsec_pool {
-  sparsec_range range;
-  void *argument;
   sparsec_options_v1 options;
   uint32_t threads;
   uint32_t started; /* workers that exist; workers[0] is the caller and never one of them */
@@ -93,7 +93,7 @@ static void *work(void *argument) {
   for (uint32_t seen = 0;;) {
     seen = wait_beyond(pool, &self->start, seen);
     if (seen == QUIT) return NULL;
-    self->status = pool->range(pool->argument, self->index, self->begin, self->end);
+    self->status = self->range(self->argument, self->index, self->begin, self->end);
     raise_to(&self->done, seen);
   }
 }
@@ -183,20 +183,24 @@ int sparsec_pool_forked(const sparsec_pool *pool) {
   return pool->started && pool->pid != getpid();
 }
 
-static void set_ranges(sparsec_pool *pool, uint32_t count, int64_t items) {
+static void set_ranges(sparsec_pool *pool, uint32_t count, int64_t items, sparsec_range range,
+                       void *argument) {
   int64_t each = items / count, more = items % count, begin = 0;
   for (uint32_t i = 0; i < count; i++) {
-    pool->workers[i].begin = begin;
+    worker *w = &pool->workers[i];
+    w->range = range;
+    w->argument = argument;
+    w->begin = begin;
     begin += each + (i < more);
-    pool->workers[i].end = begin;
-    pool->workers[i].status = SPARSEC_OK;
+    w->end = begin;
+    w->status = SPARSEC_OK;
   }
 }
 
 static int32_t run_hooked(void *argument, uint32_t index) {
   sparsec_pool *pool = argument;
   worker *w = &pool->workers[index];
-  w->status = pool->range(pool->argument, index, w->begin, w->end);
+  w->status = w->range(w->argument, index, w->begin, w->end);
   return w->status;
 }
 
@@ -206,7 +210,7 @@ static int32_t run_own(sparsec_pool *pool, uint32_t count) {
     uint32_t next = atomic_load_explicit(&workers[i].start.value, memory_order_relaxed) + 1;
     raise_to(&workers[i].start, next == QUIT ? 0 : next);
   }
-  workers[0].status = pool->range(pool->argument, 0, workers[0].begin, workers[0].end);
+  run_hooked(pool, 0);
   for (uint32_t i = 1; i < count; i++) {
     uint32_t wanted = atomic_load_explicit(&workers[i].start.value, memory_order_relaxed);
     for (uint32_t seen = atomic_load(&workers[i].done.value); seen != wanted;)
@@ -221,9 +225,7 @@ int32_t sparsec_pool_run(sparsec_pool *pool, int64_t items, int64_t grain, spars
   uint32_t count = parts < 1 ? 1 : parts < pool->threads ? (uint32_t)parts : pool->threads;
   if (count == 1) return range(argument, 0, 0, items);
 
-  pool->range = range;
-  pool->argument = argument;
-  set_ranges(pool, count, items);
+  set_ranges(pool, count, items, range, argument);
   int32_t status = pool->options.parallel_for
                        ? pool->options.parallel_for(pool->options.parallel_user, count, run_hooked,
                                                     pool)

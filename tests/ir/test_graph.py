@@ -11,7 +11,7 @@ from sparsec.errors import InvalidGraph
 from sparsec.ir.dims import symbol
 from sparsec.ir.graph import Graph
 from sparsec.ir.printer import print_graph
-from sparsec.ir.schedule import Schedule
+from sparsec.ir.schedule import Choice, Schedule
 from sparsec.ir.types import DType
 from sparsec.ir.verifier import verify
 
@@ -47,7 +47,7 @@ return z = %mul
 def test_text_is_stable():
     graph = sample()
     graph.add_limit(S, 128, "a table has no more rows")
-    graph.set_schedule(graph.nodes[0], Schedule("gemm", "avx2", (("mr", 6),)))
+    graph.set_schedules(graph.nodes[0], [Choice(Schedule("gemm", "avx2", (("mr", 6),)))])
     assert print_graph(graph) == EXPECTED
 
 

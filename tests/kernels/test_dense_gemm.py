@@ -17,8 +17,8 @@ from sparsec.codegen.kernels.dense_gemm import (
 from sparsec.ir.ops import OPS
 
 Array = np.ndarray[Any, Any]
-VARIANTS = DenseGemmFamily().variants()
-SOME = [k for k in VARIANTS if isinstance(k, DenseGemm) and k.activation == "none"]
+VARIANTS = [k for k in DenseGemmFamily().variants() if isinstance(k, DenseGemm)]
+SOME = [k for k in VARIANTS if k.activation == "none"]
 EPS = float(np.finfo(np.float32).eps)
 TOKENS = [1, 15, 16, 17, 33, 48, 63, 64, 65, 130]
 M = [1, 5, 6, 7, 12, 13, 64]
@@ -31,11 +31,11 @@ def call(
     (tokens, k), (m, _) = data["x"].shape, data["w"].shape
     y = np.full(run.to_panels(np.zeros((tokens, m), np.float32)).shape, np.nan, np.float32)
     residual = [run.to_panels(data["residual"])] if kernel.has_residual else []
-    weights = [pack_weight(data["w"], kernel.mr, kernel.strips, kc)]
+    weights = [pack_weight(data["w"], kernel.rows, kc)]
     weights.append(pack_bias(data["bias"], m, kernel.rows))
-    blocks, groups = -(-m // kernel.rows), -(-y.shape[0] // group)
+    items = -(-m // kernel.rows) * len(y)
     pointers: list[Any] = [run.to_panels(data["x"]), *weights, *residual, y]
-    status = run(kernel, *pointers, tokens, m, k, kc, group, output=y, items=blocks * groups)
+    status = run(kernel, *pointers, tokens, m, k, kc, group, output=y, items=items)
     assert status == 0
     lanes = y.transpose(0, 2, 1).reshape(-1, m)
     assert np.isfinite(lanes[: -(-tokens // 16) * 16]).all(), "lanes of the last group"

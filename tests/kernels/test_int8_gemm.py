@@ -39,7 +39,7 @@ VARIANTS += [
     if (k.form, k.strip, k.tall, k.isa, k.epilogue) == (*nest, "amx", EXACT[i % len(EXACT)])
 ]
 # AMX shares the code of its epilogues with AVX512-VNNI.
-SOME = [k for k in ALL if k.form == "dense" and k.isa != "amx"]
+SOME = [k for k in ALL if k.form == "dense" and k.isa != "amx" and k.most_tokens is None]
 SIZES = [1, 3, 4, 5, 6, 7, 31, 32, 33, 64]
 TOKENS = [1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 130]
 DENSITIES = [0.0, 0.1, 0.5, 1.0]
@@ -110,6 +110,11 @@ REFERENCES = {
 }
 
 
+def fitting(kernel: Int8Gemm, tokens: int) -> int:
+    """As many tokens as the kernel takes, up to `tokens`."""
+    return min(tokens, kernel.most_tokens or tokens)
+
+
 def rows_of(kernel: Int8Gemm) -> int:
     return kernel.strip * (3 if kernel.tall else 1)
 
@@ -132,7 +137,7 @@ def call(run: Any, kernel: Int8Gemm, layer: Layer, *, group: int = 2, splits: in
     pointers = [run.to_panels(a["x"]), *packed.arrays.values(), *per_row, *residual, y]
     status = run(
         kernel, *pointers, *sizes, *numbers,
-        output=y, items=-(-m // rows) * -(-panels // group), splits=splits,
+        output=y, items=-(-m // rows) * panels, splits=splits,
         scratch_bytes=kernel.scratch_bytes(k, group, packed.most_steps),
     )  # fmt: skip
     assert status == 0
@@ -150,20 +155,20 @@ def test_sizes_at_the_edges_of_blocks(kernel: Int8Gemm, run: Any) -> None:
     """Every pair of m and k, and over them every number of tokens and density."""
     block = (rows_of(kernel), 4 if kernel.form == "quads" else 1)
     for (a, m), (b, k) in product(enumerate(SIZES), enumerate(SIZES)):
-        tokens = TOKENS[(3 * a + b) % len(TOKENS)]
+        tokens = fitting(kernel, TOKENS[(3 * a + b) % len(TOKENS)])
         density = DENSITIES[(a + b // 2) % len(DENSITIES)]
         check(run, kernel, Layer((tokens, m, k), density, block), group=1 + (a + b) % 2)
 
 
 def test_a_model_sized_layer(kernel: Int8Gemm, run: Any) -> None:
     block = (rows_of(kernel), 4 if kernel.form == "quads" else 1)
-    layer = Layer((200, 100, 384), 0.2, block)
+    layer = Layer((fitting(kernel, 200), 100, 384), 0.2, block)
     layer.arrays["w"][24:48] = 0  # block rows without a block
     check(run, kernel, layer, group=3)
 
 
 def test_item_splits_give_the_same_bits(kernel: Int8Gemm, run: Any) -> None:
-    layer = Layer((300, 70, 50), 0.4, (4, 1))
+    layer = Layer((fitting(kernel, 300), 70, 50), 0.4, (4, 1))
     parts = [call(run, kernel, layer, splits=n, group=g) for n, g in ((1, 2), (2, 5), (7, 1))]
     for part in parts[1:]:
         np.testing.assert_array_equal(part, parts[0])
@@ -171,7 +176,7 @@ def test_item_splits_give_the_same_bits(kernel: Int8Gemm, run: Any) -> None:
 
 def test_extreme_operands_are_exact(kernel: Int8Gemm, run: Any) -> None:
     """Sums at the ends of what u8 and int8 can make: pairs of products leave int16."""
-    layer = Layer((20, 36, 64), zero_point=255)
+    layer = Layer((fitting(kernel, 20), 36, 64), zero_point=255)
     for x, w in product((0, 255), (-128, 127)):
         layer.arrays["x"][...], layer.arrays["w"][...] = x, w
         check(run, kernel, layer)
@@ -180,7 +185,7 @@ def test_extreme_operands_are_exact(kernel: Int8Gemm, run: Any) -> None:
 @pytest.mark.parametrize("out_zero_point", [0, 128, 255])
 def test_ties_and_clamps(kernel: Int8Gemm, run: Any, out_zero_point: int) -> None:
     """Scales are powers of two, so that an eighth of the results lies between two steps."""
-    layer = Layer((65, 24, 33), 0.5, out_scale=0.5, out_zero_point=out_zero_point)
+    layer = Layer((fitting(kernel, 65), 24, 33), 0.5, out_scale=0.5, out_zero_point=out_zero_point)
     a = layer.arrays
     a["multiplier"][:] = 2.0**-4 / 64
     a["bias"][:] = np.arange(24) / 4
@@ -198,7 +203,7 @@ def test_ties_and_clamps(kernel: Int8Gemm, run: Any, out_zero_point: int) -> Non
 
 
 def test_large_sums_round_once_on_the_way_to_fp32(kernel: Int8Gemm, run: Any) -> None:
-    layer = Layer((17, 5, 1500), zero_point=0)
+    layer = Layer((fitting(kernel, 17), 5, 1500), zero_point=0)
     layer.arrays["w"][...] = np.abs(layer.arrays["w"].astype(int)) // 2 + 63
     assert (layer.sums() > 2**24).any()
     check(run, kernel, layer)
@@ -225,8 +230,8 @@ def test_variants_are_all_that_schedules_ask_for() -> None:
     for isa in INT8_ISAS:
         asked = [f for block in (None, (1, 1), (4, 1), (32, 1), (16, 4), (7, 3))
                  for f in forms(block, isa)]  # fmt: skip
-        for form, activation in product(asked, ACTIVATIONS):
-            assert kernel_of(form, isa, Epilogue(activation)).name in names
+        for form, activation, most in product(asked, ACTIVATIONS, (0, *isa.limits)):
+            assert kernel_of(form, isa, Epilogue(activation), most).name in names
 
 
 def test_coarse_activations_stay_in_their_bound(run: Any) -> None:

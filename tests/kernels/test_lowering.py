@@ -147,7 +147,7 @@ def execute(run: Any, calls: list[KernelCall], binder: ArrayBinder, output: Arra
         status = run(call.kernel, *args, output=output, items=evaluate(call.items, ENV),
                      scratch_bytes=evaluate(call.scratch_bytes, ENV))  # fmt: skip
         assert status == 0
-        assert call.grain >= 1
+        assert evaluate(call.grain, ENV) >= 1
 
 
 def _argument(arg: BufferRef | Dim | float | None, binder: ArrayBinder) -> Any:

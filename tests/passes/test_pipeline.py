@@ -16,7 +16,7 @@ MASK_AND_HEADS = {"cast", "reshape", "iota", "sub", "mul", "where", "equal", "ga
 
 
 def pipeline(**options):
-    return default_pipeline(schedules=lambda node: Schedule(node.op, "avx2"), **options)
+    return default_pipeline(schedules=lambda node, bucket: Schedule(node.op, "avx2"), **options)
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert"])
@@ -29,7 +29,7 @@ def test_only_core_ops_are_left(check, family, head, opset):
     assert (ops["embedding"], ops["layer_norm"], ops["attention"]) == (1, 5, 2)
     in_encoder = 2 * 4  # per layer: queries with keys and values, output, two of the FFN
     assert in_encoder <= ops["linear"] <= in_encoder + 2
-    assert all(node.schedule is not None for node in graph.nodes)
+    assert all(node.schedules for node in graph.nodes)
 
 
 def test_fixed_sizes(check, encoder):

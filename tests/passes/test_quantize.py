@@ -334,12 +334,13 @@ def test_the_whole_pipeline(head, rng):
     PassManager(graph_pipeline()).run(twin)
     samples = feeds(twin, rng, 1)
     pipeline = default_pipeline(
-        schedules=lambda node: Schedule(node.op, "avx2"), quantization=calibrated(twin, samples)
+        schedules=lambda node, bucket: Schedule(node.op, "avx2"),
+        quantization=calibrated(twin, samples),
     )
     PassManager(pipeline).run(graph)
     over_tokens = 8 + (head == "qa")  # the span head reads every token, a classifier one
     assert ops(graph)["linear_int8"] == over_tokens
-    assert all(n.schedule is not None for n in graph.nodes)
+    assert all(n.schedules for n in graph.nodes)
     check_plan(graph, plan_memory(graph))
 
 
