@@ -14,7 +14,7 @@ from sparsec.ir.ops import OPS
 from sparsec.ir.types import DType
 
 VARIANTS = [
-    k for k in LayerNormFamily().variants() if isinstance(k, LayerNorm) and not k.has_bytes
+    k for k in LayerNormFamily().variants() if isinstance(k, LayerNorm) and k.result == "f32"
 ]
 SOME = [k for k in LayerNormFamily().variants() if isinstance(k, LayerNorm) and k.has_bytes]
 EPS = float(np.finfo(np.float32).eps)
