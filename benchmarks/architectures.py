@@ -157,9 +157,10 @@ def _line(row: Row) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compare compiled models with ONNX Runtime.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", default="", help="part of the names of the files")
+    parser.add_argument("--only", default="", help="parts of names of files, commas between")
     options = parser.parse_args()
-    paths = sorted(p for p in options.folder.glob("*.onnx") if options.only in p.name)
+    parts = options.only.split(",")
+    paths = sorted(p for p in options.folder.glob("*.onnx") if any(x in p.name for x in parts))
     started, failed = time.perf_counter(), 0
     with tempfile.TemporaryDirectory() as folder:
         for path in paths:

@@ -209,7 +209,7 @@ CASES: list[tuple[Break, type[CompilerError], str]] = [
     (no_dtype, UnsupportedOp, "input 'x' has the element type UNDEFINED"),
     (unknown_dtype, UnsupportedOp, "input 'x' has the element type number 99"),
     (no_shape, InvalidModel, "input 'x' has no shape; give one"),
-    (empty_dim, InvalidModel, "input 'x' has the size 0 on axis 1"),
+    (empty_dim, UnsupportedOp, "input 'x' has the size 0 on axis 1"),
     (sequence_input, UnsupportedOp, "input 'x' is sequence_type"),
     (no_outputs, InvalidModel, "has no outputs"),
     (duplicate_value, InvalidModel, r"node 'second' \(Neg\) produces 'h', which node 'dense'"),
