@@ -55,11 +55,16 @@ def _holes(batch: int, seq: int, rng: np.random.Generator) -> Any:
     return mask
 
 
+def _zeros(batch: int, seq: int, rng: np.random.Generator) -> Any:
+    return np.zeros((batch, seq), np.int64)
+
+
 MASKS: Mapping[str, Callable[[int, int, np.random.Generator], Any]] = {
     "ones": _ones,
     "right": _right,
     "left": _left,
     "holes": _holes,
+    "zeros": _zeros,
 }
 
 

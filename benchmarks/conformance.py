@@ -133,7 +133,7 @@ def with_constant_operands(case: Case) -> ModelProto:
     model.CopyFrom(case.model)
     inputs = case.sets[0][0]
     for index, (info, item) in enumerate(zip(case.model.graph.input, inputs, strict=False)):
-        data = _array(item)
+        data = as_array(item)
         if data is None:
             continue
         is_shape = data.ndim <= 1 and data.dtype.kind in "ib" and (index or len(inputs) == 1)
@@ -189,7 +189,7 @@ def _run_sets(
         feed: Arrays = {}
         for index, one in enumerate(prepared):
             given = one.case.sets[min(turn, len(one.case.sets) - 1)][0]
-            arrays = dict(zip(_input_names(one.case), map(_array, given), strict=False))
+            arrays = dict(zip(_input_names(one.case), map(as_array, given), strict=False))
             feed |= {f"{index}.{v.name}": arrays[v.name] for v in one.graph.inputs}
         made = model(feed)
         for index, one in enumerate(prepared):
@@ -237,15 +237,17 @@ def difference(made: Sequence[np.ndarray[Any, Any]], wanted: Sequence[Any]) -> s
     if len(made) != len(wanted):
         return f"{len(made)} outputs, wanted {len(wanted)}"
     for number, (a, item) in enumerate(zip(made, wanted, strict=True)):
-        b = _array(item)
+        b = as_array(item)
         if b is None or (a.dtype, a.shape) != (b.dtype, b.shape):
             came = f"{a.dtype}{list(a.shape)}"
             return f"output {number} is {came}, wanted " + (
                 "no tensor" if b is None else f"{b.dtype}{list(b.shape)}"
             )
         relative, absolute = RELATIVE.get(b.dtype, 1e-3), ABSOLUTE.get(b.dtype, 1e-5)
-        near = a == b if b.dtype.kind in "iub" else np.isclose(
-            a, b, rtol=relative, atol=absolute, equal_nan=True
+        near = (
+            a == b
+            if b.dtype.kind in "iub"
+            else np.isclose(a, b, rtol=relative, atol=absolute, equal_nan=True)
         )
         if not np.all(near):
             first = tuple(int(i) for i in np.argwhere(~near)[0]) if b.ndim else ()
@@ -253,7 +255,7 @@ def difference(made: Sequence[np.ndarray[Any, Any]], wanted: Sequence[Any]) -> s
     return ""
 
 
-def _array(item: Any) -> np.ndarray[Any, Any] | None:
+def as_array(item: Any) -> np.ndarray[Any, Any] | None:
     """The tensor of a test, or None for a sequence or an optional that is none."""
     if isinstance(item, onnx.TensorProto):
         return numpy_helper.to_array(item)
@@ -352,9 +354,7 @@ def main() -> int:
     def progress(count: int) -> None:
         print(f"\r{count}/{len(cases)}", end="", file=sys.stderr, flush=True)
 
-    found = run_all(
-        cases, dynamic=options.dynamic, workers=options.workers, progress=progress
-    )
+    found = run_all(cases, dynamic=options.dynamic, workers=options.workers, progress=progress)
     print(file=sys.stderr)
     for line in summary(found):
         print(line)

@@ -56,9 +56,7 @@ def _conv(app: Application) -> Plan:
             )
         ]
         sizes = app.shape(x_type.shape[2:])
-        valid = tirx.all(
-            *(tirx.all(i >= 0, i < size) for i, size in zip(at, sizes, strict=True))
-        )
+        valid = tirx.all(*(tirx.all(i >= 0, i < size) for i, size in zip(at, sizes, strict=True)))
         zero = tirx.const(0, dtype)
         value = tirx.if_then_else(valid, convert(x(batch, source, *at), dtype), zero)
         return te.sum(value * convert(w(row, channel, *inside), dtype), axis=over)

@@ -128,8 +128,11 @@ def _is_table(value: Value, batch: Dim, seq: Dim, size: Dim, axis: int) -> bool:
         return False
     shape = (1,) * (4 - value.type.rank) + value.type.shape
     tokens = _table_shape(value, axis)
-    return shape[axis] == 1 and tokens[0] in (1, batch) and tokens[1] in (1, seq) and (
-        tokens[2] == size
+    return (
+        shape[axis] == 1
+        and tokens[0] in (1, batch)
+        and tokens[1] in (1, seq)
+        and (tokens[2] == size)
     )
 
 

@@ -117,9 +117,7 @@ class Rotary:
             with loop(0, keep(div(half, self.vector.lanes))) as i:
                 self._pair(s, x, table, y, half, keep(i * self.vector.lanes))
 
-    def _pair(
-        self, s: tir.KernelScope, x: Any, table: Any, y: Any, half: Any, low: Any
-    ) -> None:
+    def _pair(self, s: tir.KernelScope, x: Any, table: Any, y: Any, half: Any, low: Any) -> None:
         n = self.vector.lanes
         high = keep(half + low)
         a, b = (keep(s["x"][ramp(x + at, n)]) for at in (low, high))
@@ -147,7 +145,7 @@ class ChannelsFamily:
 
     def lower(self, node: Node, schedule: Schedule, binder: Binder) -> list[KernelCall]:
         x, y, attrs = node.input(0), node.output, node.attrs
-        assert is_planar(x.type) and is_planar(y.type), node
+        assert all(is_planar(v.type) for v in (x, y)), node
         vector, panels = by_name(schedule.isa), ceildiv(x.type.tokens, WIDTH)
         refs = [binder.ref(v) for v in (*node.inputs, y) if v is not None]
         if node.op == "gated":

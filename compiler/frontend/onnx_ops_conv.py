@@ -40,7 +40,9 @@ def _attributes(call: Call, kernel: tuple[int, ...]) -> dict[str, Any]:
         small, large = tuple(t // 2 for t in totals), tuple(t - t // 2 for t in totals)
         begins, ends = (small, large) if same == "SAME_UPPER" else (large, small)
     if min(*strides, *dilations) < 1 or min(*begins, *ends) < 0:
-        raise InvalidModel(f"strides {strides}, dilations {dilations} or pads {pads} are too small")
+        raise InvalidModel(
+            f"strides {strides}, dilations {dilations} or pads {pads} are too small"
+        )
     return {
         "strides": strides,
         "dilations": dilations,

@@ -41,9 +41,7 @@ def _infer_gated(types: Types, attrs: Attrs) -> list[TensorType]:
 
 def _evaluate_gated(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
     x, channels = array(arrays, 0), attrs["channels"]
-    value, gate = (
-        x[..., attrs[n] : attrs[n] + channels] for n in ("offset", "gate_offset")
-    )
+    value, gate = (x[..., attrs[n] : attrs[n] + channels] for n in ("offset", "gate_offset"))
     with np.errstate(over="ignore"):
         active = ACTIVATIONS[attrs["activation"]](gate)
     return [np.asarray(value * active).astype(x.dtype, copy=False)]
