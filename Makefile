@@ -6,7 +6,7 @@ OUT := out
 DATA ?= data
 MODEL ?= bert-mini
 
-.PHONY: demo test checks tests bench accuracy clean
+.PHONY: demo test checks tests bench accuracy conformance clean
 
 demo: $(VENV)/.ready
 	@$(BIN)/python examples/demo.py --model $(MODEL) --folder $(OUT)
@@ -27,6 +27,15 @@ bench: $(VENV)/.ready
 	@mkdir -p $(OUT)/bench
 	$(BIN)/python benchmarks/bench_products.py $(BENCH_PRODUCTS) --json $(OUT)/bench/products.jsonl
 	$(BIN)/python benchmarks/bench_models.py --all --resume --folder $(OUT)/bench --json $(OUT)/bench/models.jsonl $(BENCH_MODELS)
+
+# ONNX's own node tests through compiled libraries; with torch installed (make accuracy does that)
+# also whole models of many architectures against ONNX Runtime.
+conformance: $(VENV)/.ready
+	$(BIN)/python benchmarks/conformance.py
+	@if $(BIN)/python -c "import torch, transformers" 2>/dev/null; then \
+		$(BIN)/python benchmarks/export_architectures.py $(OUT)/architectures && \
+		$(BIN)/python benchmarks/architectures.py $(OUT)/architectures; \
+	else echo "torch is not installed: no models of other architectures are exported"; fi
 
 accuracy: $(VENV)/.ready-compress
 	$(BIN)/python benchmarks/accuracy.py --folder $(OUT) \

@@ -15,6 +15,7 @@ from typing import Any
 from tvm import tirx
 
 from sparsec.codegen.generic_base import Application, Plan, size_name
+from sparsec.codegen.generic_conv import CONV
 from sparsec.codegen.generic_elementwise import ELEMENTWISE
 from sparsec.codegen.generic_loops import LOOPS, parameters
 from sparsec.codegen.generic_matmul import MATMUL
@@ -37,6 +38,7 @@ BUILDERS: dict[str, Callable[[Application], Plan]] = {
     **REDUCE,
     **LOOPS,
     **MATMUL,
+    **CONV,
 }
 VECTOR_BYTES = {Isa.AVX2.value: 32, Isa.AVX512.value: 64}
 

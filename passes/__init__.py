@@ -13,6 +13,7 @@ from sparsec.passes.canonicalize import Canonicalize
 from sparsec.passes.choose_weight_layout import ChooseWeightLayout, LayoutChoice, by_density
 from sparsec.passes.fold_quantize import FoldQuantize
 from sparsec.passes.fuse_attention import FuseAttention
+from sparsec.passes.fuse_channels import FuseChannels, FuseRotaryEmbedding
 from sparsec.passes.fuse_embedding import FuseEmbedding
 from sparsec.passes.fuse_epilogue import FuseEpilogue
 from sparsec.passes.fuse_gelu import FuseGelu
@@ -52,6 +53,8 @@ PASSES: Mapping[str, Callable[[], Pass]] = {
     "fuse_linear": FuseLinear,
     "fuse_layer_norm": FuseLayerNorm,
     "fuse_attention": FuseAttention,
+    "fuse_rotary": FuseRotaryEmbedding,
+    "fuse_channels": FuseChannels,
     "merge_qkv": MergeQkv,
     "fuse_epilogue": FuseEpilogue,
     "assign_layouts": AssignLayouts,
@@ -73,9 +76,11 @@ def graph_pipeline(
         FuseGelu(),
         FuseLinear(),
         FuseLayerNorm(),
+        FuseRotaryEmbedding(),
         FuseAttention(),
         DropQdq(roundings),
         Canonicalize(),  # the heads' reshapes and transposes meet and cancel
+        FuseChannels(),
         MergeQkv(),
         FuseEpilogue(),  # after FuseLayerNorm, whose residual costs nothing
     ]

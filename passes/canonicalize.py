@@ -23,13 +23,14 @@ from sparsec.passes.base import PassResult
 from sparsec.passes.identities import IDENTITIES
 from sparsec.passes.identities_index import INDEX_IDENTITIES
 from sparsec.passes.identities_shape import SHAPE_IDENTITIES
+from sparsec.passes.identities_slice import SLICE_IDENTITIES
 from sparsec.passes.rewrite import apply_rules
 
 # A folded constant may be this much larger than the constants it is made from: a table that
 # is broadcast stays a broadcast, small index arithmetic becomes data.
 GROWTH_BYTES = 1 << 16
 
-RULES = (*IDENTITIES, *SHAPE_IDENTITIES, *INDEX_IDENTITIES)
+RULES = (*IDENTITIES, *SHAPE_IDENTITIES, *INDEX_IDENTITIES, *SLICE_IDENTITIES)
 
 
 @dataclass(frozen=True, slots=True)

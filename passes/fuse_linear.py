@@ -1,6 +1,9 @@
 """Turn a product with a constant matrix, and the bias added to it, into `linear`.
 
 matmul(x[..., k], w[k, m]) + b[m]   ->   linear(x, transposed w[m, k], b)
+
+Exporters flatten the tokens before a Gemm and split them after it. A linear layer takes any token
+axes, so the reshape moves behind it and meets its inverse there.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from sparsec.ir.graph import Graph, Value
 from sparsec.ir.ops_int8 import moved_quant
 from sparsec.ir.types import DType
 from sparsec.passes.base import PassResult
+from sparsec.passes.identities_shape import ReshapeLast
 from sparsec.passes.rewrite import (
     Builder,
     Match,
@@ -32,7 +36,8 @@ class FuseLinear:
     name: str = "fuse_linear"
 
     def run(self, graph: Graph) -> PassResult:
-        return apply_rules(graph, [MatmulToLinear(), FuseBias(graph)])
+        rules = [MatmulToLinear(), FuseBias(graph), ReshapeLast()]
+        return apply_rules(graph, rules)
 
 
 @dataclass(slots=True)

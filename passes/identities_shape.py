@@ -45,6 +45,25 @@ class MergeReshapes(RewriteRule):
         return g.reshape(m["x"], shape=m.root.output.type.shape)
 
 
+class ReshapeLast(RewriteRule):
+    """reshape(linear(reshape(x), w, b))  ->  reshape(linear(x, w, b)), or the product alone"""
+
+    def pattern(self, p: Pattern) -> Term:
+        return p.reshape(p.linear(p.reshape("x"), "w", bind="product"))
+
+    def check(self, m: Match) -> Reject | None:
+        if m.node("product").optional_input(3) is not None:
+            return Reject("the product has a residual")
+        if m["x"].type.rank < 2 or m["x"].type.shape[-1] != m["w"].type.shape[1]:
+            return Reject("the reshape before it changes the channels")
+        return None
+
+    def rewrite(self, m: Match, g: Builder) -> Value:
+        node, shape = m.node("product"), m.root.output.type.shape
+        y = g.linear(m["x"], m["w"], node.optional_input(2), None, **node.attrs)
+        return y if y.type.shape == shape else g.reshape(y, shape=shape)
+
+
 class MergeTransposes(RewriteRule):
     """transpose(transpose(x, a), b)  ->  transpose(x, a[b])"""
 
@@ -202,6 +221,7 @@ def _unbroadcast(value: Value, g: Builder) -> Value:
 SHAPE_IDENTITIES: Sequence[RewriteRule] = (
     DropMove(),
     MergeReshapes(),
+    ReshapeLast(),
     MergeTransposes(),
     TransposeToReshape(),
     TransposeUnmerged(),

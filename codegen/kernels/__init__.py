@@ -6,6 +6,7 @@ from sparsec.codegen.kernels.attention import AttentionFamily
 from sparsec.codegen.kernels.attention_bf16 import AttentionBf16Family
 from sparsec.codegen.kernels.attention_int8 import AttentionInt8Family
 from sparsec.codegen.kernels.base import KernelFamily
+from sparsec.codegen.kernels.channels import ChannelsFamily
 from sparsec.codegen.kernels.embedding import EmbeddingFamily
 from sparsec.codegen.kernels.float_family import FloatGemmFamily
 from sparsec.codegen.kernels.int8_family import Int8GemmFamily
@@ -29,6 +30,7 @@ _ALL: tuple[KernelFamily, ...] = (
     EmbeddingFamily(),
     LayoutChangeFamily(),
     PointwiseFamily(),
+    ChannelsFamily(),
     QuantizeFamily(),
     ToBf16Family(),
 )

@@ -95,9 +95,12 @@ def _size(dim: TensorShapeProto.Dimension, unnamed: str, name: str, axis: int) -
         return str(dim.dim_param)
     if not dim.HasField("dim_value") or dim.dim_value == -1:  # old exporters write -1
         return unnamed
-    if dim.dim_value < 1:
-        raise InvalidModel(
-            f"input {name!r} has the size {dim.dim_value} on axis {axis}; sizes are at least 1"
+    if dim.dim_value < 0:
+        raise InvalidModel(f"input {name!r} has the size {dim.dim_value} on axis {axis}")
+    if dim.dim_value == 0:
+        raise UnsupportedOp(
+            f"input {name!r} has the size 0 on axis {axis}; inputs have at least one element: "
+            "leave it out or make it a constant"
         )
     return int(dim.dim_value)
 

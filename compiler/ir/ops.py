@@ -5,6 +5,8 @@ from __future__ import annotations
 from sparsec.ir.op_spec import OpSpec
 from sparsec.ir.ops_attention_int8 import ATTENTION_INT8_OPS
 from sparsec.ir.ops_bf16 import BF16_OPS
+from sparsec.ir.ops_channels import CHANNEL_OPS
+from sparsec.ir.ops_conv import CONV_OPS
 from sparsec.ir.ops_core import CORE_OPS
 from sparsec.ir.ops_elementwise import ELEMENTWISE_OPS
 from sparsec.ir.ops_int8 import INT8_OPS
@@ -16,6 +18,8 @@ OPS: dict[str, OpSpec] = {
     **REDUCE_OPS,
     **SHAPE_OPS,
     **CORE_OPS,
+    **CHANNEL_OPS,
+    **CONV_OPS,
     **INT8_OPS,
     **ATTENTION_INT8_OPS,
     **BF16_OPS,

@@ -47,7 +47,7 @@ typedef struct job {
 const char *sparsec_status_text(int32_t status) {
   switch (status) {
     case SPARSEC_OK: return "ok";
-    case SPARSEC_INDEX_OUT_OF_RANGE: return "an index is out of range";
+    case SPARSEC_INDEX_OUT_OF_RANGE: return "an index is out of range: a token id, or a position past its table";
     case SPARSEC_INVALID_ARGUMENT: return "invalid argument";
     case SPARSEC_INVALID_SHAPE: return "invalid shape";
     case SPARSEC_TOO_LARGE: return "the sizes need more memory than can be addressed";

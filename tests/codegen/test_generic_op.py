@@ -186,7 +186,24 @@ MATMUL_CASES = [
     case("matmul", t(F32, S), t(F32, B, S, 3)),
     *(case("matmul", t(d, S, 6), t(d, 6, 70)) for d in (F16, F64, I8, I32, I64)),
 ]
-CASES = [*ELEMENTWISE_CASES, *REDUCE_CASES, *SHAPE_CASES, *MATMUL_CASES]
+
+
+def conv(x: TensorType, w: TensorType, *bias: TensorType, **changes: Any) -> GenericOp:
+    axes = x.rank - 2
+    plain = {"strides": (1,) * axes, "dilations": (1,) * axes, "groups": 1}
+    return case("conv", x, w, *bias, **{**plain, **PADS[axes], **changes})
+
+
+PADS = {1: {"begins": (1,), "ends": (2,)}, 2: {"begins": (1, 2), "ends": (2, 0)}}
+CONV_CASES = [
+    conv(t(F32, B, 6, S), t(F32, 4, 6, 3), t(F32, 4)),
+    conv(t(F32, B, 6, S), t(F32, 4, 3, 3), groups=2, strides=(2,)),
+    conv(t(F32, B, 6, S), t(F32, 6, 1, 2), t(F32, 6), groups=6, dilations=(2,)),
+    conv(t(F32, B, 3, S, 5), t(F32, 1, 3, 3, 2), t(F32, 1), strides=(2, 3)),
+    conv(t(F32, 1, 1, S), t(F32, 1, 1, 1)),
+    *(conv(t(d, B, 6, S), t(d, 4, 6, 3), t(d, 4)) for d in (F16, F64)),
+]
+CASES = [*ELEMENTWISE_CASES, *REDUCE_CASES, *SHAPE_CASES, *MATMUL_CASES, *CONV_CASES]
 
 
 @pytest.fixture(scope="module", params=["avx2", "avx512"])
@@ -217,7 +234,7 @@ def tolerance(kernel: GenericOp) -> dict[str, float]:
     if not kernel.result.dtype.is_float:
         return {"rtol": 0, "atol": 0}
     epsilon = float(np.finfo(kernel.result.dtype.numpy).eps)
-    many = kernel in REDUCE_CASES or kernel in MATMUL_CASES
+    many = kernel in REDUCE_CASES or kernel in MATMUL_CASES or kernel in CONV_CASES
     terms = 64 if many else 8
     if kernel.op == "reduce_prod" and kernel.result.dtype is F16:
         terms = 256  # NumPy rounds to float16 after each step

@@ -67,6 +67,15 @@ PRODUCT = {
     "out_zero_point": 7,
 }
 INT8 = (U8, I8, F32, F32, F32)
+CONV = {"strides": (2,), "dilations": (1,), "begins": (1,), "ends": (0,), "groups": 1}
+CONV_2D = {
+    "strides": (1, 2),
+    "dilations": (2, 1),
+    "begins": (2, 0),
+    "ends": (1, 1),
+    "groups": 2,
+}
+GATE = {"activation": "silu", "channels": 3, "offset": 4, "gate_offset": 1}
 SLICE = {"axes": (1, 2), "starts": (1, 7), "ends": (S, -1), "steps": (2, -3)}
 
 CASES = [
@@ -153,6 +162,10 @@ CASES = [
     Case("attention_bf16", ((B, S, 24),) * 3 + ((B, 1, 1, S),), HEADS, (BF16, BF16, BF16, F32)),
     Case("layer_norm", ((B, S, 4), (4,)), {"epsilon": 1e-5, "out_bf16": True}),
     Case("embedding", ((B, S), (9, 4), (1, S), (5, 4)), dtypes=(I64, F32, I64, F32)),
+    Case("conv", ((B, 6, S), (4, 6, 3), (4,)), CONV),
+    Case("conv", ((B, 6, S, 8), (4, 3, 2, 3), None), CONV_2D),
+    Case("gated", ((B, S, 8),), GATE),
+    Case("rotary", ((B, S, 9), (B, S, 4), (1, S, 4)), {"heads": 2, "head_size": 4, "offset": 1}),
     Case("to_panels", ((B, S, 8),), {"width": 64}),
     Case("from_panels", ((B, S, 8),)),
 ]

@@ -71,3 +71,28 @@ def test_zoo_model_keeps_its_answer(encoder, check):
     ops = check(encoder, FuseLinear()).ops
     assert ops["linear"] >= 2 * 6
     assert ops["matmul"] == 2 * 2  # scores and context of two layers
+
+
+@pytest.mark.parametrize("flat", [True, False], ids=["flattened", "two token axes"])
+def test_tokens_are_not_flattened_for_a_product(x32, check, weight, flat):
+    graph, x = x32
+    batch, seq, _ = x.type.shape
+    rows = graph.add("reshape", [x], {"shape": (batch * seq, 8)})
+    product = graph.add("matmul", [rows, graph.add_constant(weight(8, 4))])
+    y = graph.add("add", [product, graph.add_constant(weight(4))])
+    shape = (batch, seq, 4) if flat else (batch, seq, 2, 2)
+    graph.add_output("y", graph.add("reshape", [y], {"shape": shape}))
+    assert check(graph, FuseLinear()).ops == {"linear": 1} | ({} if flat else {"reshape": 1})
+    linear = next(n for n in graph.nodes if n.op == "linear")
+    assert linear.inputs[0] is x
+
+
+def test_a_reshape_that_changes_the_channels_stays(x32, check, weight):
+    graph, x = x32
+    batch, seq, _ = x.type.shape
+    rows = graph.add("reshape", [x], {"shape": (batch, seq * 2, 4)})
+    product = graph.add("matmul", [rows, graph.add_constant(weight(4, 4))])
+    graph.add_output("y", graph.add("reshape", [product], {"shape": (batch, seq, 8)}))
+    checked = check(graph, FuseLinear())
+    assert checked.ops == {"linear": 1, "reshape": 2}
+    assert "changes the channels" in checked.notes
