@@ -51,7 +51,7 @@ def profile(
         "batch": batch,
         "seq": seq,
         "threads": threads,
-        "seconds": float(seconds.sum()),
+        "seconds": sum(step["seconds"] for step in steps),
         "steps": steps,
         "ops": _by_op(steps),
     }

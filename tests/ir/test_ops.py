@@ -162,6 +162,12 @@ CASES = [
     Case("attention_bf16", ((B, S, 24),) * 3 + ((B, 1, 1, S),), HEADS, (BF16, BF16, BF16, F32)),
     Case("layer_norm", ((B, S, 4), (4,)), {"epsilon": 1e-5, "out_bf16": True}),
     Case("embedding", ((B, S), (9, 4), (1, S), (5, 4)), dtypes=(I64, F32, I64, F32)),
+    Case(
+        "embedding_int8",
+        ((B, S), (9, 4), (9,), (1, S), (5, 4), None),
+        {"zero_points": (3, 0)},
+        (I64, I8, F32, I64, F32, F32),
+    ),
     Case("conv", ((B, 6, S), (4, 6, 3), (4,)), CONV),
     Case("conv", ((B, 6, S, 8), (4, 3, 2, 3), None), CONV_2D),
     Case("gated", ((B, S, 8),), GATE),

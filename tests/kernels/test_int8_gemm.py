@@ -15,7 +15,7 @@ from sparsec.codegen.isa.int8 import INT8_ISAS
 from sparsec.codegen.isa.polynomials import ACTIVATIONS
 from sparsec.codegen.kernels.int8_cost import Form
 from sparsec.codegen.kernels.int8_epilogue import Epilogue
-from sparsec.codegen.kernels.int8_family import Int8GemmFamily, forms, kernel_of, pack
+from sparsec.codegen.kernels.int8_family import Int8GemmFamily, forms, kernel_of, limits, pack
 from sparsec.codegen.kernels.int8_gemm import Int8Gemm
 from sparsec.codegen.kernels.int8_pack import pack_rows
 from sparsec.target import Target
@@ -230,7 +230,7 @@ def test_variants_are_all_that_schedules_ask_for() -> None:
     for isa in INT8_ISAS:
         asked = [f for block in (None, (1, 1), (4, 1), (32, 1), (16, 4), (7, 3))
                  for f in forms(block, isa)]  # fmt: skip
-        for form, activation, most in product(asked, ACTIVATIONS, (0, *isa.limits)):
+        for form, activation, most in product(asked, ACTIVATIONS, (0, *limits(isa))):
             assert kernel_of(form, isa, Epilogue(activation), most).name in names
 
 
