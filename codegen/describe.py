@@ -23,7 +23,7 @@ def describe_program(
         "symbols": list(program.symbols),
         "inputs": [_port(p) for p in program.inputs],
         "outputs": [_port(p) for p in program.outputs],
-        "steps": [_step(c) for c in program.calls],
+        "steps": [_step(program, c) for c in program.calls],
         "arena": {"slot_bytes": [_dim(s) for s in program.slots]},
         "weights": {
             "count": len(program.weights),
@@ -52,17 +52,18 @@ def _port(port: Port) -> dict[str, Any]:
     }
 
 
-def _step(call: KernelCall) -> dict[str, Any]:
+def _step(program: Program, call: KernelCall) -> dict[str, Any]:
+    """Sizes are the most that they can be: those of a batch without padding."""
     return {
         "kernel": call.kernel.name,
         "isa": call.kernel.isa,
         "op": call.op,
         "node": call.node,
         "comment": call.comment,
-        "macs": _dim(call.macs),
-        "items": _dim(call.items),
+        "macs": _dim(program.bounded(call.macs)),
+        "items": _dim(program.bounded(call.items)),
         "grain": call.grain,
-        "scratch_bytes": _dim(call.scratch_bytes),
+        "scratch_bytes": _dim(program.bounded(call.scratch_bytes)),
     }
 
 

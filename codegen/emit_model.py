@@ -95,10 +95,13 @@ static const sparsec_code code = {{
     .slot_count = {slots},
     .step_count = {steps},
     .limit_count = {limits},
+    .found_count = {found},
     .steps = steps,
     .limits = limits,
     .magnitude = magnitude,
     .sizes = sizes,
+    .found = found,
+    .items = items,
 }};
 
 __attribute__((visibility("default")))
@@ -108,7 +111,8 @@ const sparsec_model_v1 *sparsec_query(uint32_t abi_version) {{
 """
 
 # Names that functions of model.c use themselves.
-_TAKEN = ("f", "s", "scratch", "begin", "end", "values", "weight", "slot", "input", "output")
+_TAKEN = ("f", "s", "scratch", "begin", "end", "values", "items", "weight", "slot", "input",
+          "output")  # fmt: skip
 
 
 def emit_model(
@@ -133,6 +137,7 @@ def emit_model(
         _limit_table(program),
         _magnitude(program, names),
         _sizes(program, names),
+        _found(program, names),
         _ports("input", program.inputs, program.symbols),
         _ports("output", program.outputs, program.symbols),
         _array("const char *const symbol_names", [c_string(s) for s in program.symbols]),
@@ -146,9 +151,9 @@ class _Symbols:
     """C variables for the program's symbols."""
 
     def __init__(self, program: Program, kernels: Iterable[str]):
-        self.names = program.symbols
+        self.names = program.all_symbols
         self.variables = dict(
-            zip(program.symbols, c_names(program.symbols, (*_TAKEN, *kernels)), strict=True)
+            zip(self.names, c_names(self.names, (*_TAKEN, *kernels)), strict=True)
         )
 
     def text(self, dim: Dim) -> str:
@@ -275,7 +280,7 @@ def _magnitude(program: Program, names: _Symbols) -> str:
     for call in program.calls:
         values += [call.items, call.scratch_bytes]
         values += [a for a in call.args if isinstance(a, (int, Expr))]
-    bound = magnitude(values)
+    bound = magnitude(program.bounded(v) for v in values)
     return (
         "/* No size that is computed from the symbols is larger than this. */\n"
         "static double magnitude(const double *values) {\n"
@@ -287,8 +292,9 @@ def _magnitude(program: Program, names: _Symbols) -> str:
 def _sizes(program: Program, names: _Symbols) -> str:
     ports = (*program.inputs, *program.outputs)
     port_dims = [d for port in ports for d in port.type.shape]
+    calls = [(program.bounded(c.items), program.bounded(c.scratch_bytes)) for c in program.calls]
     values = [*port_dims, *program.slots]
-    values += [d for c in program.calls for d in (c.items, c.scratch_bytes)]
+    values += [d for pair in calls for d in pair]
     values += [limit.dim for limit in program.limits]
     lines: list[str] = []
     position = 0
@@ -301,9 +307,9 @@ def _sizes(program: Program, names: _Symbols) -> str:
     for i, slot in enumerate(program.slots):
         lines.append(f"  s->slot_bytes[{i}] = {names.text(slot)};")
     lines.append("")
-    for i, call in enumerate(program.calls):
-        lines.append(f"  s->items[{i}] = {names.text(call.items)};")
-        lines.append(f"  s->scratch_bytes[{i}] = {names.text(call.scratch_bytes)};")
+    for i, (items, scratch_bytes) in enumerate(calls):
+        lines.append(f"  s->items[{i}] = {names.text(items)};")
+        lines.append(f"  s->scratch_bytes[{i}] = {names.text(scratch_bytes)};")
     for i, limit in enumerate(program.limits):
         lines.append(f"  s->limits[{i}] = {names.text(limit.dim)};")
     return (
@@ -311,6 +317,23 @@ def _sizes(program: Program, names: _Symbols) -> str:
         + names.declare(values, "values")
         + "\n".join(lines).rstrip()
         + "\n}\n"
+    )
+
+
+def _found(program: Program, names: _Symbols) -> str:
+    """What depends on the sizes that steps find: the work items of later steps."""
+    every = list(program.all_symbols)
+    rows = [f"{{{f.call}, {every.index(f.symbol)}, {f.place.index}}}" for f in program.found]
+    late = {f.symbol for f in program.found}
+    items = [(i, c.items) for i, c in enumerate(program.calls) if dims.symbols(c.items) & late]
+    lines = [f"  items[{i}] = {names.text(count)};\n" for i, count in items]
+    return (
+        _array("const sparsec_found found", rows)
+        + "\n/* The work items that depend on sizes found by steps. */\n"
+        + "static void items(const int64_t *values, int64_t *items) {\n"
+        + names.declare([count for _, count in items], "values")
+        + ("".join(lines) or "  (void)values;\n  (void)items;\n")
+        + "}\n"
     )
 
 
@@ -360,4 +383,5 @@ def _tail(program: Program, blob: WeightBlob, isa: str) -> str:
         slots=len(program.slots),
         steps=len(program.calls),
         limits=len(program.limits),
+        found=len(program.found),
     )

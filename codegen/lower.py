@@ -10,6 +10,7 @@ from sparsec.codegen.kernels.base import KernelFamily
 from sparsec.codegen.program import (
     Arg,
     BufferRef,
+    Found,
     KernelCall,
     Port,
     Program,
@@ -18,7 +19,7 @@ from sparsec.codegen.program import (
 )
 from sparsec.errors import InvalidGraph, NoSchedule
 from sparsec.ir.dims import symbols
-from sparsec.ir.graph import Graph, Node, Value
+from sparsec.ir.graph import Graph, Node, Value, bound_symbol
 from sparsec.ir.layouts import ROW_MAJOR
 from sparsec.ir.memory_plan import MemoryPlan
 from sparsec.ir.op_spec import Array
@@ -49,6 +50,7 @@ def lower(graph: Graph, plan: MemoryPlan, target: Target) -> Program:
     """
     binder = _Binder(graph, plan)
     calls: list[KernelCall] = []
+    found: list[Found] = []
     for node in graph.nodes:
         if node.outputs[0].name in plan.view_of:
             continue
@@ -56,6 +58,9 @@ def lower(graph: Graph, plan: MemoryPlan, target: Target) -> Program:
             raise NoSchedule(f"{node.name} ({node.op}): no schedule was assigned")
         made = family_of(node, target).lower(node, node.schedule, binder)
         calls += [replace(call, op=node.op, node=node.name) for call in made]
+        if (name := bound_symbol(node)) is not None:
+            place = binder.ref(node.outputs[0])
+            found.append(Found(name, node.attrs["most"], len(calls) - 1, place))
     calls += binder.output_copies(target)
     return Program(
         name=graph.name,
@@ -68,6 +73,7 @@ def lower(graph: Graph, plan: MemoryPlan, target: Target) -> Program:
         slots=plan.slots,
         calls=tuple(calls),
         limits=tuple(graph.limits),
+        found=tuple(found),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sparsec.ir.dims import Dim
+from sparsec.ir.dims import Dim, substitute
 from sparsec.ir.graph import Limit
 from sparsec.ir.types import TensorType
 
@@ -113,6 +113,19 @@ class Weight:
 
 
 @dataclass(frozen=True, slots=True)
+class Found:
+    """A symbol whose value call `call` finds: the int64 in `place`, an arena slot.
+
+    It is at most `most`.
+    """
+
+    symbol: str
+    most: Dim
+    call: int
+    place: BufferRef
+
+
+@dataclass(frozen=True, slots=True)
 class Program:
     """All that is emitted: `slots` are the byte sizes of the arena's slots."""
 
@@ -124,3 +137,14 @@ class Program:
     slots: tuple[Dim, ...]
     calls: tuple[KernelCall, ...]
     limits: tuple[Limit, ...] = ()  # checked when the symbols are bound
+    found: tuple[Found, ...] = ()  # in the order of their calls
+
+    @property
+    def all_symbols(self) -> tuple[str, ...]:
+        """The symbols of the input shapes, then those that are found when the model runs."""
+        return (*self.symbols, *(f.symbol for f in self.found))
+
+    def bounded(self, size: Dim) -> Dim:
+        """`size`, or its most: in the symbols of the input shapes alone. No size falls when a
+        symbol grows."""
+        return substitute(size, {f.symbol: f.most for f in self.found})

@@ -43,6 +43,8 @@ from sparsec.passes import (
     target_pipeline,
 )
 from sparsec.passes.manager import PassManager, PassRecord
+from sparsec.passes.pack_tokens import NAME as PACK_TOKENS
+from sparsec.passes.pack_tokens import padded_ports
 from sparsec.passes.plan_memory import plan_memory
 from sparsec.ranges import Channels
 from sparsec.target import Isa, Target
@@ -74,6 +76,7 @@ def compile_model(
     calibration: Calibration | None = None,
     keep_fp32: Sequence[str] = (),
     all_roundings: bool = False,
+    keep_padding: bool = False,
     dump_ir: str | os.PathLike[str] | None = None,
     report: str | os.PathLike[str] | None = None,
     cc: str | None = None,
@@ -86,8 +89,9 @@ def compile_model(
     `precision` is fp32 or int8; by default a quantised (QDQ) model is int8, any other fp32. int8
     needs `calibration` unless the model is quantised, and leaves the layers whose names match a
     pattern in `keep_fp32`. With `all_roundings` a quantised model rounds wherever its file does,
-    which is slower, not only what its products read. `dump_ir` is a folder for the graph after
-    each pass, `report` a JSON file. `progress` is told each stage.
+    which is slower, not only what its products read. With `keep_padding` padding is computed even
+    where it can not matter; else the outputs of such tokens are 0. `dump_ir` is a folder for the
+    graph after each pass, `report` a JSON file. `progress` is told each stage.
 
     Raises CompilerError: its subclasses say what was wrong with the model or the arguments.
     Nothing is left behind at `output` when it does.
@@ -100,6 +104,7 @@ def compile_model(
         calibration=calibration,
         keep_fp32=tuple(keep_fp32),
         all_roundings=all_roundings,
+        keep_padding=keep_padding,
         dump_ir=Path(dump_ir) if dump_ir is not None else None,
         report=Path(report) if report is not None else None,
         cc=cc,
@@ -128,7 +133,7 @@ def _compile(
 
     clock.start("link")
     isa = max((Isa(c.kernel.isa) for c in program.calls), key=list(Isa).index, default=Isa.AVX2)
-    description = _describe(graph, plan, target, ranges)
+    description = {**_describe(graph, plan, target, ranges), "padding": _padding(graph, records)}
     build_library(
         program,
         objects,
@@ -169,7 +174,9 @@ def _transform(
         )
         records += PassManager(pipeline, dump).run(graph)
     clock.start("schedule")
-    pipeline = target_pipeline(lambda node: schedule_of(node, target))
+    pipeline = target_pipeline(
+        lambda node: schedule_of(node, target), keep_padding=options.keep_padding
+    )
     records += PassManager(pipeline, dump).run(graph)
     return "int8" if int8 else "fp32", records
 
@@ -249,6 +256,17 @@ def _describe(
         "input_ranges": dict(ranges),
         "layers": layers,
     }
+
+
+def _padding(graph: Graph, records: Sequence[PassRecord]) -> dict[str, Any]:
+    """Whether padding is dropped: by which mask, and which outputs are 0 there; or why not."""
+    record = next((r for r in records if r["name"] == PACK_TOKENS), None)
+    if record is None:
+        return {"dropped": False, "why": "padding is computed: --keep-padding"}
+    if not record["changed"]:
+        return {"dropped": False, "why": "; ".join(record["notes"])}
+    mask, outputs = padded_ports(graph)
+    return {"dropped": True, "mask": mask, "outputs": outputs}
 
 
 def _check_output(output: Path) -> None:

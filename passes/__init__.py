@@ -20,6 +20,7 @@ from sparsec.passes.fuse_layer_norm import FuseLayerNorm
 from sparsec.passes.fuse_linear import FuseLinear
 from sparsec.passes.infer_types import InferTypes
 from sparsec.passes.merge_qkv import MergeQkv
+from sparsec.passes.pack_tokens import PackTokens
 from sparsec.passes.quantize import Quantization, Quantize, is_quantized, quantized_values
 from sparsec.passes.quantize_attention import QuantizeAttention, attention_values
 
@@ -51,6 +52,7 @@ PASSES: Mapping[str, Callable[[], Pass]] = {
     "fuse_attention": FuseAttention,
     "merge_qkv": MergeQkv,
     "fuse_epilogue": FuseEpilogue,
+    "pack_tokens": PackTokens,
     "assign_layouts": AssignLayouts,
 }
 
@@ -95,9 +97,11 @@ def int8_pipeline(
     ]
 
 
-def target_pipeline(schedules: ScheduleLookup) -> list[Pass]:
-    """The passes after all rewrites. `schedules` chooses per node."""
+def target_pipeline(schedules: ScheduleLookup, *, keep_padding: bool = False) -> list[Pass]:
+    """The passes after all rewrites of what is computed. `schedules` chooses per node."""
+    packing: list[Pass] = [] if keep_padding else [PackTokens()]  # it knows the final ops
     return [
+        *packing,
         AssignLayouts(),  # last of the rewrites: it knows all producers and readers
         AssignSchedules(schedules),
     ]
@@ -109,9 +113,10 @@ def default_pipeline(
     fixed_dims: Mapping[str, int] | None = None,
     quantization: Quantization | None = None,
     choose_layout: LayoutChoice = by_density,
+    keep_padding: bool = False,
 ) -> list[Pass]:
     """The whole pipeline. `fixed_dims` gives sizes to symbols; without quantization it is fp32."""
     int8 = [] if quantization is None else int8_pipeline(quantization, choose_layout)
     roundings = Roundings.NONE if quantization is None else Roundings.PRODUCTS
     graph = graph_pipeline(fixed_dims, roundings=roundings)
-    return [*graph, *int8, *target_pipeline(schedules)]
+    return [*graph, *int8, *target_pipeline(schedules, keep_padding=keep_padding)]

@@ -10,6 +10,7 @@ from sparsec.codegen.kernels.embedding import EmbeddingFamily
 from sparsec.codegen.kernels.int8_family import Int8GemmFamily
 from sparsec.codegen.kernels.layer_norm import LayerNormFamily
 from sparsec.codegen.kernels.layout_change import LayoutChangeFamily
+from sparsec.codegen.kernels.packing import PackingFamily
 from sparsec.codegen.kernels.pointwise import PointwiseFamily
 from sparsec.codegen.kernels.quantize import QuantizeFamily
 from sparsec.codegen.program import Kernel
@@ -26,6 +27,7 @@ _ALL: tuple[KernelFamily, ...] = (
     EmbeddingFamily(),
     LayoutChangeFamily(),
     PointwiseFamily(),
+    PackingFamily(),
     QuantizeFamily(),
 )
 
