@@ -122,7 +122,8 @@ class _Packing:
         """What attention adds to the scores, as a function of the mask: [batch, seq]."""
         node = value.producer
         if value.data is not None:
-            return self.graph.add_constant(value.data.reshape(()), value.name)
+            scalar = value.data.reshape(())
+            return value if value.type.rank == 0 else self.graph.add_constant(scalar, value.name)
         assert node is not None or value in known, value
         if value not in known:
             assert node is not None
