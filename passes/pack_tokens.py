@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from sparsec.ir.dims import Dim, product, symbol, symbols
 from sparsec.ir.graph import Graph, Node, Value
@@ -41,7 +40,7 @@ class PackTokens:
         proof = prove(graph)
         if isinstance(proof, Reject):
             return PassResult(0, (f"padding is computed: {proof.reason}",))
-        _Packing(graph, proof).rewrite()
+        _Packing.of(graph, proof).rewrite()
         return PassResult(len(proof.roles))
 
 
@@ -62,30 +61,98 @@ def _is_unpacked(value: Value) -> bool:
     return node is not None and node.op == "unpack_tokens"
 
 
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """What pack_tokens finds: see its row in `ops_packing.py`."""
+
+    batch: Dim
+    seq: Dim
+    count: Dim
+    index: Value
+    sequence: Value
+    starts: Value
+    place: Value
+
+
+def _find_tokens(graph: Graph, proof: Proof) -> tuple[_Tokens, Value]:
+    """The tokens, and what attention adds to the scores of keys: [batch, seq]."""
+    batch, seq = proof.mask.type.shape
+    known: dict[Value, Value] = {proof.mask: proof.mask}
+    scores = _on_tokens(graph, proof.scores, known)
+    count = symbol(_free_symbol(graph))
+    attrs = {
+        "tokens": count,
+        "most": batch * seq,
+        "seen": max(proof.hidden, LOWEST) / 2,
+        "keep_first": Role.FIRST in proof.roles.values(),
+    }
+    real = _real(graph, proof.mask, known)
+    _, *lists = graph.add_node(NAME, [real, scores], attrs).outputs
+    return _Tokens(batch, seq, count, *lists), scores
+
+
+def _free_symbol(graph: Graph) -> str:
+    taken = {n for v in graph.inputs for d in v.type.shape for n in symbols(d)}
+    name = "tokens"
+    while name in taken:
+        name = f"real_{name}"
+    return name
+
+
+def _on_tokens(graph: Graph, value: Value, known: dict[Value, Value]) -> Value:
+    """A function of the mask, as one of [batch, seq]."""
+    node = value.producer
+    if value.data is not None:
+        scalar = value.data.reshape(())
+        return value if value.type.rank == 0 else graph.add_constant(scalar, value.name)
+    if value not in known:
+        assert node is not None, value
+        operands = [None if v is None else _on_tokens(graph, v, known) for v in node.inputs]
+        made = operands[0]
+        if node.op not in VIEWS:
+            made = graph.add(node.op, operands, node.attrs, name=node.name)
+        assert made is not None, node
+        known[value] = made
+    return known[value]
+
+
+def _real(graph: Graph, mask: Value, known: Mapping[Value, Value]) -> Value:
+    """Whether the mask is not 0, which the scores may have asked already."""
+    if mask.type.dtype is DType.BOOL:
+        return mask
+    for value in known.values():
+        node = value.producer
+        cast = node is not None and node.op == "cast" and node.input(0) is mask
+        if cast and value.type.dtype is DType.BOOL:
+            return value
+    return graph.add("cast", [mask], {"to": DType.BOOL}, name=f"{mask.name}.real")
+
+
 @dataclass(slots=True)
 class _Packing:
     """Nodes of packed tokens beside the old ones, which die when all their readers are new."""
 
     graph: Graph
     proof: Proof
+    tokens: _Tokens
+    scores: Value  # of the tokens: [1, 1, 1, tokens]
     new: dict[Value, Value] = field(default_factory=dict)  # values of tokens -> packed
     taken: dict[Value, Value] = field(default_factory=dict)  # other rows -> those of the tokens
     rows: dict[Value, Value] = field(default_factory=dict)  # packed -> rows again
     named: dict[Node, str] = field(default_factory=dict)  # nodes that take the name of another
-    batch: Dim = 0
-    seq: Dim = 0
-    tokens: Dim = 0
-    index: Any = None
-    sequence: Any = None
-    starts: Any = None
-    place: Any = None
-    scores: Any = None
-    first: Value | None = None
+
+    @staticmethod
+    def of(graph: Graph, proof: Proof) -> _Packing:
+        tokens, scores = _find_tokens(graph, proof)
+        taken = _reshape(graph, _take(graph, tokens, scores), (1, 1, 1, tokens.count))
+        return _Packing(graph, proof, tokens, taken)
 
     def rewrite(self) -> None:
-        self._find_tokens()
-        rewrites = {Role.TOKENS: self._pack_node, Role.FIRST: self._take_first,
-                    Role.MASKED: self._read_rows}  # fmt: skip
+        rewrites = {
+            Role.TOKENS: self._pack_node,
+            Role.FIRST: self._take_first,
+            Role.MASKED: self._read_rows,
+        }
         for node, role in self.proof.roles.items():
             rewrites[role](node)
         outputs = self.graph.outputs
@@ -95,69 +162,19 @@ class _Packing:
         for node, name in self.named.items():
             self.graph.rename(node, name)
 
-    def _find_tokens(self) -> None:
-        mask, hidden = self.proof.mask, self.proof.hidden
-        self.batch, self.seq = mask.type.shape
-        self.tokens = symbol(self._free_symbol())
-        known: dict[Value, Value] = {mask: mask}
-        scores = self._on_tokens(self.proof.scores, known)
-        attrs = {
-            "tokens": self.tokens,
-            "most": self.batch * self.seq,
-            "seen": max(hidden, LOWEST) / 2,
-            "keep_first": Role.FIRST in self.proof.roles.values(),
-        }
-        node = self.graph.add_node(NAME, [self._real(known), scores], attrs)
-        _, self.index, self.sequence, self.starts, self.place = node.outputs
-        self.scores = self._reshape(self._take(scores), (1, 1, 1, self.tokens))
-
-    def _free_symbol(self) -> str:
-        taken = {n for v in self.graph.inputs for d in v.type.shape for n in symbols(d)}
-        name = "tokens"
-        while name in taken:
-            name = f"real_{name}"
-        return name
-
-    def _on_tokens(self, value: Value, known: dict[Value, Value]) -> Value:
-        """What attention adds to the scores, as a function of the mask: [batch, seq]."""
-        node = value.producer
-        if value.data is not None:
-            scalar = value.data.reshape(())
-            return value if value.type.rank == 0 else self.graph.add_constant(scalar, value.name)
-        assert node is not None or value in known, value
-        if value not in known:
-            assert node is not None
-            operands = [None if v is None else self._on_tokens(v, known) for v in node.inputs]
-            again = self.graph.add(node.op, operands, node.attrs) if node.op not in VIEWS else None
-            made = again or operands[0]
-            assert made is not None
-            known[value] = made
-        return known[value]
-
-    def _real(self, known: Mapping[Value, Value]) -> Value:
-        """Whether the mask is not 0, which the scores may have asked already."""
-        mask = self.proof.mask
-        if mask.type.dtype is DType.BOOL:
-            return mask
-        for value in known.values():
-            node = value.producer
-            cast = node is not None and node.op == "cast" and node.input(0) is mask
-            if cast and value.type.dtype is DType.BOOL:
-                return value
-        return self.graph.add("cast", [mask], {"to": DType.BOOL}, name=f"{mask.name}.real")
-
     def _pack_node(self, node: Node) -> None:
-        attrs, op = dict(node.attrs), node.op
+        attrs, op, tokens = dict(node.attrs), node.op, self.tokens
+        inputs: list[Value | None]
         if op == "embedding":
             inputs = [self._ids(v) if i % 2 == 0 else v for i, v in enumerate(node.inputs)]
         elif op in ATTENTIONS:
-            inputs = [self.new[node.input(i)] for i in range(3)]
-            inputs += [self.scores, self.sequence, self.starts]
-            attrs["longest"] = self.seq
+            operands = [self.new[node.input(i)] for i in range(3)]
+            inputs = [*operands, self.scores, tokens.sequence, tokens.starts]
+            attrs["longest"] = tokens.seq
         else:
             inputs = [None if v is None else self._packed(node, v) for v in node.inputs]
         if op in VIEWS:
-            attrs["shape"] = (1, self.tokens, *attrs["shape"][2:])
+            attrs["shape"] = (1, tokens.count, *attrs["shape"][2:])
         made = self.graph.add_node(op, inputs, attrs, name=node.name)
         self.named[made] = node.name
         self.new.update(zip(node.outputs, made.outputs, strict=True))
@@ -165,11 +182,12 @@ class _Packing:
     def _ids(self, ids: Value | None) -> Value:
         assert ids is not None
         if ids.type.elements == 1:
-            return self._reshape(ids, (1, 1))
-        shape = (self.batch, self.seq)
+            return _reshape(self.graph, ids, (1, 1))
+        shape = (self.tokens.batch, self.tokens.seq)
         if ids.type.shape != shape:
             ids = self.graph.add("broadcast_to", [ids], {"shape": shape}, name=ids.name)
-        return self._reshape(self._take(ids), (1, self.tokens))
+        taken = _take(self.graph, self.tokens, ids)
+        return _reshape(self.graph, taken, (1, self.tokens.count))
 
     def _packed(self, node: Node, value: Value) -> Value:
         """An operand of an op on packed tokens."""
@@ -178,27 +196,18 @@ class _Packing:
         if same_for_all(node, value):
             return value
         if value not in self.taken:
-            shape = (1, self.tokens, *value.type.shape[2:])
-            self.taken[value] = self._reshape(self._take(value), shape)
+            shape = (1, self.tokens.count, *value.type.shape[2:])
+            self.taken[value] = _reshape(self.graph, _take(self.graph, self.tokens, value), shape)
         return self.taken[value]
 
-    def _take(self, value: Value) -> Value:
-        """[batch, seq, ...] -> [tokens, ...]"""
-        flat = self._reshape(value, (self.batch * self.seq, *value.type.shape[2:]))
-        return self.graph.add("gather", [flat, self.index], {"axis": 0}, name=value.name)
-
-    def _reshape(self, value: Value, shape: tuple[Dim, ...]) -> Value:
-        if value.type.shape == shape:
-            return value
-        return self.graph.add("reshape", [value], {"shape": shape}, name=value.name)
-
     def _take_first(self, node: Node) -> None:
-        if self.first is None:
-            attrs = {"axes": (0,), "starts": (0,), "ends": (self.batch,), "steps": (1,)}
-            self.first = self.graph.add("slice", [self.starts], attrs, name="first_tokens")
-        operands = [self.new[node.input(0)], self.first]
+        """The first tokens are where the sequences start."""
+        ends = (self.tokens.batch,)
+        attrs = {"axes": (0,), "starts": (0,), "ends": ends, "steps": (1,)}
+        first = self.graph.add("slice", [self.tokens.starts], attrs, name="first_tokens")
+        operands = [self.new[node.input(0)], first]
         taken = self.graph.add("gather", operands, {"axis": 1}, name=node.name)
-        self.graph.replace_uses(node.output, self._reshape(taken, node.output.type.shape))
+        self.graph.replace_uses(node.output, _reshape(self.graph, taken, node.output.type.shape))
 
     def _read_rows(self, node: Node) -> None:
         for index, value in enumerate(node.inputs):
@@ -208,8 +217,20 @@ class _Packing:
     def _unpacked(self, value: Value) -> Value:
         if value not in self.rows:
             packed, rest = self.new[value], value.type.shape[2:]
-            flat = self._reshape(packed, (1, self.tokens, product(rest)))
-            name = f"{value.name}.unpack"
-            made = self.graph.add("unpack_tokens", [flat, self.index, self.place], name=name)
-            self.rows[value] = self._reshape(made, value.type.shape)
+            flat = _reshape(self.graph, packed, (1, self.tokens.count, product(rest)))
+            operands = [flat, self.tokens.index, self.tokens.place]
+            made = self.graph.add("unpack_tokens", operands, name=f"{value.name}.unpack")
+            self.rows[value] = _reshape(self.graph, made, value.type.shape)
         return self.rows[value]
+
+
+def _take(graph: Graph, tokens: _Tokens, value: Value) -> Value:
+    """[batch, seq, ...] -> [tokens, ...]"""
+    flat = _reshape(graph, value, (tokens.batch * tokens.seq, *value.type.shape[2:]))
+    return graph.add("gather", [flat, tokens.index], {"axis": 0}, name=value.name)
+
+
+def _reshape(graph: Graph, value: Value, shape: tuple[Dim, ...]) -> Value:
+    if value.type.shape == shape:
+        return value
+    return graph.add("reshape", [value], {"shape": shape}, name=value.name)
