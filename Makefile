@@ -24,8 +24,9 @@ tests: $(VENV)/.ready
 	PYTHONSAFEPATH=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 bench: $(VENV)/.ready
-	$(BIN)/python benchmarks/bench_kernels.py
-	$(BIN)/python benchmarks/bench_models.py
+	@mkdir -p $(OUT)/bench
+	$(BIN)/python benchmarks/bench_products.py $(BENCH_PRODUCTS) --json $(OUT)/bench/products.jsonl
+	$(BIN)/python benchmarks/bench_models.py --all --resume --folder $(OUT)/bench --json $(OUT)/bench/models.jsonl $(BENCH_MODELS)
 
 accuracy: $(VENV)/.ready-compress
 	$(BIN)/python benchmarks/accuracy.py --folder $(OUT) \

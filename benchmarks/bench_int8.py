@@ -1,6 +1,6 @@
 """Speed of the int8 kernels on one core, as a share of the measured multiply-add peak.
 
-    taskset -c 0 python benchmarks/bench_int8.py [--isa avx512vnni] [--shape 768x768] [--all]
+    taskset -c 0 python benchmarks/bench_int8.py [--isa amx] [--shape 768x768] [--all]
 
 Useful is what the stored blocks need; dense-equivalent is what a dense weight of that size would.
 Weights of all candidates of a shape are called in turn, so each finds its own weights in L3 at
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +26,8 @@ import numpy as np
 from tvm.script.ir_builder import tirx as T
 
 from sparsec.codegen import tir
-from sparsec.codegen.isa.int8 import INT8_ISAS, Int8Isa, int8_isa
+from sparsec.codegen.isa import FEATURES, amx
+from sparsec.codegen.isa.int8 import AMX_INT8, INT8_ISAS, Int8Isa, int8_isa
 from sparsec.codegen.isa.vector import keep, ramp, splat
 from sparsec.codegen.kernels.int8_cost import Form
 from sparsec.codegen.kernels.int8_epilogue import Epilogue
@@ -36,7 +38,7 @@ from sparsec.codegen.kernels.panels import WIDTH, loop
 from sparsec.codegen.program import Kernel, Kind, Parameter
 from sparsec.ir.schedule import Workload
 from sparsec.sparse.bsr import block_zeros
-from sparsec.target import Target
+from sparsec.target import Isa, Target
 
 Array = np.ndarray[Any, Any]
 SHAPES = ["768x768", "3072x768", "768x3072", "256x1024", "1024x256"]
@@ -46,6 +48,10 @@ SPARSE = [  # block, share of zero blocks
 ]  # fmt: skip
 C_TYPES = {Kind.POINTER: ctypes.c_void_p, Kind.INT: ctypes.c_int64, Kind.FLOAT: ctypes.c_float}
 PEAK_CHAINS = 12
+LEVELS = {
+    Isa.AVX2: "haswell", Isa.AVX512_VNNI: "icelake-server", Isa.AMX: "sapphirerapids"
+}  # fmt: skip
+ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = 158, 0x1023, 18  # Linux, x86-64
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +86,26 @@ class Peak:
             T.buffer_store(x, total[lanes], [ramp(i * n, n)])
 
 
+@dataclass(frozen=True, slots=True)
+class TilePeak:
+    """Two by two products of tiles in turn."""
+
+    name = "multiply_add_peak"
+    parameters = (Parameter("tiles", dtype="uint8"),)
+    has_scratch = False
+    isa = AMX_INT8.name
+
+    def build(self) -> Any:
+        return tir.kernel_function(self.name, self.parameters, self._body)
+
+    def _body(self, s: tir.KernelScope) -> None:
+        amx.configure(s["tiles"])
+        with loop(s.begin, s.end):
+            for row, column in product(range(2), repeat=2):
+                amx.multiply(2 * row + column, 4 + row, 6 + column)
+        amx.release()
+
+
 @dataclass
 class Candidate:
     """One call to time: `work` multiply-accumulates that its blocks need."""
@@ -93,9 +119,9 @@ class Candidate:
 class Library:
     """Kernels in one shared library."""
 
-    def __init__(self, kernels: list[Kernel], isa: Int8Isa, folder: Path):
+    def __init__(self, kernels: list[Kernel], isa: Isa, folder: Path):
         path = folder / "kernels.o"
-        path.write_bytes(tir.build_object([k.build() for k in kernels], isa.features))
+        path.write_bytes(tir.build_object([k.build() for k in kernels], FEATURES[isa]))
         linker = [sys.executable, "-m", "ziglang", "ld.lld", "-shared"]
         subprocess.run([*linker, str(path), "-o", str(path.with_suffix(".so"))], check=True)
         self.library = ctypes.CDLL(str(path.with_suffix(".so")))
@@ -155,10 +181,9 @@ class Shape:
     def candidate(self, library: Library, kernel: Int8Gemm, form: Form, w: Array, group: int,
                   title: str) -> Candidate:  # fmt: skip
         packed = pack(w, form, kernel.hooks)
-        lists = [] if packed.starts is None else [packed.starts, packed.indices]
         one = np.ones(self.m, np.float32)
         rows = [np.zeros(self.m, np.int32), one * np.float32(1e-4), one]
-        weights = [packed.words, *lists, *(pack_rows(r, form.rows) for r in rows)]
+        weights = [*packed.arrays.values(), *(pack_rows(r, form.rows) for r in rows)]
         sizes = [self.tokens, self.m, self.k, group, *([form.rows // form.strip] * kernel.tall)]
         numbers = [1.0, 128] if self.epilogue.to_u8 else []
         args = [self.x, *(aligned(a) for a in weights), self.y, *sizes, *numbers]
@@ -177,8 +202,8 @@ def candidates(shape: Shape, library: Library, isa: Int8Isa, every: bool) -> lis
         density = 1.0 if block is None else 1.0 - block_zeros(w, (block,))[block]
         sizes = (("m", shape.m), ("k", shape.k))
         work = Workload("linear_int8", sizes, "u8s8", layout, "none u8", density)
-        level = Target.host() if isa is INT8_ISAS[-1] else Target.named("haswell")
-        schedules = Int8GemmFamily().schedules(work, level)
+        level = Target.named(LEVELS[isa.isa])
+        schedules = [s for s in Int8GemmFamily().schedules(work, level) if s.isa == isa.name]
         for schedule in schedules if every else schedules[:1]:
             rows, cols, strip, group = (schedule.param(n) for n in PARAMS)
             form = Form(rows, cols, strip)
@@ -202,6 +227,11 @@ def measure(found: list[Candidate], rounds: int) -> None:
 def peak_of(library: Library, isa: Int8Isa) -> float:
     """Multiply-accumulates per second."""
     items, lanes = 200_000, isa.lanes
+    if isa is AMX_INT8:
+        call = library.bind(TilePeak(), [aligned(amx.configuration([amx.FULL] * 8))], items)
+        tiles = Candidate("peak", call, 4 * amx.ROWS * amx.TILE_BYTES * items)
+        measure([tiles], 10)
+        return tiles.work / min(tiles.seconds)
     call = library.bind(Peak(isa), [aligned(np.ones(PEAK_CHAINS * lanes, np.int32))], items)
     peak = Candidate("peak", call, PEAK_CHAINS * lanes * 4 * items)
     measure([peak], 10)
@@ -221,6 +251,8 @@ def main() -> None:
     host = Target.host()
     best = next(i.name for i in reversed(INT8_ISAS) if host.has(i.isa))
     isa = int8_isa(options.isa or best)
+    if isa is AMX_INT8 and ctypes.CDLL(None).syscall(ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA):
+        raise SystemExit("this system does not permit the use of AMX")
     coarse = not options.f32 and options.activation.startswith("gelu")
     epilogue = Epilogue(
         options.activation, to_u8=not options.f32, coarse=coarse, is_bounded=not options.f32
@@ -229,7 +261,8 @@ def main() -> None:
                              if isinstance(k, Int8Gemm) and k.isa == isa.name
                              and k.epilogue == epilogue]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        library = Library([Peak(isa), *kernels], isa, Path(folder))
+        peak_kernel: Kernel = TilePeak() if isa is AMX_INT8 else Peak(isa)
+        library = Library([peak_kernel, *kernels], isa.isa, Path(folder))
         peak = peak_of(library, isa)
         print(f"{isa.name}, {epilogue.result}, peak {peak / 1e9:.1f} GMAC/s")
         for text in options.shape or SHAPES:

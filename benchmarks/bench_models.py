@@ -2,14 +2,14 @@
 
     python benchmarks/bench_models.py [--models bert-mini,distilbert] [--blocks dense,4x1,32x1]
                                       [--sparsities 80,90] [--shapes 1x32,1x128] [--threads 1,2]
-    python benchmarks/bench_models.py --precision fp32
+    python benchmarks/bench_models.py --precision fp32|bf16
 
 A cell is a model, a shape and a number of threads, measured in one fresh process. There all our
 libraries and all the peers take turns of some runs, each after one run that is not timed, so that
 noise of the machine hits all alike and no engine finds its caches cold. Peers run
 the dense file: zeros in the weights change nothing for them here. The time of a peer is that of
 the fastest of its settings; `ratio` is the median of the best peer over ours. Models and libraries
-stay in --folder, and are made again when the sources of sparsec are newer.
+stay in --folder. With --resume a cell that --json has, of these sources, is not measured again.
 On a busy machine wall times flatter the faster engine: measure one thread with --clock cpu then.
 """
 
@@ -27,59 +27,42 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import numpy as np
+from bench_files import Library, Side, build, peers, progress, source_digest
 from rich.console import Console
 from rich.table import Table
 
 import sparsec
 from sparsec.errors import CompilerError, InvalidInput
-from sparsec.models.build import build_file
-from sparsec.models.registry import MODELS, ModelSpec, find_model
+from sparsec.models.registry import MODELS, find_model
 from sparsec.models.weights import Pruning
-from sparsec.options import Calibration
 from sparsec.target import Target
 from sparsec.tools.inputs import random_inputs
-from sparsec.tools.peer_models import quantize_dynamic, quantize_static
-from sparsec.tools.peers import PEERS, onnxruntime_runner, openvino_has_bf16, openvino_runner
+from sparsec.tools.peers import PEERS, onnxruntime_runner, openvino_runner
 from sparsec.tools.turns import in_turns, summary
-from sparsec.tools.verify import verify
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 DEFAULTS = {  # per precision: models, blocks, shapes
     "int8": ("bert-mini,distilbert", "dense,4x1,16x1,32x1,16x4", "1x32,1x128,1x384"),
+    "bf16": ("bert-mini,distilbert", "dense,4x1,16x1", "1x128"),
     "fp32": ("bert-mini,minilm-l6,distilbert", "dense", "1x128"),
 }
 ALL_SHAPES = "1x32,1x128,1x384,8x128"
-SAMPLES = (16, 64)  # of random tokens, for the ranges of activations: ours and the peers'
 # oneDNN, inside OpenVINO, then uses all of AVX-512 but no AMX.
 WITHOUT_AMX = ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
+GOALS_AMX = {80: 6.0, 90: 8.0}  # of the best block, by per cent of zeros
+GOAL_WITHOUT_AMX = 3.0
+GOAL_EASIEST = 2.5  # 4x1 with 80 % zeros, and no zeros at all
+IDENTITY = ("model", "precision", "batch", "seq", "threads", "block", "sparsity")
+Identity = tuple[Any, ...]
 CPUINFO = Path("/proc/cpuinfo")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-progress = Console(stderr=True)
-
-
-@dataclass(frozen=True, slots=True)
-class Side:
-    """One engine with one file: `group` is its column in the table."""
-
-    group: str
-    setting: str
-    path: Path
-    precision: str | None = None  # of OpenVINO's layers that are not quantised
-
-
-@dataclass(frozen=True, slots=True)
-class Library:
-    """One of our libraries, and how near its answers are to the fp32 file's."""
-
-    block: str
-    sparsity: int
-    path: Path
-    accuracy: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +87,10 @@ def main() -> int:
     try:
         installed = installed_peers(options.peers)
         about = machine(options, installed)
-        for record in measure_all(options, installed):
+        known = read_records(options.json, about) if options.resume else {}
+        for record, is_new in measure_all(options, installed, known):
             records.append({**record, **about})
-            if options.json is not None:
+            if options.json is not None and is_new:
                 with options.json.open("a") as file:
                     file.write(json.dumps(records[-1]) + "\n")
     except CompilerError as error:
@@ -134,7 +118,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--without-amx", action="store_true", help="keep OpenVINO from using AMX")
     add("--folder", type=Path, default=Path("out/bench"), metavar="DIR", help="models, libraries")
     add("--json", type=Path, metavar="FILE", help="append a JSON line per row to this file")
+    add("--resume", action="store_true", help="leave out the cells that the --json file has")
     options = parser.parse_args()
+    if options.resume and options.json is None:
+        parser.error("--resume needs --json FILE")
     models, blocks, shapes = DEFAULTS[options.precision]
     if options.all:
         models = ",".join(name for name in MODELS if name != "minilm-l6")
@@ -145,23 +132,59 @@ def parse_arguments() -> argparse.Namespace:
     return options
 
 
-def measure_all(options: argparse.Namespace, installed: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield a record per row of the table."""
+def measure_all(
+    options: argparse.Namespace, installed: list[str], known: dict[Identity, dict[str, Any]]
+) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Yield a record per row of the table, and whether it is new: not of a cell in `known`."""
     shapes = [parse_shape(text) for text in options.shapes.split(",")]
     specs = [find_model(name) for name in options.models.split(",")]
     wanted, counts = list(prunings(options)), integers(options.threads, "threads")
     for spec in specs:
-        libraries = tuple(build(spec, options, pruning) for pruning in wanted)
-        sides = tuple(peers(spec, options, installed))
-        for batch, seq in shapes:
-            for threads in counts:
-                how = (batch, seq, threads, options.seconds, options.clock)
-                cell = Cell(*how, libraries, sides)
-                progress.print(f"{spec.name} {batch}x{seq}, {threads} threads")
-                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-                    times = process.submit(measure, cell).result()
-                for record in rows(cell, times):
-                    yield {"model": spec.name, "precision": options.precision, **record}
+        built: tuple[tuple[Library, ...], tuple[Side, ...]] | None = None
+        for (batch, seq), threads in product(shapes, counts):
+            names = [
+                (spec.name, options.precision, batch, seq, threads, *described(pruning))
+                for pruning in wanted
+            ]
+            if all(name in known for name in names):
+                yield from ((known[name], False) for name in names)
+                continue
+            if built is None:
+                libraries = tuple(build(spec, options, pruning) for pruning in wanted)
+                built = libraries, tuple(peers(spec, options, installed))
+            cell = Cell(batch, seq, threads, options.seconds, options.clock, *built)
+            progress.print(f"{spec.name} {batch}x{seq}, {threads} threads")
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+                times = process.submit(measure, cell).result()
+            for record in rows(cell, times):
+                yield {"model": spec.name, "precision": options.precision, **record}, True
+
+
+def described(pruning: Pruning | None) -> tuple[str, int]:
+    """Block and per cent of zeros, as a record has them."""
+    return str(pruning or "dense"), round(pruning.sparsity * 100) if pruning else 0
+
+
+def identity(record: dict[str, Any]) -> Identity:
+    """What tells a row from the others of the same machine and sources."""
+    return tuple(record[name] for name in IDENTITY)
+
+
+def read_records(path: Path, about: dict[str, Any]) -> dict[Identity, dict[str, Any]]:
+    """The newest record of each row that was measured with all that `about` says."""
+    if not path.exists():
+        return {}
+    found = {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            record = json.loads(line)
+            if all(record.get(name) == value for name, value in about.items()):
+                found[identity(record)] = record
+        except (ValueError, KeyError, AttributeError):
+            raise InvalidInput(
+                f"{path}, line {number}: it is no record of this benchmark; give another --json"
+            ) from None
+    return found
 
 
 def parse_shape(text: str) -> tuple[int, int]:
@@ -201,104 +224,6 @@ def prunings(options: argparse.Namespace) -> Iterator[Pruning | None]:
         height, width = parse_shape(block)
         for percent in integers(options.sparsities, "sparsities"):
             yield Pruning(percent / 100, height, width)
-
-
-def build(spec: ModelSpec, options: argparse.Namespace, pruning: Pruning | None) -> Library:
-    """Compile a model, unless the folder has it."""
-    sparsity = round(pruning.sparsity * 100) if pruning else 0
-    variant = f"{pruning}_{sparsity}" if pruning else "dense"
-    onnx_path = options.folder / spec.name / f"{variant}.onnx"
-    library = onnx_path.with_name(f"{variant}_{options.precision}_{options.target}.so")
-    onnx_path.parent.mkdir(parents=True, exist_ok=True)
-    if not onnx_path.exists():
-        progress.print(f"{spec.name} {variant}: building")
-        build_file(spec, onnx_path, pruning=pruning)
-    if not library.exists() or library.stat().st_mtime < newest_source():
-        progress.print(f"{spec.name} {variant}: compiling")
-        data = samples(spec, onnx_path)
-        sparsec.compile_model(
-            onnx_path,
-            library,
-            target=options.target,
-            precision=options.precision,
-            calibration=Calibration(data=data) if options.precision == "int8" else None,
-        )
-    return Library(str(pruning or "dense"), sparsity, library, accuracy(library, onnx_path))
-
-
-def newest_source() -> float:
-    """When a file that a library is made from last changed."""
-    folders = [Path(folder) for folder in sparsec.__path__]
-    for package in ("passes", "codegen", "runtime"):
-        spec = importlib.util.find_spec(f"sparsec.{package}")
-        folders += [Path(f) for f in (spec.submodule_search_locations or [])] if spec else []
-    files = [path for folder in folders for path in folder.rglob("*.[pch]*") if path.is_file()]
-    return max(path.stat().st_mtime for path in files if path.suffix in {".py", ".c", ".h"})
-
-
-def samples(spec: ModelSpec, beside: Path) -> Path:
-    """An npz of random tokens: good for measuring speed and nothing else."""
-    path = beside.with_name("samples.npz")
-    tokens = np.random.default_rng(7).integers(0, spec.vocab, SAMPLES)
-    arrays = {"input_ids": tokens, "attention_mask": np.ones(SAMPLES, np.int64)}
-    if spec.has_token_types:
-        arrays["token_type_ids"] = np.zeros(SAMPLES, np.int64)
-    np.savez(path, allow_pickle=False, **arrays)
-    return path
-
-
-def accuracy(library: Path, onnx_path: Path) -> dict[str, float]:
-    """Worst figures against the fp32 file over all outputs, on inputs with padding."""
-    found = verify(
-        library,
-        onnx_path,
-        shapes=[(1, 32), (2, 33)],
-        threads=1,
-        tolerance=0.0,
-        seed=0,
-        progress=lambda stage: None,
-    )["outputs"].values()
-    return {
-        "max_abs_error": max(float(figures["max_abs_error"]) for figures in found),
-        "cosine": min(float(figures["cosine"]) for figures in found),
-    }
-
-
-def peers(spec: ModelSpec, options: argparse.Namespace, installed: list[str]) -> list[Side]:
-    """All settings of the installed peers, with their files made."""
-    folder = options.folder / spec.name
-    dense = folder / "dense.onnx"
-    sides = []
-    if not dense.exists():
-        build_file(spec, dense)
-    if "onnxruntime" in installed:
-        sides.append(Side("ORT fp32", "fp32", dense))
-    if "openvino" in installed:
-        sides.append(Side("OV fp32", "fp32", dense, "f32"))
-    if options.precision == "fp32":
-        return sides
-    if "openvino" in installed and openvino_has_bf16():
-        sides.append(Side("OV bf16", "bf16", dense, "bf16"))
-    for setting, make in int8_files(dense, samples(spec, dense)).items():
-        path = folder / f"peer_{setting.replace(' ', '_')}.onnx"
-        if not path.exists():
-            progress.print(f"{spec.name} for the peers: {setting}")
-            make(path)
-        if "onnxruntime" in installed:
-            sides.append(Side("ORT int8", setting, path))
-        if "openvino" in installed and setting != "dynamic":
-            sides.append(Side("OV int8", setting, path))
-    return sides
-
-
-def int8_files(dense: Path, calibration: Path) -> dict[str, Callable[[Path], None]]:
-    """Makers of the int8 files by setting."""
-    tokens: Arrays = dict(np.load(calibration))
-    return {
-        "static linear": lambda path: quantize_static(dense, path, tokens, attention=False),
-        "static all": lambda path: quantize_static(dense, path, tokens, attention=True),
-        "dynamic": lambda path: quantize_dynamic(dense, path),
-    }
 
 
 def measure(cell: Cell) -> list[list[float]]:
@@ -354,9 +279,11 @@ def machine(options: argparse.Namespace, installed: list[str]) -> dict[str, Any]
         "cpu": names[0] if names else platform.machine(),
         "cpu_isa": Target.host().isas[-1].value,
         "clock": options.clock,
+        "seconds": options.seconds,
         "target": options.target,
         "target_isa": Target.named(options.target).isas[-1].value,
         "peers_without_amx": options.without_amx,
+        "sources": source_digest(),
         "versions": {m.__name__: m.__version__.split("-")[0] for m in modules},
     }
 
@@ -378,6 +305,39 @@ def print_tables(records: list[dict[str, Any]], about: dict[str, Any]) -> None:
     for record in records:
         table.add_row(*cells(record, groups))
     out.print(table)
+    if records[0]["precision"] == "int8" and any(record["ratio"] for record in records):
+        out.print(summary_table(records))
+
+
+def summary_table(records: list[dict[str, Any]]) -> Table:
+    """Geometric means of the ratio over all shapes, per model and threads, with the goals."""
+    title = "geometric means of best peer / sparsec; in brackets the goal"
+    table = Table(title=title)
+    kinds = list(dict.fromkeys((r["block"], r["sparsity"]) for r in records))
+    best = [("best block", level) for level in dict.fromkeys(k[1] for k in kinds) if level]
+    table.add_column("model")
+    table.add_column("threads")
+    for block, sparsity in (*kinds, *best):
+        wanted = goal(block, sparsity, records[0]["target_isa"])
+        name = f"{block} {sparsity} %" if sparsity else block
+        table.add_column(f"{name} ({wanted:g}x)" if wanted else name)
+    for model, threads in dict.fromkeys((r["model"], r["threads"]) for r in records):
+        own = [r for r in records if (r["model"], r["threads"]) == (model, threads)]
+        ratios = {kind: [r["ratio"] for r in own if (r["block"], r["sparsity"]) == kind]
+                  for kind in kinds}  # fmt: skip
+        for kind in best:
+            columns = [v for k, v in ratios.items() if k[1] == kind[1] and k not in best]
+            ratios[kind] = [max(cell) for cell in zip(*columns, strict=True)]
+        texts = [f"{geometric_mean(ratios[kind]):.2f}" for kind in (*kinds, *best)]
+        table.add_row(model, str(threads), *texts)
+    return table
+
+
+def goal(block: str, sparsity: int, target_isa: str) -> float | None:
+    """How many times as fast as the best peer this should be."""
+    if block == "best block":
+        return GOALS_AMX.get(sparsity) if target_isa == "amx" else GOAL_WITHOUT_AMX
+    return GOAL_EASIEST if (block, sparsity) in (("dense", 0), ("4x1", 80)) else None
 
 
 def cells(record: dict[str, Any], groups: list[str]) -> list[str]:

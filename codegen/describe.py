@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from sparsec import __version__
 from sparsec.codegen.pack_weights import WeightBlob
 from sparsec.codegen.program import KernelCall, Port, Program
-from sparsec.ir.dims import Dim
+from sparsec.ir.dims import Dim, Symbol, evaluate, only_atom, symbols
+
+EXAMPLE_TOKENS = 128
 
 
 def describe_program(
@@ -24,7 +27,7 @@ def describe_program(
         "inputs": [_port(p) for p in program.inputs],
         "outputs": [_port(p) for p in program.outputs],
         "steps": [_step(program, c) for c in program.calls],
-        "arena": {"slot_bytes": [_dim(s) for s in program.slots]},
+        "arena": describe_arena(program),
         "weights": {
             "count": len(program.weights),
             "bytes": blob.nbytes,
@@ -35,6 +38,26 @@ def describe_program(
     return (
         "{\n" + ",\n".join(f"{json.dumps(key)}: {_lines(value)}" for key, value in items) + "\n}"
     )
+
+
+def describe_arena(program: Program) -> dict[str, Any]:
+    """Its slots, and its size in bytes for one thread and an example: one sequence of
+    EXAMPLE_TOKENS, or of as many as it can have."""
+    shapes = [port.type.shape for port in program.inputs]
+    first = {name for shape in shapes for dim in shape[:1] for name in symbols(dim)}
+    most = {only_atom(limit.dim): limit.most for limit in program.limits}
+    env = {
+        name: 1 if name in first else min(EXAMPLE_TOKENS, most.get(Symbol(name), EXAMPLE_TOKENS))
+        for name in program.symbols
+    }
+    axes = [evaluate(dim, env) for dim in shapes[0][:2]] if shapes else []
+    total = program.arena_bytes(env)
+    return {
+        "slot_bytes": [_dim(s) for s in program.slots],
+        "example": "x".join(str(size) for size in axes),
+        "bytes": total,
+        "bytes_per_token": round(total / max(1, math.prod(axes))),
+    }
 
 
 def _lines(value: Any) -> str:

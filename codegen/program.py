@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from sparsec.ir.dims import Dim, substitute
+from sparsec.ir.dims import Dim, evaluate, substitute
 from sparsec.ir.graph import Limit
+from sparsec.ir.memory_plan import total_bytes
 from sparsec.ir.types import TensorType
 
 
@@ -148,3 +150,10 @@ class Program:
         """`size`, or its most: in the symbols of the input shapes alone. No size falls when a
         symbol grows."""
         return substitute(size, {f.symbol: f.most for f in self.found})
+
+    def arena_bytes(self, env: Mapping[str, int]) -> int:
+        """What the arena takes for one thread when the symbols have the values in `env`."""
+        scratch = max(
+            (evaluate(self.bounded(call.scratch_bytes), env) for call in self.calls), default=0
+        )
+        return total_bytes((*self.slots, scratch), env)

@@ -30,6 +30,34 @@ from sparsec.codegen.program import Kind, Parameter
 UNBOUNDED = 1 << 40  # elements; buffers behind pointers have no extent of their own
 MAX_FAILURES = 256  # statements in one object that leave a kernel with an error
 _STATUS = "sparsec_status"
+BF16_DOT = "sparsec_bf16_dot"
+BF16_PAIRS = "sparsec_bf16_pairs"
+_EMPTY_REGISTERS = "sparsec_empty_registers"
+# TVM has no vectors of LLVM's type bfloat: these take and give int32 vectors of pairs.
+_BF16 = f"""
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+declare <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float>, <16 x float>)
+define <16 x float> @{BF16_DOT}(<16 x float> %sum, <16 x i32> %x, <16 x i32> %w) alwaysinline {{
+  %a = bitcast <16 x i32> %x to <32 x bfloat>
+  %b = bitcast <16 x i32> %w to <32 x bfloat>
+  %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(
+      <16 x float> %sum, <32 x bfloat> %a, <32 x bfloat> %b)
+  ret <16 x float> %r
+}}
+define <32 x i16> @{BF16_PAIRS}(<16 x float> %low, <16 x float> %high) alwaysinline {{
+  %p = call <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(
+      <16 x float> %high, <16 x float> %low)
+  %r = bitcast <32 x bfloat> %p to <32 x i16>
+  ret <32 x i16> %r
+}}
+"""
+_CLOBBERED = ",".join(f"~{{xmm{i}}}" for i in range(32))
+_BARRIER = f"""
+define i32 @{_EMPTY_REGISTERS}() alwaysinline {{
+  call void asm sideeffect "", "{_CLOBBERED}"()
+  ret i32 0
+}}
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +117,15 @@ def leave(status: int) -> Any:
     return tirx.Evaluate(tirx.call_cpacked_lowered(_STATUS, null, 0, status))
 
 
+def empty_registers() -> None:
+    """No vector lives in a register here; for AVX-512.
+
+    LLVM keeps constants of one loop in registers throughout the loops around it, and then has
+    too few for the sums of another. Between the two, this makes it load the constants again.
+    """
+    T.evaluate(T.call_extern("int32", _EMPTY_REGISTERS))
+
+
 def registers(dtype: str, lanes: int) -> Any:
     """A stack buffer of `lanes` elements, under 1 KB: above, TVM would call an allocator."""
     assert lanes * tvm.DataType(dtype).bits < 8 * 1024, (dtype, lanes)
@@ -103,7 +140,7 @@ def build_object(functions: Sequence[Any], features: Sequence[str]) -> bytes:
     """
     named = {f.attrs["global_symbol"]: f for f in functions}
     assert len(named) == len(functions), "two kernels have one name"
-    module = tvm.IRModule({**named, "status_helpers": _status_helpers()})
+    module = tvm.IRModule({**named, "helpers": _helpers()})
     target = tvm.target.Target(
         {
             "kind": "llvm",
@@ -120,15 +157,16 @@ def build_object(functions: Sequence[Any], features: Sequence[str]) -> bytes:
     return data
 
 
-def _status_helpers() -> Any:
-    """A function that stays out of the object but brings the helpers of `leave` as LLVM IR.
+def _helpers() -> Any:
+    """A function that stays out of the object but brings LLVM IR: `leave`'s helpers and BF16_DOT.
 
-    LLVM gives every call after the first a callee of its own, named `.1`, `.2` and so on. All
-    are inlined and leave no symbol.
+    LLVM gives every call of _STATUS after the first a callee of its own, named `.1`, `.2` and so
+    on. All are inlined and leave no symbol.
     """
     names = [_STATUS, *(f'"{_STATUS}.{i}"' for i in range(1, MAX_FAILURES))]
     signature = "(ptr %self, ptr %args, i32 %status, ptr %result)"
-    code = "\n".join(f"define i32 @{n}{signature} {{ ret i32 %status }}" for n in names)
+    status = [f"define i32 @{n}{signature} {{ ret i32 %status }}" for n in names]
+    code = "\n".join([*status, _BF16, _BARRIER])
     nothing = tirx.Return(tirx.const(0, "int32"))
     body = tirx.AttrStmt(
         ir.StringImm("default"), "pragma_import_llvm", ir.StringImm(code), nothing

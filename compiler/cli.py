@@ -61,6 +61,8 @@ def _compile(args: argparse.Namespace) -> int:
             precision=args.precision,
             calibration=_calibration(args),
             keep_fp32=args.keep_fp32,
+            rest=args.rest,
+            attention=args.attention,
             all_roundings=args.all_roundings,
             keep_padding=args.keep_padding,
             dump_ir=args.dump_ir,
@@ -90,11 +92,14 @@ def _calibration(args: argparse.Namespace) -> Calibration | None:
 
 
 def _print_summary(result: Any) -> None:
+    from sparsec.tools.inspect import arena_text
+
     report = result.report
     size = result.library.stat().st_size
     total = sum(result.seconds.values())
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.seconds.items())
     print(f"{result.library}: {size / 1e6:.1f} MB for {report['isa']}, {total:.1f} s ({stages})")
+    print(arena_text(report["arena"]))
     slow = sorted({layer["op"] for layer in report["layers"] if layer["generic"]})
     if slow:
         print(f"generic (not hand-tuned) ops: {', '.join(slow)}")
@@ -225,7 +230,8 @@ def _add_compile(commands: Any) -> None:
     p.add_argument("model", type=Path, help="the ONNX file")
     p.add_argument("-o", "--output", type=Path, required=True, help="the library, ending in .so")
     p.add_argument("--target", default="native", help="machine to compile for (default: this one)")
-    p.add_argument("--isa", choices=["avx2", "avx512", "avx512vnni", "amx"], help="use no better")
+    levels = ["avx2", "avx512", "avx512vnni", "avx512bf16", "amx"]
+    p.add_argument("--isa", choices=levels, help="use no better")
     p.add_argument(
         "--shape",
         action="append",
@@ -235,7 +241,7 @@ def _add_compile(commands: Any) -> None:
     )
     p.add_argument(
         "--precision",
-        choices=["fp32", "int8"],
+        choices=["fp32", "bf16", "int8"],
         help="default: int8 for a quantised (QDQ) model, else fp32",
     )
     p.add_argument(
@@ -256,7 +262,18 @@ def _add_compile(commands: Any) -> None:
         action="append",
         default=[],
         metavar="PATTERN",
-        help="int8: leave layers whose name matches in fp32; may be given more than once",
+        help="int8, bf16: leave layers whose name matches in fp32; may be given more than once",
+    )
+    p.add_argument(
+        "--rest",
+        choices=["fp32", "bf16"],
+        default="fp32",
+        help="int8: precision of the layers that int8 leaves",
+    )
+    p.add_argument(
+        "--attention",
+        choices=["fp32", "bf16", "int8"],
+        help="precision of attention (default: that of the layers)",
     )
     p.add_argument(
         "--all-roundings",

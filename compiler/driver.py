@@ -21,6 +21,7 @@ from sparsec.calibration import (
 )
 from sparsec.calibration_text import text_batches
 from sparsec.codegen import tir
+from sparsec.codegen.describe import describe_arena
 from sparsec.codegen.isa import FEATURES
 from sparsec.codegen.kernels import schedule_for
 from sparsec.codegen.lower import lower, schedule_of
@@ -28,14 +29,16 @@ from sparsec.codegen.program import Program
 from sparsec.codegen.toolchain import build_library
 from sparsec.errors import InvalidInput
 from sparsec.frontend.onnx_import import import_model
-from sparsec.ir.graph import Graph
+from sparsec.ir.graph import Graph, Node
 from sparsec.ir.memory_plan import MemoryPlan
 from sparsec.ir.printer import print_graph
 from sparsec.options import Calibration, CompileOptions
 from sparsec.passes import (
+    Pass,
     Quantization,
     Roundings,
     attention_values,
+    bf16_pipeline,
     graph_pipeline,
     int8_pipeline,
     is_quantized,
@@ -75,6 +78,8 @@ def compile_model(
     precision: str | None = None,
     calibration: Calibration | None = None,
     keep_fp32: Sequence[str] = (),
+    rest: str = "fp32",
+    attention: str | None = None,
     all_roundings: bool = False,
     keep_padding: bool = False,
     dump_ir: str | os.PathLike[str] | None = None,
@@ -86,12 +91,14 @@ def compile_model(
 
     `target` is a Target or the name of one (default: this machine). `shapes` fixes input shapes:
     per input name the sizes, an int for a fixed one, a name for one that stays dynamic.
-    `precision` is fp32 or int8; by default a quantised (QDQ) model is int8, any other fp32. int8
-    needs `calibration` unless the model is quantised, and leaves the layers whose names match a
-    pattern in `keep_fp32`. With `all_roundings` a quantised model rounds wherever its file does,
-    which is slower, not only what its products read. With `keep_padding` padding is computed even
-    where it can not matter; else the outputs of such tokens are 0. `dump_ir` is a folder for the
-    graph after each pass, `report` a JSON file. `progress` is told each stage.
+    `precision` is fp32, bf16 or int8; by default a quantised (QDQ) model is int8, any other fp32.
+    int8 needs `calibration` unless the model is quantised. It and bf16 leave the layers whose
+    names match a pattern in `keep_fp32`; with `rest` bf16 those that int8 leaves are bf16.
+    `attention` is the precision of attention, by default that of the products. With
+    `all_roundings` a quantised model rounds wherever its file does, which is slower, not only what
+    its products read. With `keep_padding` padding is computed even where it can not matter; else
+    the outputs of such tokens are 0. `dump_ir` is a folder for the graph after each pass, `report`
+    a JSON file. `progress` is told each stage.
 
     Raises CompilerError: its subclasses say what was wrong with the model or the arguments.
     Nothing is left behind at `output` when it does.
@@ -103,6 +110,8 @@ def compile_model(
         precision=precision,
         calibration=calibration,
         keep_fp32=tuple(keep_fp32),
+        rest=rest,
+        attention=attention,
         all_roundings=all_roundings,
         keep_padding=keep_padding,
         dump_ir=Path(dump_ir) if dump_ir is not None else None,
@@ -148,6 +157,7 @@ def _compile(
         "isa": isa.value,
         "precision": precision,
         **description,
+        "arena": describe_arena(program),
         "passes": records,
         "seconds": clock.seconds,
     }
@@ -165,24 +175,41 @@ def _transform(
     pipeline = graph_pipeline(roundings=_roundings(options))
     records = PassManager(pipeline, dump).run(graph)
     int8 = options.is_int8(is_quantized(graph))
+
+    def supported(node: Node) -> bool:
+        return schedule_for(node, target) is not None
+
     if int8:
         clock.start("calibrate")
         quantization = _quantization(graph, options.calibration, options.keep_fp32)
         clock.start("quantise")
         pipeline = int8_pipeline(
-            quantization, supported=lambda node: schedule_for(node, target) is not None
+            quantization, supported, attention=options.attention in (None, "int8")
         )
         records += PassManager(pipeline, dump).run(graph)
+    if options.uses_bf16:
+        clock.start("bf16")
+        records += PassManager(_bf16(options, supported), dump).run(graph)
     clock.start("schedule")
     pipeline = target_pipeline(
         lambda node: schedule_of(node, target), keep_padding=options.keep_padding
     )
     records += PassManager(pipeline, dump).run(graph)
-    return "int8" if int8 else "fp32", records
+    return "int8" if int8 else options.precision or "fp32", records
+
+
+def _bf16(options: CompileOptions, supported: Callable[[Node], bool]) -> list[Pass]:
+    alone = options.precision == "bf16"
+    return bf16_pipeline(
+        products=alone or options.rest == "bf16",
+        attention=options.attention == "bf16" or (alone and options.attention is None),
+        keep_fp32=options.keep_fp32 if alone else (),  # int8 has left them already
+        supported=supported,
+    )
 
 
 def _roundings(options: CompileOptions) -> Roundings:
-    if options.precision == "fp32":
+    if options.precision in ("fp32", "bf16"):
         return Roundings.NONE
     return Roundings.ALL if options.all_roundings else Roundings.PRODUCTS
 

@@ -10,7 +10,7 @@ from sparsec.errors import InvalidInput
 from sparsec.ranges import METHODS
 from sparsec.target import Isa, Target
 
-PRECISIONS = ("fp32", "int8")
+PRECISIONS = ("fp32", "bf16", "int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,8 @@ class CompileOptions:
     target: Target
     isa: Isa | None = None
     precision: str | None = None  # int8 for a quantised model, else fp32
+    rest: str = "fp32"  # precision of the products that int8 leaves
+    attention: str | None = None  # by default that of the products
     calibration: Calibration | None = None
     keep_fp32: tuple[str, ...] = ()
     all_roundings: bool = False  # of a quantised model
@@ -69,15 +71,52 @@ class CompileOptions:
             )
         if self.precision != "int8" and self.calibration is not None:
             raise InvalidInput("calibration goes with --precision int8")
-        if self.precision == "fp32" and self.all_roundings:
+        if self.precision in ("fp32", "bf16") and self.all_roundings:
             raise InvalidInput("--all-roundings goes with --precision int8")
         if self.precision == "fp32" and self.keep_fp32:
-            raise InvalidInput("--keep-fp32 goes with --precision int8")
+            raise InvalidInput("--keep-fp32 goes with --precision int8 or bf16")
+        self._check_mixture()
         if self.isa is not None and not self.target.has(self.isa):
             have = ", ".join(i.value for i in self.target.isas)
             raise InvalidInput(
                 f"target {self.target.name} does not have {self.isa.value}; it has {have}"
             )
+
+    def _check_mixture(self, quantized: bool = True) -> None:
+        """Whether `rest` and `attention` fit the precision, of a model that is `quantized`."""
+        int8 = self.precision == "int8" or (self.precision is None and quantized)
+        if self.rest not in ("fp32", "bf16"):
+            raise InvalidInput(f"--rest {self.rest!r} is not one of fp32, bf16")
+        if self.attention not in (None, *PRECISIONS):
+            raise InvalidInput(
+                f"--attention {self.attention!r} is not one of {', '.join(PRECISIONS)}"
+            )
+        if self.rest != "fp32" and not int8:
+            raise InvalidInput("--rest goes with --precision int8: it is for what int8 leaves")
+        if self.attention == "int8" and not int8:
+            raise InvalidInput("--attention int8 goes with --precision int8")
+        if self.uses_bf16 and not self._target_has_bf16:
+            raise InvalidInput(
+                f"bf16 needs avx512bf16, which {self._machine} does not have; "
+                "compile in fp32 or int8, or for another target (znver4, sapphirerapids)"
+            )
+
+    @property
+    def uses_bf16(self) -> bool:
+        """Whether anything is asked for in bf16."""
+        return "bf16" in (self.precision, self.rest, self.attention)
+
+    @property
+    def _target_has_bf16(self) -> bool:
+        levels = list(Isa)
+        best = Isa.AVX512_BF16
+        allowed = self.isa is None or levels.index(self.isa) >= levels.index(best)
+        return self.target.has(best) and allowed
+
+    @property
+    def _machine(self) -> str:
+        limit = "" if self.isa is None else f" limited to {self.isa.value}"
+        return f"the target {self.target.name}{limit}"
 
     def is_int8(self, quantized: bool) -> bool:
         """Whether to compile a model in int8 that is `quantized` itself or not.
@@ -87,7 +126,8 @@ class CompileOptions:
         if self.precision == "int8" and self.calibration is None and not quantized:
             Calibration()  # says what is missing
         if self.precision is None and self.keep_fp32 and not quantized:
-            raise InvalidInput("--keep-fp32 goes with --precision int8")
+            raise InvalidInput("--keep-fp32 goes with --precision int8 or bf16")
+        self._check_mixture(quantized)
         return self.precision == "int8" or (self.precision is None and quantized)
 
 

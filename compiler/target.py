@@ -20,6 +20,7 @@ class Isa(enum.Enum):
     AVX2 = "avx2"
     AVX512 = "avx512"
     AVX512_VNNI = "avx512vnni"
+    AVX512_BF16 = "avx512bf16"
     AMX = "amx"
 
 
@@ -29,7 +30,8 @@ _FLAGS: dict[Isa, frozenset[str]] = {
     Isa.AVX2: frozenset({"avx", "f16c", "fma", "movbe", "popcnt", "abm", "bmi1", "bmi2", "avx2"}),
     Isa.AVX512: frozenset({"avx512f", "avx512dq", "avx512bw", "avx512vl"}),
     Isa.AVX512_VNNI: frozenset({"avx512_vnni"}),
-    Isa.AMX: frozenset({"amx_tile", "amx_int8"}),
+    Isa.AVX512_BF16: frozenset({"avx512_bf16"}),
+    Isa.AMX: frozenset({"amx_tile", "amx_int8", "amx_bf16"}),
 }
 
 _CPUINFO = Path("/proc/cpuinfo")
@@ -132,6 +134,8 @@ _NAMED: dict[str, Target] = {
     t.name: t
     for t in (
         _server("sapphirerapids", Isa.AMX, 48 * _KB, 2 * _MB, 30 * _MB),
+        _server("znver4", Isa.AVX512_BF16, 32 * _KB, 1 * _MB, 32 * _MB),
+        _server("cooperlake", Isa.AVX512_BF16, 32 * _KB, 1 * _MB, 24 * _MB),
         _server("icelake-server", Isa.AVX512_VNNI, 48 * _KB, 1280 * _KB, 24 * _MB),
         _server("skylake-avx512", Isa.AVX512, 32 * _KB, 1 * _MB, 16 * _MB),
         _server("haswell", Isa.AVX2, 32 * _KB, 256 * _KB, 20 * _MB),

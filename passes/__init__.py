@@ -23,6 +23,8 @@ from sparsec.passes.merge_qkv import MergeQkv
 from sparsec.passes.pack_tokens import PackTokens
 from sparsec.passes.quantize import Quantization, Quantize, is_quantized, quantized_values
 from sparsec.passes.quantize_attention import QuantizeAttention, attention_values
+from sparsec.passes.quantize_tables import QuantizeTables
+from sparsec.passes.use_bf16 import UseBf16
 
 __all__ = [
     "PASSES",
@@ -33,6 +35,7 @@ __all__ = [
     "Roundings",
     "ScheduleLookup",
     "attention_values",
+    "bf16_pipeline",
     "default_pipeline",
     "graph_pipeline",
     "int8_pipeline",
@@ -82,25 +85,45 @@ def graph_pipeline(
 
 def int8_pipeline(
     quantization: Quantization,
-    choose_layout: LayoutChoice = by_density,
     supported: Callable[[Node], bool] = lambda node: True,
+    *,
+    attention: bool = True,
 ) -> list[Pass]:
     """The passes that turn a graph of `graph_pipeline` into one of int8 ops.
 
-    `supported` says whether a kernel computes a node on the target.
+    `supported` says whether a kernel computes a node on the target; without `attention` that
+    stays fp32.
     """
+    # Its operands are int8 by then.
+    last = [QuantizeAttention(quantization.ranges, supported)] if attention else []
     return [
         Quantize(quantization.ranges, quantization.keep_fp32),
         FoldQuantize(),
-        QuantizeAttention(quantization.ranges, supported),  # its operands are int8 by then
-        ChooseWeightLayout(choose_layout),  # after Quantize: it counts int8 zeros
+        *last,
+        QuantizeTables(quantization.keep_fp32, supported),
     ]
 
 
-def target_pipeline(schedules: ScheduleLookup, *, keep_padding: bool = False) -> list[Pass]:
-    """The passes after all rewrites of what is computed. `schedules` chooses per node."""
+def bf16_pipeline(
+    products: bool = True,
+    attention: bool = True,
+    keep_fp32: tuple[str, ...] = (),
+    supported: Callable[[Node], bool] = lambda node: True,
+) -> list[Pass]:
+    """The passes that compute in bf16 what is fp32 so far, alone or after `int8_pipeline`."""
+    return [UseBf16(products, attention, keep_fp32, supported), FoldQuantize("to_bf16")]
+
+
+def target_pipeline(
+    schedules: ScheduleLookup,
+    choose_layout: LayoutChoice = by_density,
+    *,
+    keep_padding: bool = False,
+) -> list[Pass]:
+    """The passes after all changes of precision. `schedules` chooses per node."""
     packing: list[Pass] = [] if keep_padding else [PackTokens()]  # it knows the final ops
     return [
+        ChooseWeightLayout(choose_layout),
         *packing,
         AssignLayouts(),  # last of the rewrites: it knows all producers and readers
         AssignSchedules(schedules),
@@ -116,7 +139,8 @@ def default_pipeline(
     keep_padding: bool = False,
 ) -> list[Pass]:
     """The whole pipeline. `fixed_dims` gives sizes to symbols; without quantization it is fp32."""
-    int8 = [] if quantization is None else int8_pipeline(quantization, choose_layout)
+    int8 = [] if quantization is None else int8_pipeline(quantization)
     roundings = Roundings.NONE if quantization is None else Roundings.PRODUCTS
     graph = graph_pipeline(fixed_dims, roundings=roundings)
-    return [*graph, *int8, *target_pipeline(schedules, keep_padding=keep_padding)]
+    target = target_pipeline(schedules, choose_layout, keep_padding=keep_padding)
+    return [*graph, *int8, *target]

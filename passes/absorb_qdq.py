@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from sparsec.ir.graph import Graph, Node, Value
 from sparsec.ir.ops_int8 import dequantize_array
-from sparsec.ir.types import DType
+from sparsec.ir.types import DType, QuantParams
 from sparsec.passes.base import PassResult
 
 # They move elements of their first operand and round with it or without it alike.
@@ -228,5 +228,10 @@ def _lift_dequantize(graph: Graph) -> int:
 def _dequantized(graph: Graph, source: Value, node: Node) -> Value:
     if source.data is None:
         return graph.add("dequantize", [source], node.attrs, name=node.name)
-    data = dequantize_array(source.data, node.attrs["scale"], node.attrs["zero_point"])
-    return graph.add_constant(data, graph.base_name(source.name))
+    scale, zero_point = node.attrs["scale"], node.attrs["zero_point"]
+    value = graph.add_constant(
+        dequantize_array(source.data, scale, zero_point), graph.base_name(source.name)
+    )
+    quant = QuantParams((scale,), (zero_point,))
+    graph.set_type(value, replace(value.type, quant=quant))  # it keeps its numbers as a table
+    return value

@@ -3,7 +3,8 @@
 linear(x), gelu, layer_norm   ->   linear(to_panels(x)), gelu, layer_norm in panels
 return y                      ->   return from_panels(y)
 
-Quantised values are u8 panels; they are made in panels too, so conversions are of fp32 alone.
+Quantised values are u8 panels, those of bf16 panels of pairs; they are made in panels too, so
+conversions are of fp32 alone.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from sparsec.ir.dims import Dim
 from sparsec.ir.graph import Graph, Node, Value
 from sparsec.ir.layouts import PANEL_WIDTH, Panels
+from sparsec.ir.op_helpers import panels_of
 from sparsec.ir.ops import OPS
 from sparsec.ir.types import DType
 from sparsec.passes.base import PassResult
@@ -64,7 +66,8 @@ class _Assignment:
                     self.graph.replace_input(node, index, form)
         if self._gives_panels(node):
             for value in node.outputs:
-                self.graph.set_type(value, value.type.with_layout(self.layout))
+                layout = panels_of(value.type.dtype, self.layout.width)
+                self.graph.set_type(value, value.type.with_layout(layout))
 
     def finish(self) -> None:
         """Graph outputs are rows."""
@@ -77,7 +80,9 @@ class _Assignment:
         rule = OPS[node.op].panels
         if rule is not None and _has_panel_kernel(node):
             return set(rule.operands)
-        if node.op == "quantize" and any(_reads_panels(n, i) for n, i in node.output.uses):
+        if node.op in ("quantize", "to_bf16") and any(
+            _reads_panels(n, i) for n, i in node.output.uses
+        ):
             return {0}
         if self._stays_in_panels(node):
             return {i for i, v in enumerate(node.inputs) if v is not None and _is_panels(v)}
@@ -93,7 +98,7 @@ class _Assignment:
         """Whether the node can work on panels that its operands are in already."""
         if not any(v is not None and _is_panels(v) for v in node.inputs):
             return False
-        if node.op in ("quantize", "dequantize"):
+        if node.op in ("quantize", "dequantize", "to_bf16"):
             return True
         if len(node.outputs) != 1:
             return False
@@ -133,8 +138,8 @@ def _fits(value: Value, shape: tuple[Dim, ...]) -> bool:
 
 
 def _has_panel_kernel(node: Node) -> bool:
-    """Whether the kernels of an op with a PanelRule take this node: fp32, stored as u8 or not."""
-    return node.outputs[0].type.dtype in (DType.F32, DType.U8)
+    """Whether the kernels of an op with a PanelRule take this node: fp32, however stored."""
+    return node.outputs[0].type.dtype in (DType.F32, DType.U8, DType.BF16)
 
 
 def _reads_panels(node: Node, index: int) -> bool:

@@ -1,6 +1,8 @@
-"""Find the blocks in which the zeros of int8 weights lie, and choose a layout by them.
+"""Find the blocks in which the zeros of weights lie, and choose a layout by them.
 
-linear_int8(x, w in rows)   ->   linear_int8(x, w in bsr16x1)    when few 16x1 blocks are not zero
+linear(x, w in rows)   ->   linear(x, w in bsr16x1)    when few 16x1 blocks are not zero
+
+The same for linear_int8 and linear_bf16.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 from sparsec.ir.graph import Graph, Node, Value
 from sparsec.ir.layouts import ROW_MAJOR, Bsr, Layout
 from sparsec.ir.op_spec import Array
+from sparsec.ir.types import DType
 from sparsec.passes.base import PassResult
 from sparsec.sparse.bsr import BLOCK_SHAPES, block_zeros
 
@@ -23,6 +26,8 @@ LayoutChoice = Callable[[Node, Sequence[tuple[Layout, float]]], Layout]
 TOLERANCE = 0.1
 NO_ZEROS = 0.98  # a greater share of values that are not zero is rounding, not pruning
 DENSE_ABOVE = 0.6  # share of non-zero blocks from which dense kernels are faster
+PRODUCTS = ("linear", "linear_int8", "linear_bf16")
+KERNEL_TYPES = (DType.F32, DType.I8, DType.BF16)
 SMALLEST_BLOCK = 4  # values; single values do not fill a vector instruction
 
 
@@ -69,9 +74,18 @@ def by_density(node: Node, candidates: Sequence[tuple[Layout, float]]) -> Layout
     return ROW_MAJOR
 
 
+def _is_for_kernels(graph: Graph, weight: Value) -> bool:
+    """Whether products alone read a weight: other ops know rows."""
+    read = all(n.op in PRODUCTS and i == 1 for n, i in weight.uses)
+    return read and weight.type.dtype in KERNEL_TYPES and weight not in graph.outputs
+
+
 @dataclass(frozen=True, slots=True)
 class ChooseWeightLayout:
-    """After quantize: it counts the zeros of int8. `choose` knows the kernels' costs."""
+    """After the passes that change precision: it counts the zeros that they leave.
+
+    `choose` takes a layout; which kernel computes it, the family decides by their costs.
+    """
 
     choose: LayoutChoice = by_density
     name: str = "choose_weight_layout"
@@ -80,10 +94,11 @@ class ChooseWeightLayout:
         chosen: dict[Value, str] = {}
         changed = 0
         for node in graph.nodes:
-            if node.op != "linear_int8" or node.input(1) in chosen:
+            if node.op not in PRODUCTS or node.input(1) in chosen:
                 continue
             weight = node.input(1)
-            assert weight.data is not None, node
+            if weight.data is None or not _is_for_kernels(graph, weight):
+                continue
             structure = find_structure(weight.data)
             layout = self.choose(node, structure.candidates)
             changed += layout != weight.type.layout

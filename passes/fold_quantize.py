@@ -1,9 +1,10 @@
-"""Let the kernel that makes a value store it quantised.
+"""Let the kernel that makes a value store it quantised, or in bf16.
 
 quantize(linear_int8(x))   ->   linear_int8(x) stored as u8
 quantize(attention(q))     ->   attention(q) stored as u8
 quantize(layer_norm(x))    ->   the second result of layer_norm(x), a u8 copy of the first
 quantize(reshape(x))       ->   reshape(quantize(x))
+to_bf16(linear_bf16(x))    ->   linear_bf16(x) stored in bf16; attention_bf16, layer_norm likewise
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from sparsec.ir.graph import Graph, Node
+from sparsec.ir.ops_int8 import is_stored
 from sparsec.ir.types import DType
 from sparsec.passes.base import PassResult
 from sparsec.passes.rewrite import read_once, replace_node
@@ -19,13 +21,20 @@ from sparsec.passes.rewrite import read_once, replace_node
 
 @dataclass(frozen=True, slots=True)
 class FoldQuantize:
-    """After quantize. No result changes by a bit: what is stored is rounded as before."""
+    """After the pass that adds nodes of `op`, "quantize" or "to_bf16".
 
-    name: str = "fold_quantize"
+    No result changes by a bit: what is stored is rounded as before.
+    """
+
+    op: str = "quantize"
+
+    @property
+    def name(self) -> str:
+        return f"fold_{self.op}"
 
     def run(self, graph: Graph) -> PassResult:
         folded, notes = 0, []
-        for node in [n for n in graph.nodes if n.op == "quantize"]:
+        for node in [n for n in graph.nodes if n.op == self.op]:
             refusal = _fold(graph, _behind_reshapes(graph, node))
             folded += refusal is None
             notes += [] if refusal is None else [f"{node.name} is a step of its own: {refusal}"]
@@ -35,13 +44,13 @@ class FoldQuantize:
 
 
 def _behind_reshapes(graph: Graph, node: Node) -> Node:
-    """The quantize moved before all reshapes that keep the channels together."""
+    """The node moved before all reshapes that keep the channels together."""
     source = node.input(0).producer
     while source is not None and source.op == "reshape":
         x = source.input(0)
         if x.type.rank == 0 or x.type.shape[-1] != node.output.type.shape[-1]:
             break
-        moved = graph.add_node("quantize", [x], node.attrs, name=node.name)
+        moved = graph.add_node(node.op, [x], node.attrs, name=node.name)
         replace_node(graph, node, "reshape", moved.outputs, source.attrs)
         if not source.output.uses and source.output not in graph.outputs:
             graph.erase(source)  # it would count as a reader of x
@@ -50,21 +59,23 @@ def _behind_reshapes(graph: Graph, node: Node) -> Node:
 
 
 def _fold(graph: Graph, node: Node) -> str | None:
-    """Folds the quantize into its producer, or says why not."""
+    """Folds the node into its producer, or says why not."""
     source = node.input(0).producer
     if source is None:
         return f"%{node.input(0).name} is an input"
-    fold = _FOLDS.get(source.op)
+    fold = _FOLDS[node.op].get(source.op)
     if fold is None:
-        return f"{source.op} does not store quantised values"
-    if node.attrs["dtype"] is not DType.U8:
+        return f"{source.op} does not store {node.output.type.dtype}"
+    if node.op == "quantize" and node.attrs["dtype"] is not DType.U8:
         return f"kernels store u8, not {node.attrs['dtype']}"
     return fold(graph, source, node)
 
 
 def _into_only_result(graph: Graph, source: Node, node: Node) -> str | None:
-    if source.attrs.get("out_scale") is not None:
-        return f"{source.name} stores u8 already"
+    if is_stored(source.attrs):
+        return f"{source.name} stores {source.output.type.dtype} already"
+    if node.op == "to_bf16" and source.op == "linear_bf16" and source.optional_input(3):
+        return f"{source.name} adds a residual, which stays fp32"
     if not read_once(node.input(0), graph.outputs):
         return f"%{node.input(0).name} is read elsewhere"
     new = replace_node(graph, source, source.op, source.inputs, {**source.attrs, **_stored(node)})
@@ -75,21 +86,30 @@ def _into_only_result(graph: Graph, source: Node, node: Node) -> str | None:
 
 def _into_second_result(graph: Graph, source: Node, node: Node) -> str | None:
     stored = _stored(node)
-    if source.attrs.get("out_scale") is None:
+    if not is_stored(source.attrs):
         source = replace_node(graph, source, source.op, source.inputs, {**source.attrs, **stored})
-    elif any(source.attrs[name] != wanted for name, wanted in stored.items()):
-        return f"{source.name} stores u8 with another scale already"
+    elif any(source.attrs.get(name) != wanted for name, wanted in stored.items()):
+        return f"{source.name} stores {source.outputs[1].type} already"
     graph.replace_uses(node.output, source.outputs[1])
     graph.erase(node)
     return None
 
 
 def _stored(node: Node) -> dict[str, float | int]:
+    if node.op == "to_bf16":
+        return {"out_bf16": True}
     return {"out_scale": node.attrs["scale"], "out_zero_point": node.attrs["zero_point"]}
 
 
-_FOLDS: Mapping[str, Callable[[Graph, Node, Node], str | None]] = {
-    "linear_int8": _into_only_result,
-    "attention": _into_only_result,
-    "layer_norm": _into_second_result,
+_FOLDS: Mapping[str, Mapping[str, Callable[[Graph, Node, Node], str | None]]] = {
+    "quantize": {
+        "linear_int8": _into_only_result,
+        "attention": _into_only_result,
+        "layer_norm": _into_second_result,
+    },
+    "to_bf16": {
+        "linear_bf16": _into_only_result,
+        "attention_bf16": _into_only_result,
+        "layer_norm": _into_second_result,
+    },
 }

@@ -18,6 +18,7 @@ from sparsec.ir.types import DType
 from sparsec.passes.base import PassResult
 from sparsec.passes.padding_proof import (
     ATTENTIONS,
+    EMBEDDINGS,
     VIEWS,
     Proof,
     Role,
@@ -165,8 +166,9 @@ class _Packing:
     def _pack_node(self, node: Node) -> None:
         attrs, op, tokens = dict(node.attrs), node.op, self.tokens
         inputs: list[Value | None]
-        if op == "embedding":
-            inputs = [self._ids(v) if i % 2 == 0 else v for i, v in enumerate(node.inputs)]
+        if op in EMBEDDINGS:
+            ids = _ids_of(node)
+            inputs = [self._ids(v) if i in ids else v for i, v in enumerate(node.inputs)]
         elif op in ATTENTIONS:
             operands = [self.new[node.input(i)] for i in range(3)]
             inputs = [*operands, self.scores, tokens.sequence, tokens.starts]
@@ -222,6 +224,11 @@ class _Packing:
             made = self.graph.add("unpack_tokens", operands, name=f"{value.name}.unpack")
             self.rows[value] = _reshape(self.graph, made, value.type.shape)
         return self.rows[value]
+
+
+def _ids_of(node: Node) -> range:
+    """Which operands of an embedding are ids: each before its table, which in int8 has scales."""
+    return range(0, len(node.inputs), 3 if node.op == "embedding_int8" else 2)
 
 
 def _take(graph: Graph, tokens: _Tokens, value: Value) -> Value:

@@ -26,11 +26,14 @@ from sparsec.passes.rewrite import Reject
 HIDDEN = -1e4
 
 VIEWS = ("reshape", "broadcast_to")
-ATTENTIONS = ("attention", "attention_int8")
+ATTENTIONS = ("attention", "attention_int8", "attention_bf16")
+EMBEDDINGS = ("embedding", "embedding_int8")
 # Operands that hold tokens, of ops whose others are constants.
 TOKEN_OPERANDS = {
     "linear": (0, 3),
     "linear_int8": (0, 4),
+    "linear_bf16": (0, 3),
+    "to_bf16": (0,),
     "layer_norm": (0, 3),
     "quantize": (0,),
     "dequantize": (0,),
@@ -101,7 +104,7 @@ class _Walk:
     def run(self) -> Proof | Reject:
         for node in self.graph.nodes:
             reads = any(v in self.packed for v in node.inputs)
-            starts = node.op == "embedding" and self._is_tokens(node.output)
+            starts = node.op in EMBEDDINGS and self._is_tokens(node.output)
             if not starts and not reads:
                 continue
             role = self._role(node) if reads else Role.TOKENS

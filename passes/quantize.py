@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
 import numpy as np
 
@@ -24,6 +23,7 @@ from sparsec.ir.op_spec import Array
 from sparsec.ir.ops_int8 import MAX_DEPTH
 from sparsec.ir.types import DType
 from sparsec.passes.base import PassResult
+from sparsec.passes.keep_fp32 import check_patterns, kept
 from sparsec.passes.rewrite import replace_node
 
 LEVELS = 255  # steps of u8
@@ -136,14 +136,12 @@ def _candidates(graph: Graph, keep_fp32: tuple[str, ...]) -> tuple[list[Node], l
     """The products that int8 kernels compute, and why the others are none."""
     tokens = {n.input(0).type.tokens for n in graph.nodes if n.op == "attention"}
     products = [n for n in graph.nodes if n.op == "linear"]
-    for pattern in keep_fp32:
-        if not any(fnmatchcase(n.name, pattern) for n in products):
-            names = ", ".join(n.name for n in products) or "none"
-            raise InvalidInput(f"no product is named like {pattern!r}; there are {names}")
+    named = [n for n in graph.nodes if n.op in ("linear", "embedding")]
+    check_patterns(named, keep_fp32)
     found: list[Node] = []
     notes: list[str] = []
     for node in products:
-        reason = _refusal(node, keep_fp32, tokens)
+        reason = kept(node, keep_fp32) or _refusal(node, tokens)
         if reason is None:
             found.append(node)
         else:
@@ -151,11 +149,8 @@ def _candidates(graph: Graph, keep_fp32: tuple[str, ...]) -> tuple[list[Node], l
     return found, notes
 
 
-def _refusal(node: Node, keep_fp32: tuple[str, ...], tokens: set[Dim]) -> str | None:
+def _refusal(node: Node, tokens: set[Dim]) -> str | None:
     x, w = node.input(0), node.input(1)
-    for pattern in keep_fp32:
-        if fnmatchcase(node.name, pattern):
-            return f"its name matches {pattern!r}"
     if w.data is None or x.is_constant:
         return "its weight is not constant" if w.data is None else "its input is constant"
     if x.type.dtype is not DType.F32:

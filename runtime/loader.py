@@ -22,10 +22,10 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
@@ -217,6 +217,8 @@ class Model:
 
     def verify_weights(self) -> bool:
         """Whether the weights are the ones that were compiled in; reads all of them."""
+        from hashlib import blake2b  # it loads OpenSSL: 4 MB, needed here only
+
         size = int(self._model.weights_bytes)
         data = (ctypes.c_ubyte * size).from_address(self._model.weights) if size else b""
         wanted = self.description["weights"]["blake2b_128"]
@@ -485,7 +487,7 @@ def _unique_spelling(path: Path, status: os.stat_result) -> str:
     replaced since then: a model that is compiled again would run in its old form.
     """
     identity = f"{status.st_dev} {status.st_ino} {status.st_mtime_ns} {status.st_size}"
-    bits = int.from_bytes(blake2b(identity.encode(), digest_size=4).digest(), "little")
+    bits = crc32(identity.encode())
     filler = "".join("./" if bits >> i & 1 else "/" for i in range(32))
     path = path.absolute()
     return f"{path.parent}/{filler}{path.name}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sparsec.codegen.isa.avx2 import AVX2
 from sparsec.codegen.isa.avx512 import AVX512
+from sparsec.codegen.isa.bf16 import AVX512_BF16
 from sparsec.codegen.isa.int8 import INT8_ISAS
 from sparsec.codegen.isa.vector import VectorIsa
 from sparsec.target import Isa, Target
@@ -14,9 +15,19 @@ VECTOR_ISAS: tuple[VectorIsa, ...] = (AVX2, AVX512)  # weakest first
 FEATURES: dict[Isa, tuple[str, ...]] = {
     **{v.isa: v.features for v in VECTOR_ISAS},
     **{v.isa: v.features for v in INT8_ISAS},
+    AVX512_BF16.isa: AVX512_BF16.features,
 }
 
-__all__ = ["AVX2", "AVX512", "FEATURES", "VECTOR_ISAS", "VectorIsa", "best_vector_isa", "by_name"]
+__all__ = [
+    "AVX2",
+    "AVX512",
+    "AVX512_BF16",
+    "FEATURES",
+    "VECTOR_ISAS",
+    "VectorIsa",
+    "best_vector_isa",
+    "by_name",
+]
 
 
 def best_vector_isa(target: Target) -> VectorIsa | None:
@@ -25,5 +36,5 @@ def best_vector_isa(target: Target) -> VectorIsa | None:
 
 
 def by_name(name: str) -> VectorIsa:
-    """The entry of VECTOR_ISAS whose level has this name."""
-    return next(v for v in VECTOR_ISAS if v.name == name)
+    """The vectors of the level with this name: of VECTOR_ISAS, or those that store bf16."""
+    return next(v for v in (*VECTOR_ISAS, AVX512_BF16) if v.name == name)

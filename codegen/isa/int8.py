@@ -17,11 +17,12 @@ import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from sparsec.codegen.isa.amx import AMX_FEATURES
 from sparsec.codegen.isa.avx2 import AVX2
 from sparsec.codegen.isa.avx512 import AVX512
 from sparsec.codegen.isa.vector import VectorIsa, keep, shuffle, shuffle_of
 from sparsec.ir.op_spec import Array
-from sparsec.target import Isa
+from sparsec.target import Isa, Target
 
 TILES = 4
 _LANE = 16  # bytes: unpacks and packs work within 128 bits
@@ -268,7 +269,24 @@ AVX2_INT8 = Int8Isa(
     to_tiles=_to_tiles_256,
 )
 
-INT8_ISAS: tuple[Int8Isa, ...] = (AVX2_INT8, AVX512_VNNI)  # weakest first
+# Tiles are multiplied by `isa.amx`; all else is as with vectors.
+AMX_INT8 = replace(
+    AVX512_VNNI,
+    isa=Isa.AMX,
+    features=(*AVX512_VNNI.features, *AMX_FEATURES),
+    narrow=replace(_TWO_TILES, isa=Isa.AMX),
+)
+
+INT8_ISAS: tuple[Int8Isa, ...] = (AVX2_INT8, AVX512_VNNI, AMX_INT8)  # weakest first
+
+
+def int8_isas(target: Target) -> tuple[Int8Isa, ...]:
+    """Those whose kernels may be the fastest, the strongest first.
+
+    AMX does not replace the vectors: tiles of few rows cost as much as those of 8.
+    """
+    found = [i for i in reversed(INT8_ISAS) if target.has(i.isa)]
+    return tuple(found[: 2 if found[:1] == [AMX_INT8] else 1])
 
 
 def int8_isa(name: str) -> Int8Isa:

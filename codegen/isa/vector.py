@@ -59,13 +59,22 @@ def ramp(start: Any, lanes: int) -> Any:
     return T.ramp(start, 1, lanes)
 
 
-def prefetch(buffer: Any, index: Any) -> None:
-    """Bring the line of an element into L1. It may lie outside the buffer."""
-    for_reading, keep_in_l1, data = (tirx.const(n, "int32") for n in (0, 3, 1))
+def prefetch(buffer: Any, index: Any, *, level: int = 1) -> None:
+    """Bring the line of an element into cache `level`, 1 to 3. It may lie outside the buffer."""
+    for_reading, locality, data = (tirx.const(n, "int32") for n in (0, 4 - level, 1))
     place = T.address_of(buffer[index])
-    T.evaluate(
-        T.call_llvm_intrin("void", "llvm.prefetch.p0", place, for_reading, keep_in_l1, data)
-    )
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", place, for_reading, locality, data))
+
+
+def alone(index: Any) -> Any:
+    """An int64, out of sight of LLVM's vectoriser.
+
+    It computes the addresses of neighbouring loads in one vector where it can, and then takes them
+    out one by one through the port that unpacks need.
+    """
+    nothing = tirx.reinterpret("handle", tirx.const(0, "uint64"))
+    args = (index, nothing, nothing, T.int32(0))
+    return T.call_llvm_pure_intrin("int64", "llvm.annotation.i64.p0", *args)
 
 
 def power_of_two(n: Any, lanes: int) -> Any:

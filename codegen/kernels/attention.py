@@ -121,15 +121,17 @@ class Attention:
     def _run(self, s: tir.KernelScope, head: Any, token: Any, sequence: Any, groups: int) -> None:
         """All that `groups` groups of queries from `token` on need of one sequence."""
         sequences = Sequences(s, self.mask == PACKED)
-        block = _Block(self, s, sequences, head, token, sequence, groups)
+        block = QueryBlock(self, s, sequences, head, token, sequence, groups)
         block.load_mask()
         block.compute_scores()
         block.exponentiate()
         block.compute_context()
 
 
-class _Block:
+class QueryBlock:
     """Code for one run of queries against the keys [start, stop)."""
+
+    shift: Any = 0  # the row of the scores that the first key has
 
     def __init__(
         self, kernel: Attention, s: tir.KernelScope, sequences: Sequences, head: Any, token: Any,
@@ -170,11 +172,12 @@ class _Block:
             with loop(0, div(seq, n)) as block:
                 tile = [keep(mask[ramp(row + block * n, n)]) for row in rows]
                 for j, value in enumerate(transpose(tile)):
-                    at = (block * n + j) * self.width + i * n
+                    at = (block * n + j + self.shift) * self.width + i * n
                     T.buffer_store(scores, value, [ramp(at, n)])
             with loop(div(seq, n) * n, seq) as key:
                 for lane, row in enumerate(rows):
-                    T.buffer_store(scores, mask[row + key], [key * self.width + i * n + lane])
+                    at = (key + self.shift) * self.width + i * n + lane
+                    T.buffer_store(scores, mask[row + key], [at])
 
     def compute_scores(self) -> None:
         """scores, and the highest of each query."""
@@ -248,7 +251,11 @@ class _Block:
         if self.kernel.result == "u8":
             zero_point = self.s["zero_point"]
             self.packer = Packer.of(self.v, "uint8", self.s["inverse"], zero_point)
-        in_steps(const(0), size, self.steps, self._context_channels)
+        in_steps(const(0), size, self._channel_steps, self._context_channels)
+
+    @property
+    def _channel_steps(self) -> tuple[int, ...]:
+        return self.steps
 
     def _context_channels(self, channel: Any, rows: int) -> None:
         s, n = self.s, self.lanes

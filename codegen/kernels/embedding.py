@@ -1,5 +1,8 @@
 """`embedding`: the sum of one row of each table per token, written as planar panels.
 
+`embedding_int8` has tables of int8 too, with a scale per row: they come behind the fp32 ones and
+are added with one multiply-add each.
+
 One item is a group of 16 tokens. All its ids are checked before a table is read: an id outside
 `[-rows, rows)` ends the kernel with status 1.
 """
@@ -17,7 +20,7 @@ from sparsec.codegen.isa.vector import keep, ramp, splat, transpose
 from sparsec.codegen.kernels.base import Binder
 from sparsec.codegen.kernels.layout_change import lanes_below
 from sparsec.codegen.kernels.panels import GROUP, WIDTH, div, is_planar, loop, mod
-from sparsec.codegen.program import Kernel, KernelCall, Kind, Parameter
+from sparsec.codegen.program import Arg, Kernel, KernelCall, Kind, Parameter
 from sparsec.ir.dims import Dim, ceildiv
 from sparsec.ir.graph import Node, Value
 from sparsec.ir.schedule import Schedule, Workload
@@ -31,21 +34,31 @@ MAX_TABLES = 3
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """`ids` holds the dtype of each table's ids."""
+    """`ids` holds the dtype of each table's ids; the last `int8_tables` tables are int8."""
 
     vector: VectorIsa
     ids: tuple[DType, ...]
+    int8_tables: int = 0
 
     @property
     def name(self) -> str:
-        return f"embedding_f32_{'_'.join(d.short for d in self.ids)}_{self.isa}"
+        kinds = [f"{d.short}{'_i8' * self._is_int8(t)}" for t, d in enumerate(self.ids)]
+        return f"embedding_f32_{'_'.join(kinds)}_{self.isa}"
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
-        """Per table: ids, table, its rows, and the steps of the ids per batch row and token."""
+        """Per table: ids, table, its rows, and the steps of the ids per batch row and token.
+
+        An int8 table has its scales, one per row, and its zero point behind the table.
+        """
         found: list[Parameter] = []
         for i, dtype in enumerate(self.ids):
-            found += [Parameter(f"ids{i}", dtype=dtype.value), Parameter(f"table{i}")]
+            found.append(Parameter(f"ids{i}", dtype=dtype.value))
+            if self._is_int8(i):
+                found += [Parameter(f"table{i}", dtype="int8"), Parameter(f"scale{i}")]
+                found.append(Parameter(f"zero_point{i}", Kind.INT))
+            else:
+                found.append(Parameter(f"table{i}"))
             sizes = (f"rows{i}", f"batch_step{i}", f"token_step{i}")
             found += [Parameter(n, Kind.INT) for n in sizes]
         sizes = ("tokens", "seq", "channels")
@@ -65,30 +78,31 @@ class Embedding:
     def _body(self, s: tir.KernelScope) -> None:
         n, channels = self.vector.lanes, s["channels"]
         starts = [T.alloc_buffer((GROUP,), "int64", scope="global") for _ in self.ids]
+        scales = [T.alloc_buffer((GROUP,), "float32", scope="global") for _ in self.ids]
         with loop(s.begin, s.end) as item:
             with loop(0, GROUP) as lane:
-                self._find_rows(s, item * GROUP + lane, lane, starts)
+                self._find_rows(s, item * GROUP + lane, lane, starts, scales)
             for offset in range(0, GROUP, n):
                 token = keep(item * GROUP + offset)
                 column = keep(div(token, WIDTH) * channels * WIDTH + mod(token, WIDTH))
                 present = lanes_below(s["tokens"] - token, n)
                 with loop(0, div(channels, n)) as block:
                     channel = keep(block * n)
-                    rows = [self._row(s, starts, offset + i, channel) for i in range(n)]
+                    rows = [self._sum(s, starts, scales, offset + i, channel, n) for i in range(n)]
                     for i, value in enumerate(transpose(rows)):
                         kept = T.Select(present, value, splat(0.0, n))
                         T.buffer_store(s["y"], kept, [ramp(column + (channel + i) * WIDTH, n)])
                 with loop(div(channels, n) * n, channels) as c, loop(0, n) as i:
-                    parts = [s[f"table{t}"][starts[t][offset + i] + c] for t in self._tables]
-                    value = T.Select(token + i < s["tokens"], sum(parts[1:], parts[0]),
-                                     T.float32(0))  # fmt: skip
+                    total = self._sum(s, starts, scales, offset + i, c, 1)
+                    value = T.Select(token + i < s["tokens"], total, T.float32(0))
                     T.buffer_store(s["y"], value, [column + c * WIDTH + i])
 
-    @property
-    def _tables(self) -> range:
-        return range(len(self.ids))
+    def _is_int8(self, table: int) -> bool:
+        return table >= len(self.ids) - self.int8_tables
 
-    def _find_rows(self, s: tir.KernelScope, token: Any, lane: Any, starts: list[Any]) -> None:
+    def _find_rows(
+        self, s: tir.KernelScope, token: Any, lane: Any, starts: list[Any], scales: list[Any]
+    ) -> None:
         """Where the rows of one token start; lanes past the last token repeat it."""
         token = keep(T.min(token, s["tokens"] - 1))
         for t, start in enumerate(starts):
@@ -99,24 +113,55 @@ class Embedding:
             with T.If(T.Or(row < 0, row >= s[f"rows{t}"])), T.Then():
                 tir.fail(INDEX_OUT_OF_RANGE)
             T.buffer_store(start, row * s["channels"], [lane])
+            if self._is_int8(t):
+                T.buffer_store(scales[t], s[f"scale{t}"][row], [lane])
 
-    def _row(self, s: tir.KernelScope, starts: list[Any], lane: int, channel: Any) -> Any:
-        n = self.vector.lanes
-        parts = [s[f"table{t}"][ramp(starts[t][lane] + channel, n)] for t in self._tables]
-        return keep(sum(parts[1:], parts[0]))
+    def _sum(
+        self,
+        s: tir.KernelScope,
+        starts: list[Any],
+        scales: list[Any],
+        lane: Any,
+        channel: Any,
+        lanes: int,
+    ) -> Any:
+        """`lanes` neighbouring channels from `channel` of one token."""
+        many = f"x{lanes}" if lanes > 1 else ""
+        total = None
+        for t in range(len(self.ids)):
+            at = starts[t][lane] + channel
+            value = s[f"table{t}"][ramp(at, lanes) if many else at]
+            if self._is_int8(t):
+                scale, zero_point = scales[t][lane], T.cast(s[f"zero_point{t}"], "int32")
+                if many:
+                    scale, zero_point = splat(scale, lanes), T.broadcast(zero_point, lanes)
+                centred = T.cast(value, f"int32{many}") - zero_point
+                value = T.cast(centred, f"float32{many}") * scale
+            total = value if total is None else total + value
+        return keep(total)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One table of a node, with the ids of its rows; `scale` is that of an int8 table."""
+
+    ids: Value
+    table: Value
+    scale: Value | None = None
+    zero_point: int = 0
 
 
 class EmbeddingFamily:
     """Up to three tables, ids `[batch, seq]` or broadcast to it."""
 
-    ops = ("embedding",)
+    ops = ("embedding", "embedding_int8")
 
     def workload(self, node: Node) -> Workload:
-        pairs, shape = _pairs(node), node.output.type.shape[:-1]
-        known = all(_steps(ids, shape) is not None for ids, _ in pairs)
-        dtypes = [str(ids.type.dtype) for ids, _ in pairs] if known else ["broadcast"]
-        return Workload("embedding", (("c", node.output.type.channels), ("tables", len(pairs))),
-                        str(node.output.type.dtype), epilogue=" ".join(dtypes))  # fmt: skip
+        parts, shape = _parts(node), node.output.type.shape[:-1]
+        known = all(_steps(p.ids, shape) is not None for p in parts)
+        dtypes = [str(p.ids.type.dtype) for p in parts] if known else ["broadcast"]
+        sizes = (("c", node.output.type.channels), ("tables", len(parts)))
+        return Workload(node.op, sizes, str(node.output.type.dtype), epilogue=" ".join(dtypes))
 
     def schedules(self, workload: Workload, target: Target) -> list[Schedule]:
         known = all(d in map(str, ID_TYPES) for d in workload.epilogue.split())
@@ -126,38 +171,50 @@ class EmbeddingFamily:
         return [Schedule("embedding", v.name) for v in reversed(VECTOR_ISAS) if target.has(v.isa)]
 
     def lower(self, node: Node, schedule: Schedule, binder: Binder) -> list[KernelCall]:
-        pairs, y = _pairs(node), node.output
+        parts, y = _parts(node), node.output
         assert is_planar(y.type), node
-        kernel = Embedding(by_name(schedule.isa), tuple(i.type.dtype for i, _ in pairs))
+        count = sum(p.scale is not None for p in parts)
+        assert all(p.scale is not None for p in parts[len(parts) - count :]), node
+        dtypes = tuple(p.ids.type.dtype for p in parts)
+        kernel = Embedding(by_name(schedule.isa), dtypes, count)
         shape = y.type.shape[:-1]
         seq: Dim = shape[-1] if shape else 1
-        args = []
-        for ids, table in pairs:
-            steps = _steps(ids, shape)
+        args: list[Arg] = []
+        for p in parts:
+            steps = _steps(p.ids, shape)
             assert steps is not None, node
-            args += [binder.ref(ids), binder.ref(table), table.type.shape[0], *steps]
+            args += [binder.ref(p.ids), binder.ref(p.table)]
+            args += [] if p.scale is None else [binder.ref(p.scale), p.zero_point]
+            args += [p.table.type.shape[0], *steps]
         args += [binder.ref(y), y.type.tokens, seq, y.type.channels]
         return [
             KernelCall(
                 kernel,
                 tuple(args),
                 ceildiv(y.type.tokens, GROUP),
-                f"{node.name}: {len(pairs)} tables, {y.type.channels} channels",
+                f"{node.name}: {len(parts)} tables ({count} int8), {y.type.channels} channels",
                 grain=4,
             )
         ]
 
     def variants(self) -> list[Kernel]:
         return [
-            Embedding(v, (dtype,) * count)
+            Embedding(v, (dtype,) * count, int8_tables)
             for v in VECTOR_ISAS
             for count in range(1, MAX_TABLES + 1)
+            for int8_tables in range(count + 1)
             for dtype in ID_TYPES
         ]
 
 
-def _pairs(node: Node) -> list[tuple[Value, Value]]:
-    return [(node.input(i), node.input(i + 1)) for i in range(0, len(node.inputs), 2)]
+def _parts(node: Node) -> list[Part]:
+    if node.op == "embedding":
+        count = len(node.inputs) // 2
+        return [Part(node.input(2 * i), node.input(2 * i + 1)) for i in range(count)]
+    return [
+        Part(node.input(3 * i), node.input(3 * i + 1), node.optional_input(3 * i + 2), zero_point)
+        for i, zero_point in enumerate(node.attrs["zero_points"])
+    ]
 
 
 def _steps(ids: Value, shape: tuple[Dim, ...]) -> tuple[Dim, Dim] | None:

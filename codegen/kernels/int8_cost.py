@@ -13,14 +13,26 @@ A 512-bit multiply-add goes to port 0 or 5, an unpack to port 5, and there are t
 AVX2 halves the tokens of a vector and multiplies in two steps of two instructions, after it has
 split the quads in two, on three ports. Quads that are not in L1 come from L2 at a line in
 L2_LINE_CYCLES.
+
+AMX multiplies 16 quads in a step, in passes of four products (int8_tiles). Counted per step:
+
+                            products    cycles of one       unpacks   stores
+    dense, 32 rows          8           16                  -         -
+    quads, r rows           4 or 8      rows of a tile,     -         64
+    channels, first strip   4 or 8      but at least 8      128       64
+    other strips            8           16                  -         -
+
+A product is one instruction for port 5, but keeps a unit of its own busy. Tiles are loaded row by
+row, beside what is fetched; there is one store of 64 bytes a cycle.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparsec.codegen.isa.int8 import TILES, Int8Isa
-from sparsec.codegen.kernels.int8_pack import QUAD
+from sparsec.codegen.isa.amx import ROWS
+from sparsec.codegen.isa.int8 import AMX_INT8, TILES, Int8Isa
+from sparsec.codegen.kernels.int8_pack import QUAD, SUMS, TILE_QUADS
 from sparsec.codegen.kernels.panels import WIDTH
 from sparsec.target import Target
 
@@ -28,6 +40,10 @@ L2_LINE_CYCLES = 1.25
 STRIP_CYCLES = 30.0  # to fill and drain the pipeline around the loop over steps
 ROW_CYCLES = 14.0  # epilogue
 UNPACKS = 8
+LEAST_PRODUCT_CYCLES = 8
+PASS_CYCLES = (
+    150.0  # the latency of loads, products and stores of tiles around the loop over steps
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +69,8 @@ def cycles(
     """For `sizes` m and k and one panel; `density` is the share of the form's blocks."""
     m, k = sizes
     blocks, strips = -(-m // form.rows), form.rows // form.strip
+    if isa is AMX_INT8:
+        return _tile_cycles(form, sizes, density, target)
     steps = k / QUAD * density + (0.5 if form.cols == 1 else 0.0)
     in_l1 = k * WIDTH <= target.l1d_bytes
     first = _step(form, isa, first=True, in_l1=in_l1)
@@ -60,6 +78,40 @@ def cycles(
     per_block = steps * (first + (strips - 1) * other) + strips * STRIP_CYCLES
     copy = 0.0 if form.cols == 1 else k / QUAD * UNPACKS
     return copy + blocks * (per_block + form.rows * ROW_CYCLES)
+
+
+def _tile_cycles(form: Form, sizes: tuple[int, int], density: float, target: Target) -> float:
+    m, k = sizes
+    blocks, strips = -(-m // form.rows), form.rows // form.strip
+    quads = k / QUAD * density
+    steps = quads / TILE_QUADS + (0.5 if form.cols else 0.0)
+    weight_bytes = quads * QUAD * form.rows
+    in_l1 = k * WIDTH + weight_bytes <= target.l1d_bytes
+    kept_in_l1 = quads * QUAD * WIDTH + weight_bytes <= target.l1d_bytes
+    passes = max(1, form.strip // ROWS)
+    first = _tile_step(form, quads / steps if steps else 0.0, fetches=form.cols > 0, in_l1=in_l1)
+    other = _tile_step(form, 0.0, fetches=False, in_l1=kept_in_l1)
+    per_block = steps * (first + (strips - 1) * other) + strips * passes * PASS_CYCLES
+    copy = 0.0 if form.cols == 1 else k / QUAD * UNPACKS
+    return copy + blocks * (per_block + form.rows * ROW_CYCLES)
+
+
+def _tile_step(form: Form, quads: float, *, fetches: bool, in_l1: bool) -> float:
+    """Cycles of one step of one strip, of which `quads` are fetched."""
+    rows = min(form.strip, ROWS)
+    weights = form.strip // rows
+    products = SUMS * weights * max(rows, LEAST_PRODUCT_CYCLES)
+    loads = float(weights * form.strip + TILES * TILE_QUADS)
+    if not fetches:
+        from_l2 = (TILES * TILE_QUADS + form.strip) * L2_LINE_CYCLES
+        return max(products, loads / 2, 0.0 if in_l1 else from_l2)
+    unpacks = UNPACKS * quads if form.cols == 1 else 0.0
+    # Channels are read in every pass, and so are indices, one or four of them.
+    per_quad = (QUAD + QUAD) * weights if form.cols == 1 else TILES + weights
+    loads += per_quad * quads
+    lines = TILES * quads * (weights if form.cols == 1 else 1) + form.strip
+    traffic = max(loads / 2, TILES * quads, 0.0 if in_l1 else lines * L2_LINE_CYCLES)
+    return max(products, unpacks + SUMS * weights, traffic)
 
 
 def _step(form: Form, isa: Int8Isa, *, first: bool, in_l1: bool) -> float:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from sparsec.codegen.isa.coarse import COARSE, MAX_ERROR
-from sparsec.codegen.isa.int8 import INT8_ISAS, Int8Isa, int8_isa
+from sparsec.codegen.isa.int8 import AMX_INT8, INT8_ISAS, Int8Isa, int8_isa, int8_isas
 from sparsec.codegen.isa.polynomials import ACTIVATIONS
 from sparsec.codegen.kernels.base import Binder
 from sparsec.codegen.kernels.int8_cost import Form, block_density, cycles
+from sparsec.codegen.kernels.int8_dots import DotGemm
 from sparsec.codegen.kernels.int8_epilogue import Epilogue
 from sparsec.codegen.kernels.int8_gemm import Int8Gemm
 from sparsec.codegen.kernels.int8_pack import (
@@ -18,23 +19,27 @@ from sparsec.codegen.kernels.int8_pack import (
     pack_dense,
     pack_quads,
     pack_rows,
+    pack_tiles,
 )
+from sparsec.codegen.kernels.int8_tiles import TileGemm
 from sparsec.codegen.kernels.panels import WIDTH
+from sparsec.codegen.kernels.weight_blocks import block_of, layout_and_density
 from sparsec.codegen.program import Arg, BufferRef, Kernel, KernelCall
 from sparsec.ir.dims import ceildiv
 from sparsec.ir.graph import Node
-from sparsec.ir.layouts import Bsr, Panels
+from sparsec.ir.layouts import Panels
 from sparsec.ir.op_spec import Array
 from sparsec.ir.schedule import Schedule, Workload
 from sparsec.ir.types import DType
-from sparsec.sparse.bsr import block_zeros
 from sparsec.target import Target
 
 OP = "linear_int8"
 FORM_NAMES = {0: "dense", 1: "channels", QUAD: "quads"}
 DENSE_STRIP = {8: 4, 16: 6}  # rows by tokens of a tile: as many sums as registers allow
 STRIP = 4
+TILE_STRIP = 32  # or less, for blocks of fewer rows
 BLOCK_ROWS = (4, 8, 16, 32, 64)
+LEAST_TILE_ROWS = 8
 MOST_PANELS = 8  # of a group
 U8_MAX = 255
 STEPS_OF_COARSE = 64  # a coarse activation is off by less than this part of a step of the result
@@ -43,11 +48,14 @@ PARAMS = ("rows", "cols", "strip", "group")
 
 
 def kernel_of(form: Form, isa: Int8Isa, epilogue: Epilogue) -> Int8Gemm:
-    return Int8Gemm(isa, FORM_NAMES[form.cols], form.strip, form.rows > form.strip, epilogue)
+    kind = TileGemm if isa is AMX_INT8 else DotGemm
+    return kind(isa, FORM_NAMES[form.cols], form.strip, form.rows > form.strip, epilogue)
 
 
 def pack(w: Array, form: Form, isa: Int8Isa) -> PackedWeight:
     """The int8 weight as the kernel of `form` reads it."""
+    if isa is AMX_INT8:
+        return pack_tiles(w, form.rows, form.cols, form.strip)
     if form.cols == 0:
         return pack_dense(w, form.strip, isa.words)
     pack_blocks = pack_channels if form.cols == 1 else pack_quads
@@ -56,6 +64,8 @@ def pack(w: Array, form: Form, isa: Int8Isa) -> PackedWeight:
 
 def forms(block: tuple[int, int] | None, isa: Int8Isa) -> list[Form]:
     """All that make sense for a weight with this block; None for a dense one."""
+    if isa is AMX_INT8:
+        return _tile_forms(block)
     dense = DENSE_STRIP[isa.lanes]
     found = [Form(dense, 0, dense)]
     if block is None:
@@ -67,6 +77,17 @@ def forms(block: tuple[int, int] | None, isa: Int8Isa) -> list[Form]:
         found += [Form(r, QUAD, STRIP) for r in sizes]
         found.append(Form(1, QUAD, 1))
     return found
+
+
+def _tile_forms(block: tuple[int, int] | None) -> list[Form]:
+    """Lower blocks may be seen as higher ones: products of few rows cost as much as those of 8."""
+    found = [Form(TILE_STRIP, 0, TILE_STRIP)]
+    if block is None:
+        return found
+    rows, cols = block
+    sizes = [r for r in BLOCK_ROWS if r >= LEAST_TILE_ROWS and 0 in (rows % r, r % rows)]
+    widths = [1, QUAD] if cols % QUAD == 0 else [1]
+    return found + [Form(r, c, min(r, TILE_STRIP)) for c in widths for r in sizes]
 
 
 class Int8GemmFamily:
@@ -81,26 +102,22 @@ class Int8GemmFamily:
         assert isinstance(k, int), node
         epilogue = _epilogue(node)
         end = " ".join([epilogue.activation, *["residual"] * epilogue.has_residual])
-        layout, density = weight.type.layout, 1.0
-        if isinstance(layout, Bsr):
-            assert weight.data is not None, node
-            block = (layout.rows, layout.cols)
-            density = round(1.0 - block_zeros(weight.data, (block,))[block], 3)
-        name = str(layout) if isinstance(layout, Bsr) else "dense"
+        name, density = layout_and_density(weight)
         sizes = (("m", m), ("k", k))
         return Workload(OP, sizes, "u8s8", name, f"{end} {epilogue.result}", density)
 
     def schedules(self, workload: Workload, target: Target) -> list[Schedule]:
-        isa = next((i for i in reversed(INT8_ISAS) if target.has(i.isa)), None)
         activation = workload.epilogue.partition(" ")[0]
-        if isa is None or activation not in ACTIVATIONS:
+        if activation not in ACTIVATIONS:
             return []
-        sizes, block = (workload.size("m"), workload.size("k")), _block(workload.layout)
+        sizes, block = (workload.size("m"), workload.size("k")), block_of(workload.layout)
 
-        def cost(form: Form) -> float:
+        def cost(candidate: tuple[Form, Int8Isa]) -> float:
+            form, isa = candidate
             density = block_density(workload.density, block or (1, 1), form)
             return cycles(form, sizes, density, isa, target)
 
+        found = [(form, isa) for isa in int8_isas(target) for form in forms(block, isa)]
         # Half of L2 for the group's activations; the rest is for weights and results.
         group = min(MOST_PANELS, max(1, target.l2_bytes // 2 // (sizes[1] * WIDTH)))
         return [
@@ -109,7 +126,7 @@ class Int8GemmFamily:
                 isa.name,
                 tuple(zip(PARAMS, (f.rows, f.cols, f.strip, group), strict=True)),
             )
-            for f in sorted(forms(block, isa), key=cost)
+            for f, isa in sorted(found, key=cost)
         ]
 
     def lower(self, node: Node, schedule: Schedule, binder: Binder) -> list[KernelCall]:
@@ -134,7 +151,7 @@ class Int8GemmFamily:
             inverse = np.float32(1) / np.float32(node.attrs["out_scale"])
             args += [float(inverse), int(node.attrs["out_zero_point"])]
         blocks = -(-m // rows)
-        density = 1.0 if packed.starts is None else packed.starts[-1] * QUAD / (k * blocks)
+        density = 1.0 if cols == 0 else packed.quads * QUAD / (k * blocks)
         name = "dense" if cols == 0 else f"blocks of {rows}x{cols}, {density:.0%} stored"
         return [
             KernelCall(
@@ -159,6 +176,9 @@ class Int8GemmFamily:
 
 def _distinct_forms(isa: Int8Isa) -> list[Form]:
     """One for every kernel: all heights above a strip share one."""
+    if isa is AMX_INT8:
+        heights = ((8, 8), (16, 16), (TILE_STRIP, TILE_STRIP), (2 * TILE_STRIP, TILE_STRIP))
+        return [*forms(None, isa), *(Form(r, c, strip) for c in (1, QUAD) for r, strip in heights)]
     tall = 2 * STRIP
     sparse = [Form(r, c, STRIP) for c in (1, QUAD) for r in (STRIP, tall)]
     return [*forms(None, isa), *sparse, Form(1, QUAD, 1)]
@@ -196,23 +216,11 @@ def _largest(node: Node) -> float:
     return max(1.0, float(rows.max(initial=0)))
 
 
-def _block(layout: str) -> tuple[int, int] | None:
-    """`bsr16x4` as (16, 4)."""
-    if not layout.startswith("bsr"):
-        return None
-    rows, cols = layout.removeprefix("bsr").split("x")
-    return int(rows), int(cols)
-
-
 def _weights(
     node: Node, packed: PackedWeight, form: Form, isa: Int8Isa, binder: Binder
 ) -> list[BufferRef]:
     name = f"{node.input(1).name}.{form.rows}x{form.cols}.{isa.name}"
-    found = [binder.weight(name, packed.words)]
-    if packed.starts is not None and packed.indices is not None:
-        found.append(binder.weight(f"{name}.starts", packed.starts))
-        found.append(binder.weight(f"{name}.indices", packed.indices))
-    return found
+    return [binder.weight(f"{name}.{n}", array) for n, array in packed.arrays.items()]
 
 
 def _rows(node: Node, rows: int, binder: Binder) -> list[BufferRef]:

@@ -1,7 +1,7 @@
 """`linear_int8`: y = activation(scale * (W x) + bias) + residual, u8 panels by int8 weights.
 
-Weights are broadcast, four channels to a lane; tokens lie in the lanes, in tile order. There is
-one loop nest with three ways to come by the tiles of a step of four channels:
+Tokens lie in the lanes, in tile order. There is one loop nest with three ways to come by the
+quads (four input channels) that are multiplied:
 
     dense      all quads of channels in turn, from a copy of the panel in quads
     quads      the same copy, the quads that an index list names: blocks of R x 4
@@ -15,37 +15,35 @@ Loops, outermost first:
     strip: the rows of one register block; the strips of a block share its steps
     step
 
-A last panel with few tokens takes the narrow form of the same loops (`Int8Isa.narrow`): fewer
-tiles, and two strips of a tall block to a register block. It reads the same weights.
+The last two are those of int8_dots, for vector instructions, or of int8_tiles, for AMX. A last
+panel with few tokens takes the narrow form of the same loops (`Int8Isa.narrow`): fewer tiles. It
+reads the same weights.
 
 Weights are read from memory in order, once per group. Sums go through L1 to the epilogue, which
-is a loop over rows: an instruction set whose sums are not in vector registers fits in there.
+is a loop over rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
 from sparsec.codegen import tir
-from sparsec.codegen.isa.int8 import TILES, Int8Isa
-from sparsec.codegen.isa.vector import keep, prefetch, ramp, splat
+from sparsec.codegen.isa.int8 import Int8Isa
+from sparsec.codegen.isa.vector import alone, keep, ramp
 from sparsec.codegen.kernels.int8_epilogue import Epilogue
 from sparsec.codegen.kernels.int8_pack import QUAD
 from sparsec.codegen.kernels.panels import WIDTH, const, div, loop
 from sparsec.codegen.program import Kind, Parameter
 
-WORDS_AHEAD = 256  # fetched while others are multiplied: 1 KB, past the end too
-CHAINS = 8  # sums in flight that hide the latency of a multiply-add
-Read = Callable[[Any], list[Any]]
-
 
 @dataclass(frozen=True, slots=True)
 class Int8Gemm:
-    """A register block of `strip` rows. A `tall` block of rows has several strips."""
+    """What all have in common. A register block has `strip` rows, a `tall` block of rows several
+    strips."""
 
     hooks: Int8Isa
     form: str
@@ -68,6 +66,7 @@ class Int8Gemm:
         return (
             Parameter("x", dtype="uint8"),
             Parameter("words", dtype="int32"),
+            *([Parameter("tiles", dtype="uint8")] if self.has_tiles else []),
             *([starts, indices] if self.is_sparse else []),
             Parameter("offset", dtype="int32"),
             *self.epilogue.pointers,
@@ -88,29 +87,18 @@ class Int8Gemm:
         return self.form != "dense"
 
     @property
-    def _gathers(self) -> bool:
-        """Whether the register block holds all tiles, so that it can unpack channels itself."""
-        return self.form == "channels" and self.hooks.columns == self.hooks.tiles
-
-    @property
-    def _together(self) -> int:
-        """Strips of a tall block in one register block: half the tiles leave room for two."""
-        return TILES // self.hooks.tiles if self.tall else 1
-
-    @property
-    def _rows_together(self) -> int:
-        return self._together * self.strip
+    def has_tiles(self) -> bool:
+        """Whether it takes the shapes of tile registers, `tiles`."""
+        return False
 
     @property
     def _area(self) -> int:
-        """Where the quads lie in scratch memory, in int32: after the sums of a register block."""
-        return self.strip * WIDTH
+        """Where the quads lie in scratch memory, in int32: after what a register block needs."""
+        raise NotImplementedError
 
     def scratch_bytes(self, k: int, group: int, most_steps: int) -> int:
-        """For `group` panels of k channels, or for the steps of a block of rows."""
-        if self.form == "channels":
-            return 4 * (self._area + most_steps * self.hooks.chunk)
-        return 4 * (self._area + group * -(-k // QUAD) * WIDTH)
+        """For `group` panels of k channels, and for the steps of a block of rows."""
+        raise NotImplementedError
 
     def build(self) -> Any:
         return tir.kernel_function(self.name, self.parameters, self._body, scratch="int32")
@@ -131,7 +119,7 @@ class Int8Gemm:
                     for kernel, chunks in self._widths(s, panel):
                         kernel._make_quads(s, panel, panel - origin, chunks)
             with loop(first, last) as block, loop(origin, end) as panel:
-                at = _Place(block, rows, strips, panel, keep(panel - origin))
+                at = Place(block, rows, strips, panel, keep(panel - origin))
                 for kernel, chunks in self._widths(s, panel):
                     kernel._chunks(s, at, chunks)
 
@@ -158,136 +146,30 @@ class Int8Gemm:
             at = keep(((first + chunk) * quads + quad) * size + self._area)
             self._store_tiles(s, tiles, at)
 
-    def _chunks(self, s: tir.KernelScope, at: _Place, chunks: Any) -> None:
+    def _chunks(self, s: tir.KernelScope, at: Place, chunks: Any) -> None:
         """A block of rows for one panel."""
         with loop(0, chunks) as chunk:
             quads = keep(at.quads * (WIDTH // self.hooks.chunk) + chunk)
             self._block(s, replace(at, chunk=chunk, quads=quads))
 
-    def _block(self, s: tir.KernelScope, at: _Place) -> None:
+    def _block(self, s: tir.KernelScope, at: Place) -> None:
         """All strips of a block of rows for one chunk."""
-        if self.is_sparse:
-            first = keep(T.cast(s["starts"][at.block], "int64"))
-            steps = keep(T.cast(s["starts"][at.block + 1], "int64") - first)
-        else:
-            steps = keep(self._quads(s))
-            first = keep(at.block * steps)
-        weights = keep(first * at.strips)
-        if self.form == "channels" and not self._gathers:
-            with loop(0, steps) as step:
-                tiles = self.hooks.interleave(self._gathered(s, at, first + step))
-                self._store_tiles(s, tiles, step * self.hooks.chunk + self._area)
-        together = self._together
-        with loop(0, div(at.strips + (together - 1), together)) as turn:
-            # The last turn may do a strip again: the same values, and no case for odd numbers.
-            strip = keep(T.min(turn * together, at.strips - together))
-            row0 = keep(at.block * at.rows + strip * self.strip)
-            with T.If(row0 < s["m"]), T.Then():
-                words = keep(weights + strip * steps)
-                self._strip(s, at, _Strip(strip, row0, first, steps, words))
+        raise NotImplementedError
 
-    def _strip(self, s: tir.KernelScope, at: _Place, strip: _Strip) -> None:
-        if self._gathers and self.tall:
-            with T.If(strip.index == 0):
-                with T.Then():
-                    self._register_block(s, strip, self._unpacked(s, at, strip, store=True))
-                with T.Else():
-                    self._register_block(s, strip, self._from_scratch(s, at, strip, const(0)))
-        elif self._gathers:
-            self._register_block(s, strip, self._unpacked(s, at, strip, store=False))
-        else:
-            with loop(0, self.hooks.tiles // self.hooks.columns) as part:
-                tile = keep(part * self.hooks.columns)
-                self._register_block(s, strip, self._from_scratch(s, at, strip, tile), tile)
-        self._rows(s, at, strip)
-
-    def _unpacked(self, s: tir.KernelScope, at: _Place, strip: _Strip, *, store: bool) -> Read:
-        """Tiles unpacked from channels of the panel, and kept for the next strips."""
-
-        def read(step: Any) -> list[Any]:
-            tiles = self.hooks.interleave(self._gathered(s, at, strip.first + step))
-            if store:
-                self._store_tiles(s, tiles, step * self.hooks.chunk + self._area)
-            return tiles
-
-        return read
-
-    def _from_scratch(self, s: tir.KernelScope, at: _Place, strip: _Strip, tile: Any) -> Read:
-        """The tiles of one register block, from `tile` on."""
+    def _rows(self, s: tir.KernelScope, at: Place, row0: Any, count: int) -> None:
+        """The epilogue of the sums of `count` rows, at the start of scratch memory."""
         n, size = self.hooks.lanes, self.hooks.chunk
-        origin = tile * n + self._area
-        if self.form != "channels":
-            origin = origin + at.quads * self._quads(s) * size
-        base = keep(origin)
-
-        def read(step: Any) -> list[Any]:
-            quad = step
-            if self.form == "quads":
-                quad = T.cast(s["indices"][strip.first + step], "int64")
-            start = base + quad * size
-            return [keep(s.scratch[ramp(start + i * n, n)]) for i in range(self.hooks.columns)]
-
-        return read
-
-    def _register_block(
-        self, s: tir.KernelScope, strip: _Strip, read: Read, tile: Any = None
-    ) -> None:
-        """Sums of the rows of a strip, left in scratch memory."""
-        n, columns = self.hooks.lanes, self.hooks.columns
-        rows = self._rows_together
-        sets = 1 if rows * columns >= CHAINS else 2
-        sums = [[tir.registers("int32", columns * n) for _ in range(rows)] for _ in range(sets)]
-        tiles = [ramp(i * n, n) for i in range(columns)]
-        for index, group in enumerate(sums):
-            for r, total in enumerate(group):
-                start = s["offset"][strip.row0 + r] if index == 0 else T.int32(0)
-                for lanes in tiles:
-                    T.buffer_store(total, splat(start, n), [lanes])
-        with loop(0, div(strip.steps, sets)) as round:
-            for index, group in enumerate(sums):
-                self._step(s, strip, round * sets + index, read, group)
-        if sets > 1:
-            with T.If(strip.steps % sets != 0), T.Then():
-                self._step(s, strip, strip.steps - 1, read, sums[0])
-        first = const(0) if tile is None else tile * n
-        for r in range(rows):
-            for i, lanes in enumerate(tiles):
-                total = sums[0][r][lanes]
-                for group in sums[1:]:
-                    total = total + group[r][lanes]
-                place = first + (r * self.hooks.chunk + i * n)
-                T.buffer_store(s.scratch, total, [ramp(place, n)])
-
-    def _step(
-        self, s: tir.KernelScope, strip: _Strip, step: Any, read: Read, sums: list[Any]
-    ) -> None:
-        n, per_quad = self.hooks.lanes, self.hooks.words_per_quad
-        operands = [self.hooks.operand(x) for x in read(step)]
-        starts = [
-            keep((strip.words + (i * strip.steps + step)) * (self.strip * per_quad))
-            for i in range(self._together)
-        ]
-        for start in starts:
-            prefetch(s["words"], start + WORDS_AHEAD)
-        for r, total in enumerate(sums):
-            start = starts[r // self.strip] + r % self.strip * per_quad
-            words = tuple(keep(splat(s["words"][start + i], n)) for i in range(per_quad))
-            for i, operand in enumerate(operands):
-                lanes = ramp(i * n, n)
-                T.buffer_store(total, self.hooks.dot(total[lanes], operand, words), [lanes])
-
-    def _rows(self, s: tir.KernelScope, at: _Place, strip: _Strip) -> None:
-        """The epilogue of a strip's rows."""
-        n, size = self.hooks.lanes, self.hooks.chunk
-        with loop(0, T.min(const(self._rows_together), s["m"] - strip.row0)) as r:
-            row = keep(strip.row0 + r)
+        with loop(0, T.min(const(count), s["m"] - row0)) as r:
+            row = keep(row0 + r)
             sums = [keep(s.scratch[ramp(r * size + i * n, n)]) for i in range(self.hooks.tiles)]
             start = keep((at.panel * s["m"] + row) * WIDTH + at.chunk * size)
             self.epilogue.emit(s, self.hooks, sums, row, start)
 
-    def _gathered(self, s: tir.KernelScope, at: _Place, step: Any) -> list[Any]:
+    def _gathered(self, s: tir.KernelScope, at: Place, step: Any) -> list[Any]:
         indices = [s["indices"][step * QUAD + i] for i in range(QUAD)]
-        return self._load(s, at.panel, at.chunk, [T.cast(i, "int64") for i in indices])
+        places = [alone(T.cast(i, "int64") * WIDTH) for i in indices]
+        start = keep(at.panel * s["k"] * WIDTH + at.chunk * self.hooks.chunk)
+        return [keep(s["x"][ramp(start + p, self.hooks.chunk)]) for p in places]
 
     def _load(self, s: tir.KernelScope, panel: Any, chunk: Any, channels: list[Any]) -> list[Any]:
         start = keep(panel * s["k"] * WIDTH + chunk * self.hooks.chunk)
@@ -303,7 +185,7 @@ class Int8Gemm:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class Place:
     """A block of rows and a panel or a chunk of it, whose quads come as number `quads`."""
 
     block: Any
@@ -312,17 +194,3 @@ class _Place:
     panel: Any
     quads: Any
     chunk: Any = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Strip:
-    """A strip of a block: its first row, its `steps` from `first` on, its first group of words.
-
-    `words` counts the words of one step of one strip.
-    """
-
-    index: Any
-    row0: Any
-    first: Any
-    steps: Any
-    words: Any

@@ -2,6 +2,7 @@
 
 One item is a group of 16 tokens: their mean and deviation in one pass, the result in another.
 With a quantised copy of the result one item is a panel: its bytes are a cache line per channel.
+A copy in bf16 is written two channels at a time.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from tvm.script.ir_builder import tirx as T
 
 from sparsec.codegen import tir
 from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, best_vector_isa, by_name
+from sparsec.codegen.isa.bf16 import AVX512_BF16, pairs_of
 from sparsec.codegen.isa.pack8 import Packer
 from sparsec.codegen.isa.vector import keep, ramp, splat
 from sparsec.codegen.kernels.base import Binder
@@ -34,13 +36,15 @@ from sparsec.ir.types import DType
 from sparsec.target import Target
 
 RESULTS = ("f32", "f32_u8", "u8")
+BF16_RESULTS = ("f32_bf16", "bf16")
 
 
 @dataclass(frozen=True, slots=True)
 class LayerNorm:
     """One instruction set, with or without a residual and a beta.
 
-    `result` is "f32", "f32_u8" (fp32 and its quantised copy) or "u8" (the copy alone).
+    `result` is "f32", "f32_u8" (fp32 and its quantised copy) or "u8" (the copy alone); "f32_bf16"
+    and "bf16" are those with a copy in bf16, of an even number of channels.
     """
 
     vector: VectorIsa
@@ -62,17 +66,24 @@ class LayerNorm:
         if self.has_bytes:
             sizes = [Parameter("bytes", dtype="uint8"), Parameter("tokens", Kind.INT), *sizes]
             sizes += [Parameter("inverse", Kind.FLOAT), Parameter("zero_point", Kind.INT)]
+        if self.has_pairs:
+            sizes = [Parameter("pairs", dtype="int32"), *sizes]
         return (*(Parameter(n) for n in pointers), *sizes)
 
     @property
     def has_floats(self) -> bool:
         """Whether the fp32 result is stored."""
-        return self.result != "u8"
+        return self.result.startswith("f32")
 
     @property
     def has_bytes(self) -> bool:
         """Whether the quantised result is stored."""
-        return self.result != "f32"
+        return self.result.endswith("u8")
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether the result in bf16 is stored."""
+        return self.result.endswith("bf16")
 
     @property
     def has_scratch(self) -> bool:
@@ -93,9 +104,26 @@ class LayerNorm:
             start = keep(panel * s["channels"] * WIDTH + group * GROUP)
             for offset in range(0, GROUP, lanes):
                 (statistics,) = self._statistics(s, [start + offset])
+                if self.has_pairs:
+                    self._in_pairs(s, start, statistics)
+                    continue
                 with loop(0, s["channels"]) as c:
                     at = ramp(start + offset + c * WIDTH, lanes)
                     T.buffer_store(s["y"], self._normalised(s, at, c, statistics), [at])
+
+    def _in_pairs(self, s: tir.KernelScope, start: Any, statistics: tuple[Any, Any]) -> None:
+        """The result of a group from `start` on, two channels at a time."""
+        lanes = self.vector.lanes
+        first = keep(div(start, 2 * WIDTH) * WIDTH + mod(start, WIDTH))  # of an even row
+        with loop(0, div(s["channels"], 2)) as pair:
+            both = []
+            for part in (0, 1):
+                c = keep(pair * 2 + part)
+                at = ramp(start + c * WIDTH, lanes)
+                both.append(keep(self._normalised(s, at, c, statistics)))
+                if self.has_floats:
+                    T.buffer_store(s["y"], both[part], [at])
+            T.buffer_store(s["pairs"], pairs_of(*both), [ramp(first + pair * WIDTH, lanes)])
 
     def _panels(self, s: tir.KernelScope) -> None:
         lanes = self.vector.lanes
@@ -172,7 +200,7 @@ class LayerNorm:
 
         Where bytes are stored too, adding again is faster than that store.
         """
-        return self.has_residual and self.result == "f32"
+        return self.has_residual and self.has_floats and not self.has_bytes
 
     def _source(self, s: tir.KernelScope, at: Any) -> Any:
         """A vector of x + residual, in the first pass."""
@@ -233,6 +261,9 @@ class LayerNormFamily:
     def schedules(self, workload: Workload, target: Target) -> list[Schedule]:
         if best_vector_isa(target) is None or workload.dtype != str(DType.F32):
             return []
+        if workload.epilogue.endswith("bf16"):
+            isa = AVX512_BF16
+            return [Schedule("layer_norm", isa.name)] if target.has(isa.isa) else []
         return [Schedule("layer_norm", v.name) for v in reversed(VECTOR_ISAS) if target.has(v.isa)]
 
     def lower(self, node: Node, schedule: Schedule, binder: Binder) -> list[KernelCall]:
@@ -241,8 +272,9 @@ class LayerNormFamily:
         assert all(is_planar(v.type) for v in (x, node.outputs[0])), node
         result = _result(node)
         kernel = LayerNorm(by_name(schedule.isa), residual is not None, beta is not None, result)
-        stored = [v for v, has in zip(node.outputs, (kernel.has_floats, kernel.has_bytes),
-                                     strict=False) if has]  # fmt: skip
+        copied = kernel.has_bytes or kernel.has_pairs
+        stored = [v for v, has in zip(node.outputs, (kernel.has_floats, copied), strict=False)
+                  if has]  # fmt: skip
         operands = [v for v in (x, residual, gamma, beta, *stored) if v is not None]
         args: list[Arg] = [binder.ref(v) for v in operands]
         args += [x.type.tokens] if kernel.has_bytes else []
@@ -260,17 +292,19 @@ class LayerNormFamily:
         ]
 
     def variants(self) -> list[Kernel]:
+        isas = [*((v, RESULTS) for v in VECTOR_ISAS), (AVX512_BF16, BF16_RESULTS)]
         return [
             LayerNorm(v, residual, beta, result)
-            for v in VECTOR_ISAS
+            for v, results in isas
             for residual in (False, True)
             for beta in (False, True)
-            for result in RESULTS
+            for result in results
         ]
 
 
 def _result(node: Node) -> str:
     """What is stored. Graph outputs are rows, so what lies in panels and has no use is unread."""
-    if node.attrs.get("out_scale") is None:
+    if len(node.outputs) == 1:
         return "f32"
-    return "f32_u8" if node.outputs[0].uses else "u8"
+    copy = "u8" if node.outputs[1].type.dtype is DType.U8 else "bf16"
+    return f"f32_{copy}" if node.outputs[0].uses else copy

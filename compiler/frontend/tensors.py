@@ -47,7 +47,9 @@ def dtype_of(number: int, place: str) -> DType:
     name = TensorProto.DataType.Name(number) if known else f"number {number}"
     raise UnsupportedOp(
         f"{place} has the element type {name}, which has no lowering; "
-        "export the model in float32 (supported: " + ", ".join(d.value for d in DType) + ")"
+        "export the model in float32 (supported: "
+        + ", ".join(d.value for d in DTYPES.values())
+        + ")"
     )
 
 

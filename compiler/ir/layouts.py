@@ -21,12 +21,13 @@ class Panels:
     """Token panels: shape `[..., channels]` flattened to tokens x channels.
 
     `planar` is `[panel][channel][width]`: the tokens of one channel lie side by side.
-    `quads` is `[panel][channel / 4][width][4]`: four channels of a token form a 32-bit lane.
+    `pairs` is `[panel][channel / 2][width][2]`: two channels of a token form a 32-bit lane. It is
+    the form of bf16, whose channels are even in number.
     The lanes past the last token of the last panel are zero or finite garbage, never NaN.
     """
 
     width: int = PANEL_WIDTH
-    form: Literal["planar", "quads"] = "planar"
+    form: Literal["planar", "pairs"] = "planar"
 
     def __str__(self) -> str:
         return f"{self.form}{self.width}"

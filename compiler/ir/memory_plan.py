@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from sparsec.ir.dims import Dim, evaluate
 
 ALIGNMENT = 64  # bytes; a slot starts on a cache line
+
+
+def total_bytes(slots: Iterable[Dim], env: Mapping[str, int]) -> int:
+    """What slots that follow each other take when the symbols have the values in `env`."""
+    return sum(-(-evaluate(size, env) // ALIGNMENT) * ALIGNMENT for size in slots)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +34,5 @@ class MemoryPlan:
         return name
 
     def arena_bytes(self, env: Mapping[str, int]) -> int:
-        """The size of the arena when the symbols have the values in `env`."""
-        sizes = (evaluate(size, env) for size in self.slots)
-        return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+        """The size of all slots when the symbols have the values in `env`."""
+        return total_bytes(self.slots, env)

@@ -125,11 +125,11 @@ def elementwise_layout(types: Sequence[TensorType], shape: Shape) -> Layout:
     return ROW_MAJOR
 
 
-def panel_layout(types: Sequence[TensorType | None]) -> Layout:
+def panel_layout(types: Sequence[TensorType | None], dtype: DType = DType.F32) -> Layout:
     """The layout of the result of an op whose kernels read and write panels."""
     for type in types:
         if type is not None and isinstance(type.layout, Panels):
-            return type.layout
+            return panels_of(dtype, type.layout.width)
     return ROW_MAJOR
 
 
@@ -165,6 +165,21 @@ def by_sequence(evaluate: Evaluate) -> Evaluate:
         return [np.concatenate(parts, axis=1)]
 
     return packed
+
+
+def panels_of(dtype: DType, width: int) -> Panels:
+    """The panels in which numbers of a type lie."""
+    return Panels(width, "pairs" if dtype is DType.BF16 else "planar")
+
+
+def stored_bf16(type: TensorType) -> TensorType:
+    """An fp32 type as it is stored in bf16; InvalidGraph when it has no pairs of channels."""
+    if type.dtype is not DType.F32:
+        raise InvalidGraph(f"only f32 becomes bf16, got {type}")
+    if type.rank == 0 or not isinstance(type.shape[-1], int) or type.shape[-1] % 2:
+        raise InvalidGraph(f"bf16 lies in pairs of channels, got {type}")
+    layout = panel_layout([type], DType.BF16)
+    return TensorType(DType.BF16, type.shape, layout)
 
 
 def pointwise(function: Callable[..., Any]) -> Evaluate:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sparsec.ir.op_spec import OpSpec
 from sparsec.ir.ops_attention_int8 import ATTENTION_INT8_OPS
+from sparsec.ir.ops_bf16 import BF16_OPS
 from sparsec.ir.ops_core import CORE_OPS
 from sparsec.ir.ops_elementwise import ELEMENTWISE_OPS
 from sparsec.ir.ops_int8 import INT8_OPS
@@ -19,4 +20,5 @@ OPS: dict[str, OpSpec] = {
     **INT8_OPS,
     **ATTENTION_INT8_OPS,
     **PACKING_OPS,
+    **BF16_OPS,
 }

@@ -24,7 +24,7 @@ from sparsec.ir.op_helpers import (
     text,
 )
 from sparsec.ir.op_spec import Array, Arrays, Attrs, OpSpec, PanelRule, Types
-from sparsec.ir.ops_int8 import check_quantization, quantized_result, quantized_type
+from sparsec.ir.ops_int8 import check_quantization, is_stored, stored_result, stored_type
 from sparsec.ir.types import DType, TensorType
 
 ZERO_POINT = 128
@@ -50,7 +50,7 @@ def _infer(types: Types, attrs: Attrs) -> list[TensorType]:
             raise InvalidGraph(f"mask {mask} does not broadcast to {text(scores)}")
     check_sequences(q, types, attrs)
     result = TensorType(DType.F32, (*q.shape[:2], width), panel_layout(types[:3]))
-    return [quantized_type(result, attrs) or result]
+    return [stored_type(result, attrs) or result]
 
 
 def _evaluate(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
@@ -69,7 +69,7 @@ def _evaluate(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
     context = (np.matmul(steps, v) * share).astype(np.float32).transpose(0, 2, 1, 3)
     batch, seq, heads, size = context.shape
     result = context.reshape(batch, seq, heads * size)
-    return [result if attrs.get("out_scale") is None else quantized_result(result, attrs)]
+    return [stored_result(result, attrs) if is_stored(attrs) else result]
 
 
 def _heads(x: Array, attrs: Attrs, name: str) -> Array:

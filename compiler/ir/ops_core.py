@@ -26,7 +26,7 @@ from sparsec.ir.op_helpers import (
 )
 from sparsec.ir.op_spec import Array, Arrays, Attrs, OpSpec, PanelRule, Types
 from sparsec.ir.ops_elementwise import ACTIVATIONS
-from sparsec.ir.ops_int8 import quantized_result, quantized_type
+from sparsec.ir.ops_int8 import is_stored, stored_result, stored_type
 from sparsec.ir.ops_reduce import softmax
 from sparsec.ir.ops_shape import check_indices
 from sparsec.ir.types import DType, TensorType
@@ -100,7 +100,7 @@ def _infer_attention(types: Types, attrs: Attrs) -> list[TensorType]:
             raise InvalidGraph(f"mask {mask} does not broadcast to {text(scores)}")
     check_sequences(q, types, attrs)
     result = TensorType(q.dtype, (*q.shape[:2], width), panel_layout([q, k, v]))
-    return [quantized_type(result, attrs) or result]
+    return [stored_type(result, attrs) or result]
 
 
 def _evaluate_attention(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
@@ -115,7 +115,7 @@ def _evaluate_attention(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
     context = np.matmul(weights.astype(v.dtype, copy=False), v).transpose(0, 2, 1, 3)
     batch, seq, heads, size = context.shape
     result = context.reshape(batch, seq, heads * size)
-    return [result if attrs.get("out_scale") is None else quantized_result(result, attrs)]
+    return [stored_result(result, attrs) if is_stored(attrs) else result]
 
 
 def _heads(x: Array, attrs: Attrs, name: str) -> Array:
@@ -136,7 +136,7 @@ def _infer_layer_norm(types: Types, attrs: Attrs) -> list[TensorType]:
     if residual is not None and residual.shape != x.shape:
         raise InvalidGraph(f"residual {residual} does not have the shape of {x}")
     result = TensorType(x.dtype, x.shape, panel_layout([x, residual]))
-    quantized = quantized_type(result, attrs)
+    quantized = stored_type(result, attrs)
     return [result] if quantized is None else [result, quantized]
 
 
@@ -150,9 +150,7 @@ def _evaluate_layer_norm(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
     variance = np.mean(centred * centred, axis=-1, keepdims=True)
     result = centred / np.sqrt(variance + total.dtype.type(attrs["epsilon"])) * gamma
     result = np.asarray(result if beta is None else result + beta).astype(x.dtype, copy=False)
-    return (
-        [result] if attrs.get("out_scale") is None else [result, quantized_result(result, attrs)]
-    )
+    return [result, stored_result(result, attrs)] if is_stored(attrs) else [result]
 
 
 def _infer_embedding(types: Types, attrs: Attrs) -> list[TensorType]:
@@ -199,7 +197,7 @@ def _evaluate_same(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
 _ATTENTION = ("heads", "head_size", "scale", "q_offset", "k_offset", "v_offset")
 
 # With `out_scale` an attention's result is u8, and a layer_norm has a u8 copy of its result as a
-# second one.
+# second one; with `out_bf16` that copy is bf16.
 _QUANTIZED = ("out_scale", "out_zero_point")
 
 # `longest` bounds the tokens of a sequence where they are packed.
@@ -224,7 +222,7 @@ _ROWS = [
         _evaluate_layer_norm,
         ("epsilon",),
         panels=PanelRule((0, 3)),
-        optional_attrs=_QUANTIZED,
+        optional_attrs=(*_QUANTIZED, "out_bf16"),
     ),
     OpSpec("embedding", _infer_embedding, _evaluate_embedding, panels=PanelRule(())),
     OpSpec("to_panels", _infer_to_panels, _evaluate_same, ("width",)),

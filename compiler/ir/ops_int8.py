@@ -16,19 +16,24 @@ from sparsec.ir.fma import fma_f32
 from sparsec.ir.op_helpers import (
     Env,
     array,
+    broadcast,
     operand,
     optional,
     optional_array,
     panel_layout,
+    require_integer,
+    stored_bf16,
     text,
 )
 from sparsec.ir.op_spec import Array, Arrays, Attrs, OpSpec, PanelRule, Types
 from sparsec.ir.ops_elementwise import ACTIVATIONS
+from sparsec.ir.ops_shape import check_indices
 from sparsec.ir.types import DType, QuantParams, TensorType
 
 MAX_DEPTH = 65536  # 255 * 128 * 65536 < 2**31: an int32 accumulator never overflows
 _CHUNK = 1 << 22  # accumulators at a time: 32 MB of float64
 _STORED = (DType.U8, DType.I8)
+_SHIFT = 256  # greatest zero point of a table, on either side: numbers of u8 less their own, as i8
 
 
 def check_quantization(scale: float, zero_point: int, dtype: DType) -> QuantParams:
@@ -67,9 +72,16 @@ def moved_quant(op: str, x: TensorType, attrs: Attrs) -> QuantParams | None:
     return replace(x.quant, axis=attrs["perm"].index(x.quant.axis)) if op == "transpose" else None
 
 
-def quantized_type(type: TensorType, attrs: Attrs) -> TensorType | None:
-    """`type` stored as u8 by the attributes `out_scale` and `out_zero_point`; None without."""
+def stored_type(type: TensorType, attrs: Attrs) -> TensorType | None:
+    """`type` as it is stored; None for fp32.
+
+    u8 by the attributes `out_scale` and `out_zero_point`, bf16 by `out_bf16`.
+    """
     scale = attrs.get("out_scale")
+    if attrs.get("out_bf16"):
+        if scale is not None:
+            raise InvalidGraph("a result is stored as u8 or as bf16, not as both")
+        return stored_bf16(type)
     if scale is None:
         return None
     if type.dtype is not DType.F32:
@@ -78,8 +90,15 @@ def quantized_type(type: TensorType, attrs: Attrs) -> TensorType | None:
     return TensorType(DType.U8, type.shape, type.layout, quant)
 
 
-def quantized_result(y: Array, attrs: Attrs) -> Array:
-    """What is stored for `y` by the attributes `out_scale` and `out_zero_point`."""
+def is_stored(attrs: Attrs) -> bool:
+    """Whether `stored_type` gives a type other than fp32."""
+    return attrs.get("out_scale") is not None or bool(attrs.get("out_bf16"))
+
+
+def stored_result(y: Array, attrs: Attrs) -> Array:
+    """What is stored for `y` by the attributes of `stored_type`."""
+    if attrs.get("out_bf16"):
+        return y.astype(DType.BF16.numpy)
     return quantize_array(y, attrs["out_scale"], attrs.get("out_zero_point", 0), DType.U8)
 
 
@@ -129,7 +148,7 @@ def _infer_linear_int8(types: Types, attrs: Attrs) -> list[TensorType]:
         raise InvalidGraph(f"residual {residual} is not f32{text(shape)}")
     _require_quant(x, attrs["x_scale"], attrs["x_zero_point"])
     result = TensorType(DType.F32, shape, panel_layout([x, residual]))
-    return [quantized_type(result, attrs) or result]
+    return [stored_type(result, attrs) or result]
 
 
 def _require_quant(x: TensorType, scale: float, zero_point: int) -> None:
@@ -158,7 +177,46 @@ def _evaluate_linear_int8(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]
         y = ACTIVATIONS[attrs["activation"]](y).astype(np.float32, copy=False)
     if residual is not None:
         y = y + residual
-    return [y if attrs["out_scale"] is None else quantized_result(y, attrs)]
+    return [y if attrs["out_scale"] is None else stored_result(y, attrs)]
+
+
+def _infer_embedding_int8(types: Types, attrs: Attrs) -> list[TensorType]:
+    if not types or len(types) % 3:
+        raise InvalidGraph("takes ids, table and scale in turns")
+    ids = [operand(types, i) for i in range(0, len(types), 3)]
+    tables = [operand(types, i) for i in range(1, len(types), 3)]
+    scales = [optional(types, i) for i in range(2, len(types), 3)]
+    zero_points = attrs["zero_points"]
+    if len(zero_points) != len(tables):
+        raise InvalidGraph(f"{len(zero_points)} zero points for {len(tables)} tables")
+    for type in ids:
+        require_integer(type)
+    for table, scale, zero_point in zip(tables, scales, zero_points, strict=True):
+        if table.rank != 2 or table.shape[1] != tables[0].shape[1]:
+            raise InvalidGraph(f"tables {tables[0]} and {table} must be [rows, channels]")
+        if table.dtype is not (DType.F32 if scale is None else DType.I8):
+            raise InvalidGraph(f"a table is f32, or i8 with a scale per row, got {table}")
+        if scale is not None and (scale.dtype, scale.shape) != (DType.F32, table.shape[:1]):
+            raise InvalidGraph(f"scale {scale} is not one f32 per row of the table {table}")
+        if abs(zero_point) > _SHIFT:
+            raise InvalidGraph(f"zero point {zero_point} is not between -{_SHIFT} and {_SHIFT}")
+    shape = broadcast([t.shape for t in ids])
+    return [TensorType(DType.F32, (*shape, tables[0].shape[1]))]
+
+
+def _evaluate_embedding_int8(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
+    """In the order of the tables: an f32 row is added, an i8 one with one multiply-add."""
+    total: Array = np.zeros(1, np.float32)
+    for i, zero_point in enumerate(attrs["zero_points"]):
+        ids, table = array(arrays, 3 * i), array(arrays, 3 * i + 1)
+        scale = optional_array(arrays, 3 * i + 2)
+        check_indices(ids, table.shape[0])
+        if scale is None:
+            total = total + table[ids]
+        else:
+            centred = (table[ids].astype(np.int32) - zero_point).astype(np.float32)
+            total = fma_f32(centred, scale[ids][..., None], total)
+    return [total]
 
 
 _LINEAR = ("activation", "x_scale", "x_zero_point", "out_scale", "out_zero_point")
@@ -168,6 +226,13 @@ _ROWS = [
     OpSpec("dequantize", _infer_dequantize, _evaluate_dequantize, ("scale", "zero_point")),
     OpSpec(
         "linear_int8", _infer_linear_int8, _evaluate_linear_int8, _LINEAR, panels=PanelRule((0, 4))
+    ),
+    OpSpec(
+        "embedding_int8",
+        _infer_embedding_int8,
+        _evaluate_embedding_int8,
+        ("zero_points",),
+        panels=PanelRule(()),
     ),
 ]
 INT8_OPS = {row.name: row for row in _ROWS}

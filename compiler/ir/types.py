@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass, replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from sparsec.ir.dims import Dim, ceildiv, product
@@ -27,10 +28,14 @@ class DType(enum.Enum):
     F16 = "float16"
     F32 = "float32"
     F64 = "float64"
+    BF16 = "bfloat16"
 
     @property
     def numpy(self) -> np.dtype[Any]:
-        return np.dtype(self.value)
+        # NumPy has no bfloat16 of its own.
+        name: Any = ml_dtypes.bfloat16 if self is DType.BF16 else self.value
+        dtype: np.dtype[Any] = np.dtype(name)
+        return dtype
 
     @property
     def bytes(self) -> int:
@@ -38,6 +43,7 @@ class DType(enum.Enum):
 
     @property
     def is_float(self) -> bool:
+        """Whether ops compute in it: bf16 is a form of storage that only its own ops read."""
         return self in (DType.F16, DType.F32, DType.F64)
 
     @property

@@ -16,6 +16,7 @@ from sparsec.errors import InvalidInput
 from sparsec.runtime import load
 from sparsec.tools.console import console
 from sparsec.tools.inputs import Arrays, random_inputs
+from sparsec.tools.inspect import arena_text
 from sparsec.tools.peers import PEERS
 from sparsec.tools.turns import in_turns, summary
 
@@ -51,7 +52,8 @@ def bench(
         calls = [partial(run, arrays) for run in sides.values()]
         taken = in_turns(calls, seconds, time.perf_counter)
         times = dict(zip(sides, taken, strict=True))
-    return _result(library, batch, seq, threads, times)
+    result = _result(library, batch, seq, threads, times)
+    return {**result, "arena": model.description["arena"]}
 
 
 def _result(
@@ -92,5 +94,6 @@ def print_bench(result: dict[str, Any]) -> None:
         row = [f"{f[k]:.3f}" for k in ("median_ms", "p10_ms", "p90_ms")]
         table.add_row(name, *row, str(f["runs"]))
     console().print(table)
+    print(arena_text(result["arena"]))
     if result["ratio"] is not None:
         print(f"{result['ratio']:.2f}x the speed of the peer")

@@ -89,6 +89,14 @@ def _print_weights(weights: list[dict[str, Any]], out: Console) -> None:
     out.print(table)
 
 
+def arena_text(arena: dict[str, Any]) -> str:
+    """The working memory of a run in words, from a library's description."""
+    total, per_token = arena["bytes"] / 1e6, arena["bytes_per_token"] / 1e3
+    return (
+        f"arena: {per_token:.1f} KB per token ({total:.2f} MB at {arena['example']}, one thread)"
+    )
+
+
 def _print_library(found: dict[str, Any], out: Console) -> None:
     made = f"sparsec {found['sparsec']}, for {found['isa']}"
     out.print(f"{found['file']}: {made}", highlight=False)
@@ -96,6 +104,8 @@ def _print_library(found: dict[str, Any], out: Console) -> None:
         for port in found[kind]:
             shape = ", ".join(str(s) for s in port["shape"])
             out.print(f"  {kind[:-1]} {port['name']}: {port['dtype']}[{shape}]", markup=False)
+    weights = found["weights"]["bytes"] / 1e6
+    out.print(f"  weights: {weights:.1f} MB; {arena_text(found['arena'])}", highlight=False)
     table = Table(title="layers")
     for column in ("node", "op", "type", "schedule", "from"):
         table.add_column(column)

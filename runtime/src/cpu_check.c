@@ -17,7 +17,7 @@
 #define XCR0_AVX512 0xe6u
 #define XCR0_AMX 0x60000u
 
-enum { LEAF_1_ECX, LEAF_7_EBX, LEAF_7_ECX, LEAF_7_EDX, EXTENDED_1_ECX, WORDS };
+enum { LEAF_1_ECX, LEAF_7_EBX, LEAF_7_ECX, LEAF_7_EDX, LEAF_7_1_EAX, EXTENDED_1_ECX, WORDS };
 
 typedef struct feature {
   const char *name;
@@ -42,8 +42,10 @@ static const feature features[] = {
     {"AVX-512BW", LEAF_7_EBX, 30, XCR0_AVX512},
     {"AVX-512VL", LEAF_7_EBX, 31, XCR0_AVX512},
     {"AVX-512 VNNI", LEAF_7_ECX, 11, XCR0_AVX512},
+    {"AVX-512 BF16", LEAF_7_1_EAX, 5, XCR0_AVX512},
     {"AMX-TILE", LEAF_7_EDX, 24, XCR0_AMX},
     {"AMX-INT8", LEAF_7_EDX, 25, XCR0_AMX},
+    {"AMX-BF16", LEAF_7_EDX, 22, XCR0_AMX},
 };
 
 typedef struct level {
@@ -51,7 +53,8 @@ typedef struct level {
   size_t features;
 } level;
 
-static const level levels[] = {{"avx2", 9}, {"avx512", 13}, {"avx512vnni", 14}, {"amx", 16}};
+static const level levels[] = {
+    {"avx2", 9}, {"avx512", 13}, {"avx512vnni", 14}, {"avx512bf16", 15}, {"amx", 18}};
 
 static uint32_t read_xcr0(uint32_t leaf_1_ecx) {
   if (!(leaf_1_ecx >> 27 & 1)) return 0; /* OSXSAVE: xgetbv may be used */
@@ -69,6 +72,7 @@ static const char *missing_of(size_t count) {
     words[LEAF_7_ECX] = c;
     words[LEAF_7_EDX] = d;
   }
+  if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) words[LEAF_7_1_EAX] = a;
   if (__get_cpuid(0x80000001, &a, &b, &c, &d)) words[EXTENDED_1_ECX] = c;
   uint32_t xcr0 = read_xcr0(words[LEAF_1_ECX]);
   for (size_t i = 0; i < count; i++) {

@@ -122,10 +122,13 @@ static int place_of(const sparsec_pool *pool, uint32_t index, cpu_set_t *place) 
 }
 
 static int start_workers(sparsec_pool *pool) {
-  /* Signals are for the threads of the program that uses the model. */
-  sigset_t all, before;
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &before);
+  /* Signals are for the threads of the program that uses the model; all but those that an
+   * instruction raises, whose handlers run where it is. */
+  static const int faults[] = {SIGBUS, SIGFPE, SIGILL, SIGSEGV};
+  sigset_t most, before;
+  sigfillset(&most);
+  for (size_t i = 0; i < sizeof faults / sizeof faults[0]; i++) sigdelset(&most, faults[i]);
+  pthread_sigmask(SIG_SETMASK, &most, &before);
   int failed = 0;
   for (uint32_t i = 1; i < pool->threads && !failed; i++) {
     cpu_set_t place;

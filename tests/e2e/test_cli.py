@@ -54,7 +54,9 @@ def test_inspect_onnx_and_library(build: Build, capsys: pytest.CaptureFixture[st
     assert main(["inspect", str(library), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kind"] == "library"
     assert main(["inspect", str(path)]) == 0
+    assert "arena" not in capsys.readouterr().out
     assert main(["inspect", str(library)]) == 0
+    assert "KB per token" in capsys.readouterr().out
 
 
 def test_bench(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,6 +67,7 @@ def test_bench(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
     figures = result["engines"]["sparsec"]
     assert 0 < figures["p10_ms"] <= figures["median_ms"] <= figures["p90_ms"]
     assert result["ratio"] is None
+    assert result["arena"]["bytes_per_token"] > 0
 
 
 def one_op(op: str, domain: str = "") -> onnx.ModelProto:

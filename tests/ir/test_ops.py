@@ -20,6 +20,7 @@ B, S, T = symbol("batch"), symbol("seq"), symbol("tokens")
 ENV = {"batch": 2, "seq": 5, "tokens": 4}
 
 F32, I64, BOOL, I8, U8 = DType.F32, DType.I64, DType.BOOL, DType.I8, DType.U8
+BF16 = DType.BF16
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Case:
 
 def _random(rng: np.random.Generator, type: TensorType, below: int) -> np.ndarray:
     shape = tuple(dims.evaluate(d, ENV) for d in type.shape)
-    if type.dtype.is_float:
+    if type.dtype.is_float or type.dtype is BF16:
         return (rng.random(shape) + 0.25).astype(type.dtype.numpy)
     return rng.integers(0, below, shape).astype(type.dtype.numpy)
 
@@ -143,6 +144,27 @@ CASES = [
         (BOOL, F32),
     ),
     Case("unpack_tokens", ((1, T, 8), (T,), (B, S)), dtypes=(F32, I64, I64)),
+    Case(
+        "embedding_int8",
+        ((B, S), (9, 4), None, (1, S), (5, 4), (5,)),
+        {"zero_points": (0, 3)},
+        (I64, F32, F32, I64, I8, F32),
+    ),
+    Case("to_bf16", ((B, S, 8),)),
+    Case(
+        "linear_bf16",
+        ((B, S, 8), (3, 8), (3,), (B, S, 3)),
+        {"activation": "gelu"},
+        (BF16, BF16, F32, F32),
+    ),
+    Case(
+        "linear_bf16",
+        ((B, 8), (4, 8), (4,), None),
+        {"activation": "none", "out_bf16": True},
+        (BF16, BF16, F32, F32),
+    ),
+    Case("attention_bf16", ((B, S, 24),) * 3 + ((B, 1, 1, S),), HEADS, (BF16, BF16, BF16, F32)),
+    Case("layer_norm", ((B, S, 4), (4,)), {"epsilon": 1e-5, "out_bf16": True}),
     Case("embedding", ((B, S), (9, 4), (1, S), (5, 4)), dtypes=(I64, F32, I64, F32)),
     Case("to_panels", ((B, S, 8),), {"width": 64}),
     Case("from_panels", ((B, S, 8),)),

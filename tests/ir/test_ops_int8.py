@@ -234,3 +234,50 @@ def test_the_verifier_refuses(break_it: Any, message: str):
     break_it(graph)
     with pytest.raises(InvalidGraph, match=message):
         verify(graph)
+
+
+def look_up(rng: np.random.Generator) -> tuple[list[Any], tuple[int, ...]]:
+    """Operands and zero points of an embedding_int8 of one fp32 and two int8 tables."""
+    kinds = rng.standard_normal((2, 6)).astype(np.float32)
+    words, places = (rng.integers(-128, 128, (n, 6)).astype(np.int8) for n in (9, 5))
+    scales = [rng.random(n).astype(np.float32) / 100 for n in (9, 5)]
+    ids = [rng.integers(-n, n, (3, 5)) for n in (2, 9)]
+    operands = [ids[0], kinds, None, ids[1], words, scales[0], np.arange(5)[None], places]
+    return [*operands, scales[1]], (0, 0, 7)
+
+
+def test_embedding_int8_is_a_sum_with_one_fma_per_int8_table(rng: np.random.Generator):
+    operands, zero_points = look_up(rng)
+    (got,) = evaluate("embedding_int8", *operands, zero_points=zero_points)
+    kind_ids, kinds, _, word_ids, words, word_scale, _, places, place_scale = operands
+    total = kinds[kind_ids]
+    total = fma_f32(words[word_ids].astype(np.float32), word_scale[word_ids][..., None], total)
+    centred = (places.astype(int) - 7).astype(np.float32)
+    np.testing.assert_array_equal(got, fma_f32(centred, place_scale[:, None], total))
+
+
+def test_embedding_int8_refuses_an_id_outside_of_its_table(rng: np.random.Generator):
+    operands, zero_points = look_up(rng)
+    operands[3] = np.full((3, 5), 9)
+    with pytest.raises(IndexError, match="index 9 is outside"):
+        evaluate("embedding_int8", *operands, zero_points=zero_points)
+
+
+@pytest.mark.parametrize(
+    ("change", "zero_points", "message"),
+    [
+        ({2: None}, (0,), "f32, or i8 with a scale"),
+        ({1: TensorType(F32, (9, 4))}, (0,), "f32, or i8 with a scale"),
+        ({2: TensorType(F32, (8,))}, (0,), "not one f32 per row"),
+        ({0: TensorType(F32, (B, S))}, (0,), "integer"),
+        ({}, (0, 0), "2 zero points for 1 tables"),
+        ({}, (257,), "zero point 257"),
+    ],
+)
+def test_embedding_int8_refuses(change: Any, zero_points: Any, message: str):
+    types: list[Any] = [TensorType(DType.I64, (B, S)), TensorType(I8, (9, 4))]
+    types.append(TensorType(F32, (9,)))
+    for index, type in change.items():
+        types[index] = type
+    with pytest.raises(InvalidGraph, match=message):
+        OPS["embedding_int8"].infer(types, {"zero_points": zero_points})

@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -48,6 +51,7 @@ class Runner:
     """Calls kernels, building each once, and lays arrays out as they read them."""
 
     folder: Path
+    enable_amx: Callable[[], Any]
     functions: dict[str, Any] = field(default_factory=dict)
 
     def function(self, kernel: Kernel) -> Any:
@@ -75,7 +79,24 @@ class Runner:
         count, channels, _ = panels.shape
         return panels.transpose(0, 2, 1).reshape(count * WIDTH, channels)[:tokens]
 
+    @staticmethod
+    def to_pairs(rows: Array) -> Array:
+        """bf16`[tokens, channels]` as int32`[panel][channel / 2][64]`."""
+        panels = Runner.to_panels(rows.astype(np.float32)).astype(rows.dtype)
+        pairs = np.stack([panels[:, 0::2], panels[:, 1::2]], axis=-1)
+        return np.ascontiguousarray(pairs).view(np.int32)[..., 0]
+
+    @staticmethod
+    def from_pairs(words: Array, tokens: int) -> Array:
+        """`to_pairs` undone."""
+        count, pairs, _ = words.shape
+        halves = words.view(ml_dtypes.bfloat16).reshape(count, pairs, WIDTH, 2)
+        panels = halves.transpose(0, 1, 3, 2).reshape(count, 2 * pairs, WIDTH)
+        return Runner.from_panels(panels, tokens)
+
     def _load(self, kernel: Kernel) -> Any:
+        if kernel.isa == Isa.AMX.value:
+            self.enable_amx()
         path = self.folder / f"{kernel.name}.o"
         path.write_bytes(tir.build_object([kernel.build()], FEATURES[Isa(kernel.isa)]))
         library = path.with_suffix(".so")
@@ -148,6 +169,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Runner:
+def run(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Runner:
     """Skipped tests never build: a kernel is built at its first call."""
-    return Runner(tmp_path_factory.mktemp("kernels"))
+    folder = tmp_path_factory.mktemp("kernels")
+    return Runner(folder, partial(request.getfixturevalue, "amx"))

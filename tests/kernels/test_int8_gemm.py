@@ -29,8 +29,17 @@ EXACT = [
     Epilogue("relu", has_residual=True, to_u8=True),
     Epilogue(to_u8=True, is_bounded=True),
 ]
-VARIANTS = [k for k in ALL if k.epilogue in EXACT]
-SOME = [k for k in ALL if k.form == "dense"]
+VARIANTS = [k for k in ALL if k.epilogue in EXACT and k.isa != "amx"]
+# Emulated tiles are slow: every loop nest of AMX with one of these epilogues, in turn.
+NESTS = dict.fromkeys((k.form, k.strip, k.tall) for k in ALL if k.isa == "amx")
+VARIANTS += [
+    k
+    for i, nest in enumerate(NESTS)
+    for k in ALL
+    if (k.form, k.strip, k.tall, k.isa, k.epilogue) == (*nest, "amx", EXACT[i % len(EXACT)])
+]
+# AMX shares the code of its epilogues with AVX512-VNNI.
+SOME = [k for k in ALL if k.form == "dense" and k.isa != "amx"]
 SIZES = [1, 3, 4, 5, 6, 7, 31, 32, 33, 64]
 TOKENS = [1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 130]
 DENSITIES = [0.0, 0.1, 0.5, 1.0]
@@ -116,12 +125,11 @@ def call(run: Any, kernel: Int8Gemm, layer: Layer, *, group: int = 2, splits: in
     offset = (-layer.zero_point * a["w"].astype(np.int64).sum(1)).astype(np.int32)
     panels = -(-tokens // 64)
     y = np.full((panels, m, 64), 99, np.uint8 if kernel.epilogue.to_u8 else np.float32)
-    lists = [] if packed.starts is None else [packed.starts, packed.indices]
     per_row = [pack_rows(v, rows) for v in (offset, a["multiplier"], a["bias"])]
     residual = [run.to_panels(a["residual"])] if kernel.epilogue.has_residual else []
     sizes = [tokens, m, k, group, *([rows // kernel.strip] if kernel.tall else [])]
     numbers = [float(layer.inverse), layer.out_zero_point] if kernel.epilogue.to_u8 else []
-    pointers = [run.to_panels(a["x"]), packed.words, *lists, *per_row, *residual, y]
+    pointers = [run.to_panels(a["x"]), *packed.arrays.values(), *per_row, *residual, y]
     status = run(
         kernel, *pointers, *sizes, *numbers,
         output=y, items=-(-m // rows) * -(-panels // group), splits=splits,

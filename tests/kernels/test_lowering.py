@@ -23,8 +23,13 @@ ENV = {"batch": 3, "seq": 43}
 BYTES = {"scale": 0.02, "zero_point": 3}
 TARGETS = {
     name: Target(name, isas, 2, 32 * 1024, 1 << 20, 1 << 25)
-    for name, isas in (("avx2", (Isa.AVX2,)), ("avx512", (Isa.AVX2, Isa.AVX512)))
+    for name, isas in (
+        ("avx2", (Isa.AVX2,)),
+        ("avx512", (Isa.AVX2, Isa.AVX512)),
+        ("avx512bf16", (Isa.AVX2, Isa.AVX512, Isa.AVX512_VNNI, Isa.AVX512_BF16)),
+    )
 }
+BF16 = {"to_bf16", "linear_bf16", "attention_bf16"}
 
 
 @dataclass
@@ -60,6 +65,9 @@ def example(op: str, g: Graph, rng: np.random.Generator) -> tuple[Node, dict[str
         return g.add("to_panels", [g.add_input(name, DType.F32, (BATCH, SEQ, channels))],
                      {"width": 64}, name=f"{name}_panels")  # fmt: skip
 
+    def pairs(name: str, channels: int) -> Value:
+        return g.add("to_bf16", [panels(name, channels)], name=f"{name}_pairs")
+
     offsets = {"q_offset": 0, "k_offset": 24, "v_offset": 48}
     match op:
         case "linear":
@@ -69,14 +77,33 @@ def example(op: str, g: Graph, rng: np.random.Generator) -> tuple[Node, dict[str
             x, mask = panels("x", 72), g.add_input("mask", DType.F32, (BATCH, 1, 1, SEQ))
             attrs = {"heads": 3, "head_size": 8, "scale": 0.35, **offsets}
             node = g.add_node(op, [x, x, x, mask], attrs)
+        case "linear_bf16":
+            weight = g.add_constant(rng.standard_normal((30, 40)).astype(DType.BF16.numpy), "w16")
+            operands = [pairs("x", 40), weight, constant(30), panels("r", 30)]
+            node = g.add_node(op, operands, {"activation": "gelu"})
+        case "attention_bf16":
+            x, mask = pairs("x", 72), g.add_input("mask", DType.F32, (BATCH, 1, 1, SEQ))
+            attrs = {"heads": 3, "head_size": 8, "scale": 0.35, **offsets}
+            node = g.add_node(op, [x, x, x, mask], attrs)
         case "layer_norm":
             node = g.add_node(op, [panels("x", 40), constant(40), constant(40), panels("r", 40)],
                               {"epsilon": 1e-12})  # fmt: skip
         case "embedding":
             rows: dict[str, Dim] = {"words": BATCH, "places": 1, "kinds": BATCH}
             ids = [g.add_input(n, DType.I64, (count, SEQ)) for n, count in rows.items()]
-            pairs = [v for i in ids for v in (i, constant(50, 40))]
-            node = g.add_node(op, pairs)
+            node = g.add_node(op, [v for i in ids for v in (i, constant(50, 40))])
+            g.set_type(node.output, node.output.type.with_layout(Panels()))
+        case "to_bf16":
+            node = g.add_node(op, [panels("x", 40)])
+        case "embedding_int8":
+            ids = [g.add_input(n, DType.I64, (BATCH, SEQ)) for n in ("kinds", "words", "places")]
+            tables = [constant(50, 40)]
+            tables += [g.add_constant(rng.integers(-128, 128, (50, 40)).astype(np.int8), "table")
+                       for _ in range(2)]  # fmt: skip
+            scales = [None, *(g.add_constant(rng.random(50).astype(np.float32) / 100, "scale")
+                              for _ in range(2))]  # fmt: skip
+            parts = [v for part in zip(ids, tables, scales, strict=True) for v in part]
+            node = g.add_node(op, parts, {"zero_points": (0, 0, -9)})
             g.set_type(node.output, node.output.type.with_layout(Panels()))
         case "to_panels":
             node = g.add_node(op, [g.add_input("x", DType.F32, (BATCH, SEQ, 40))], {"width": 64})
@@ -92,7 +119,8 @@ def example(op: str, g: Graph, rng: np.random.Generator) -> tuple[Node, dict[str
             form = {"approximate": "none"} if op == "gelu" else {}
             node = g.add_node(op, [panels(n, 40) for n in "ab"[:count]], form)
     made = {v.name: _logical(v, rng) for v in g.inputs}
-    made |= {f"{n}_panels": a for n, a in made.items()}
+    rounded = {f"{n}_pairs": a.astype(DType.BF16.numpy) for n, a in made.items()}
+    made |= {f"{n}_panels": a for n, a in made.items()} | rounded
     return node, made
 
 
@@ -108,7 +136,8 @@ def _logical(value: Value, rng: np.random.Generator) -> Array:
 def in_memory(run: Any, value: Value, data: Array) -> Array:
     """The array as it lies in the value's layout."""
     if isinstance(value.type.layout, Panels):
-        return np.asarray(run.to_panels(data.reshape(-1, data.shape[-1])))
+        lay_out = run.to_pairs if value.type.layout.form == "pairs" else run.to_panels
+        return np.asarray(lay_out(data.reshape(-1, data.shape[-1])))
     return data
 
 
@@ -131,10 +160,14 @@ def _argument(arg: BufferRef | Dim | float | None, binder: ArrayBinder) -> Any:
             return evaluate(arg, ENV)
 
 
-@pytest.mark.parametrize("op", sorted(FAMILIES.keys() - {"linear_int8", "attention_int8"}))
-@pytest.mark.parametrize(
-    "level", [pytest.param(n, marks=pytest.mark.isa(n)) for n in ("avx2", "avx512")]
-)
+def cases() -> list[Any]:
+    others = sorted(FAMILIES.keys() - {"linear_int8", "attention_int8"} - BF16)
+    pairs = [(op, level) for op in others for level in ("avx2", "avx512")]
+    pairs += [(op, "avx512bf16") for op in sorted(BF16)]
+    return [pytest.param(*p, marks=pytest.mark.isa(p[1]), id="-".join(p)) for p in pairs]
+
+
+@pytest.mark.parametrize(("op", "level"), cases())
 def test_every_schedule_of_a_node_computes_it(
     op: str, level: str, run: Any, rng: np.random.Generator
 ) -> None:
@@ -156,9 +189,16 @@ def test_every_schedule_of_a_node_computes_it(
         execute(run, family.lower(node, schedule, binder), binder, output)
         if isinstance(node.output.type.layout, Panels):
             tokens = ENV["batch"] * ENV["seq"]
-            output = run.from_panels(output, tokens).reshape(np.shape(expected))
-        # Sums of at most 43 products of numbers around 1, and functions good to 1e-6.
-        np.testing.assert_allclose(output, expected, rtol=2e-5, atol=2e-5, err_msg=str(schedule))
+            stored = np.asarray(expected).dtype == DType.BF16.numpy
+            rows = (run.from_pairs if stored else run.from_panels)(output, tokens)
+            output = rows.reshape(np.shape(expected))
+        # Sums of at most 43 products of numbers around 1, and functions good to 1e-6. A
+        # probability in bf16 may be rounded the other way, by 2**-7 of it.
+        rtol = 2.0**-7 if op == "attention_bf16" else 2e-5
+        np.testing.assert_allclose(
+            output.astype(np.float32), np.asarray(expected, np.float32), rtol, 2e-5,
+            err_msg=str(schedule),
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,8 @@ def test_a_table_of_bytes_becomes_fp32(rng):
     before = run(graph, inputs)["y"]
     assert absorbed(graph)[0] == {"gather": 1}
     np.testing.assert_array_equal(run(graph, inputs)["y"], before)
+    (lookup,) = graph.nodes
+    assert lookup.input(0).type.quant == QuantParams((0.5,), (7,))  # for quantize_tables
 
 
 @pytest.mark.parametrize(("dtype", "zero_point"), [(U8, 0), (I8, -128), (U8, 255)])

@@ -31,8 +31,10 @@ def _machine(folder: Path, flags: str) -> tuple[Path, Path]:
         (AVX2, 1),
         (AVX512, 2),
         (f"{AVX512} avx512_vnni", 3),
-        (f"{AVX512} avx512_vnni amx_tile amx_int8", 4),
-        (f"{AVX512} avx512_vnni amx_tile", 3),
+        (f"{AVX512} avx512_vnni avx512_bf16", 4),
+        (f"{AVX512} avx512_vnni avx512_bf16 amx_tile amx_int8 amx_bf16", 5),
+        (f"{AVX512} avx512_vnni avx512_bf16 amx_tile amx_int8", 4),
+        (f"{AVX512} avx512_vnni amx_tile amx_int8 amx_bf16", 3),
         (f"{AVX2} avx512f avx512_vnni amx_tile amx_int8", 1),  # a level needs the one below
     ],
 )
@@ -60,6 +62,8 @@ def test_named_targets() -> None:
     assert Target.named("native") == Target.host()
     highest = {
         "sapphirerapids": Isa.AMX,
+        "znver4": Isa.AVX512_BF16,
+        "cooperlake": Isa.AVX512_BF16,
         "icelake-server": Isa.AVX512_VNNI,
         "skylake-avx512": Isa.AVX512,
         "haswell": Isa.AVX2,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench_models.py"
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))  # for bench_files
     spec = importlib.util.spec_from_file_location("bench_models", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
@@ -72,3 +74,55 @@ def test_bad_numbers_are_refused(script: ModuleType, text: str) -> None:
 def test_an_unknown_peer_is_refused(script: ModuleType) -> None:
     with pytest.raises(InvalidInput, match="known are onnxruntime, openvino"):
         script.installed_peers("onnxruntime,torch")
+
+
+def records(ratios: dict[tuple[str, int], list[float]]) -> list[dict[str, object]]:
+    """Of one model; a cell per ratio."""
+    return [
+        {"model": "m", "precision": "int8", "batch": 1, "seq": seq, "threads": 1, "block": block,
+         "sparsity": zeros, "ratio": ratio, "target_isa": "avx512vnni", "cpu": "this"}
+        for (block, zeros), values in ratios.items()
+        for seq, ratio in enumerate(values)
+    ]  # fmt: skip
+
+
+def test_only_records_of_the_same_circumstances_are_resumed(
+    script: ModuleType, tmp_path: Path
+) -> None:
+    path = tmp_path / "models.jsonl"
+    assert script.read_records(path, {"cpu": "this"}) == {}
+    first, second = records({("4x1", 80): [2.0, 3.0]})
+    newer = {**first, "ratio": 4.0}
+    lines = [first, {**second, "cpu": "other"}, newer]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = script.read_records(path, {"cpu": "this"})
+    assert found == {("m", "int8", 1, 0, 1, "4x1", 80): newer}
+
+
+def test_a_file_of_other_lines_is_refused(script: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "models.jsonl"
+    path.write_text("no record\n")
+    with pytest.raises(InvalidInput, match="line 1"):
+        script.read_records(path, {})
+
+
+def test_a_known_cell_is_not_measured_again(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = argparse.Namespace(models="bert-mini", shapes="1x32", threads="1", blocks="4x1",
+                                 sparsities="80", precision="int8")  # fmt: skip
+    monkeypatch.setattr(script, "build", lambda *_: pytest.fail("it was built"))
+    record = {"ratio": 1.0}
+    known = {("bert-mini", "int8", 1, 32, 1, "4x1", 80): record}
+    assert list(script.measure_all(options, [], known)) == [(record, False)]
+
+
+def test_the_summary_has_the_goals_and_the_best_block_of_each_cell(script: ModuleType) -> None:
+    found = records({("dense", 0): [1.0, 4.0], ("4x1", 80): [1.0, 9.0], ("32x1", 80): [4.0, 1.0]})
+    table = script.summary_table(found)
+    cells = {str(column.header): list(column.cells) for column in table.columns}
+    assert cells["dense (2.5x)"] == ["2.00"]
+    assert cells["4x1 80 % (2.5x)"] == ["3.00"]
+    assert cells["32x1 80 %"] == ["2.00"]
+    assert cells["best block 80 % (3x)"] == ["6.00"]  # sqrt(4 * 9)
+    assert script.goal("best block", 90, "amx") == 8.0

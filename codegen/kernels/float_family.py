@@ -1,0 +1,185 @@
+"""`linear` in fp32 and `linear_bf16`: which kernel computes a layer, dense or by its blocks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from sparsec.codegen.isa.numbers import BF16_NUMBERS, F32_NUMBERS, NUMBERS, Numbers, numbers_of
+from sparsec.codegen.isa.polynomials import ACTIVATIONS
+from sparsec.codegen.kernels.base import Binder
+from sparsec.codegen.kernels.dense_gemm import DenseGemmFamily, pack_bias
+from sparsec.codegen.kernels.float_gemm import FloatEpilogue, FloatGemm
+from sparsec.codegen.kernels.float_pack import pack_dense_bf16, pack_sparse
+from sparsec.codegen.kernels.panels import WIDTH
+from sparsec.codegen.kernels.weight_blocks import block_of, layout_and_density
+from sparsec.codegen.program import Arg, Kernel, KernelCall
+from sparsec.ir.dims import ceildiv
+from sparsec.ir.graph import Node
+from sparsec.ir.layouts import Panels
+from sparsec.ir.schedule import Schedule, Workload
+from sparsec.ir.types import DType
+from sparsec.target import Target
+
+FAMILY = "float_gemm"
+PARAMS = ("sparse", "strip", "strips", "nv", "group")
+# (strip, strips, nv) per vector length.
+DENSE_BLOCKS = {16: (6, 2, 4)}
+SPARSE_BLOCKS = {8: ((4, 1, 2), (1, 4, 4)), 16: ((4, 1, 4), (1, 4, 4))}
+MOST_PANELS = 8  # of a group
+MAX_STEPS = 65536  # rows of a panel that a 16-bit index can name
+GRAIN_MACS = 1 << 14  # per token: about 10 us on one core
+
+# Cycles of a core with one 512-bit multiply-add and one 512-bit load a cycle, two broadcasts.
+STRIP_CYCLES = 20.0  # to fill and drain the pipeline around the loop over steps
+MULTIPLIES = 1.06  # per multiply-add of a dense kernel: the loads of x and of weights in between
+SPARSE_MULTIPLIES = {1: 1.13, 2: 1.35}  # by channels per lane: lists, and blends of pairs, too
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """`strips` strips of `strip` rows by `nv` vectors; a `sparse` one reads lists of channels."""
+
+    sparse: bool
+    strip: int
+    strips: int
+    nv: int
+
+    @property
+    def rows(self) -> int:
+        return self.strip * self.strips
+
+
+class FloatGemmFamily:
+    """fp32 and bf16 on token panels. Any kernel computes any weight; the order is by cost."""
+
+    ops = ("linear", "linear_bf16")
+
+    def workload(self, node: Node) -> Workload:
+        m, k = node.input(1).type.shape
+        assert isinstance(m, int), node
+        assert isinstance(k, int), node
+        epilogue = _epilogue(node)
+        end = " ".join([epilogue.activation, *["residual"] * epilogue.has_residual])
+        end += " bf16" if epilogue.result == "bf16" else ""
+        layout, density = layout_and_density(node.input(1))
+        dtype = str(node.input(0).type.dtype)
+        return Workload("linear", (("m", m), ("k", k)), dtype, layout, end, density)
+
+    def schedules(self, workload: Workload, target: Target) -> list[Schedule]:
+        table = {str(DType.F32): F32_NUMBERS, str(DType.BF16): BF16_NUMBERS}
+        usable = [n for n in table.get(workload.dtype, ()) if target.has(n.vector.isa)]
+        if not usable or workload.epilogue.split()[0] not in ACTIVATIONS:
+            return []
+        numbers = usable[-1]
+        is_f32 = numbers.dtype == "float32"
+        dense = DenseGemmFamily().schedules(workload, target) if is_f32 else []
+        own = [_schedule(block, numbers, workload, target) for block in _blocks(numbers, workload)]
+        return sorted([*dense, *own], key=lambda schedule: _cost(schedule, workload))
+
+    def lower(self, node: Node, schedule: Schedule, binder: Binder) -> list[KernelCall]:
+        if schedule.family != FAMILY:
+            return DenseGemmFamily().lower(node, schedule, binder)
+        x, weight, y = node.input(0), node.input(1), node.output
+        bias, residual = node.optional_input(2), node.optional_input(3)
+        assert weight.data is not None, node
+        assert isinstance(x.type.layout, Panels), node
+        kernel = _kernel(node, schedule)
+        numbers, strip, strips = kernel.numbers, kernel.strip, kernel.strips
+        m, k = weight.data.shape
+        if kernel.is_sparse:
+            packed = pack_sparse(weight.data, strip, strips, numbers.per_lane)
+        else:
+            packed = pack_dense_bf16(weight.data, strip, strips)
+        name = f"{weight.name}.{numbers.name}"
+        args: list[Arg] = [binder.ref(x), binder.weight(name, packed.words)]
+        share = 1.0
+        if packed.starts is not None and packed.indices is not None:
+            args += [binder.weight(f"{name}.starts", packed.starts)]
+            args += [binder.weight(f"{name}.indices", packed.indices)]
+            share = float(packed.starts[-1]) * strip * numbers.per_lane / (m * k)
+        bias_data = None if bias is None else bias.data
+        args += [binder.weight(f"{node.name}.bias", pack_bias(bias_data, m, kernel.rows))]
+        args += [] if residual is None else [binder.ref(residual)]
+        tokens, group = x.type.tokens, schedule.param("group")
+        args += [binder.ref(y), tokens, m, k // numbers.per_lane, group]
+        kind = f"strips of {strip} rows, {share:.0%} stored" if kernel.is_sparse else "dense"
+        return [
+            KernelCall(
+                kernel,
+                tuple(args),
+                ceildiv(ceildiv(tokens, WIDTH), group) * -(-m // kernel.rows),
+                f"{node.name}: y[{m}] = w[{m}][{k}] x[{k}], {kind}, {kernel.epilogue.activation}",
+                scratch_bytes=kernel.scratch_bytes,
+                grain=max(1, int(GRAIN_MACS / max(1.0, kernel.rows * k * share))),
+                macs=tokens * round(m * k * share),
+            )
+        ]
+
+    def variants(self) -> list[Kernel]:
+        own = [
+            FloatGemm(numbers, b.sparse, b.strip, b.strips, b.nv, epilogue)
+            for numbers in NUMBERS
+            for b in _all_blocks(numbers)
+            for epilogue in _epilogues(numbers)
+        ]
+        return [*DenseGemmFamily().variants(), *own]
+
+
+def _all_blocks(numbers: Numbers) -> list[Block]:
+    lanes = numbers.vector.lanes
+    dense = [] if numbers.dtype == "float32" else [Block(False, *DENSE_BLOCKS[lanes])]
+    return [*dense, *(Block(True, *b) for b in SPARSE_BLOCKS[lanes])]
+
+
+def _blocks(numbers: Numbers, workload: Workload) -> list[Block]:
+    """Those that make sense for a weight; one without zeros has no sparse ones."""
+    fits = block_of(workload.layout) and workload.size("k") // numbers.per_lane <= MAX_STEPS
+    return [b for b in _all_blocks(numbers) if fits or not b.sparse]
+
+
+def _schedule(block: Block, numbers: Numbers, workload: Workload, target: Target) -> Schedule:
+    # Half of L2 for the group's activations; the rest is for weights and results.
+    panel_bytes = workload.size("k") // numbers.per_lane * WIDTH * 4
+    group = min(MOST_PANELS, max(1, target.l2_bytes // 2 // panel_bytes))
+    values = (int(block.sparse), block.strip, block.strips, block.nv, group)
+    return Schedule(FAMILY, numbers.vector.name, tuple(zip(PARAMS, values, strict=True)))
+
+
+def _cost(schedule: Schedule, workload: Workload) -> float:
+    """Cycles of a layer for a panel of 64 tokens."""
+    m, k = workload.size("m"), workload.size("k")
+    bf16 = workload.dtype == str(DType.BF16)
+    numbers = numbers_of("bf16" if bf16 else "f32", schedule.isa)
+    vectors, steps = WIDTH / numbers.vector.lanes, k / numbers.per_lane
+    if schedule.family != FAMILY or not schedule.param("sparse"):
+        return m * steps * vectors * MULTIPLIES
+    strip = schedule.param("strip")
+    block = block_of(workload.layout) or (1, 1)
+    channels = k * (1.0 - (1.0 - workload.density) ** max(1, strip // block[0]))
+    steps = channels
+    if bf16:  # a step for each even or odd channel, whichever there are more of
+        steps = channels / 2 + (0.4 * math.sqrt(channels) if block[1] == 1 else 0.0)
+    loads = vectors * numbers.indices_per_step + (strip + numbers.indices_per_step) / 2
+    factor = SPARSE_MULTIPLIES[numbers.per_lane]
+    return -(-m // strip) * (steps * max(strip * vectors, loads) * factor + STRIP_CYCLES)
+
+
+def _kernel(node: Node, schedule: Schedule) -> FloatGemm:
+    name = "bf16" if node.op == "linear_bf16" else "f32"
+    sparse, strip, strips, nv, _ = (schedule.param(n) for n in PARAMS)
+    numbers = numbers_of(name, schedule.isa)
+    return FloatGemm(numbers, bool(sparse), strip, strips, nv, _epilogue(node))
+
+
+def _epilogue(node: Node) -> FloatEpilogue:
+    result = "bf16" if node.output.type.dtype is DType.BF16 else "f32"
+    return FloatEpilogue(str(node.attrs["activation"]), node.optional_input(3) is not None, result)
+
+
+def _epilogues(numbers: Numbers) -> list[FloatEpilogue]:
+    """All that `_epilogue` gives: use_bf16 stores no result with a residual as bf16."""
+    found = [FloatEpilogue(a, residual) for a in ACTIVATIONS for residual in (False, True)]
+    if numbers.per_lane == 2:
+        found += [FloatEpilogue(a, result="bf16") for a in ACTIVATIONS]
+    return found

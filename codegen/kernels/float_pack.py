@@ -1,0 +1,84 @@
+"""fp32 and bf16 weights `[m, k]` in the order in which the kernels of float_gemm read them.
+
+A *strip* is the rows of a register block. A *step* is a channel in fp32; in bf16 it is an even
+and an odd channel, which need not be neighbours when the weight is sparse. The words of a strip
+are `[step][row]`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sparsec.codegen.isa.bf16 import pair_words
+from sparsec.ir.op_spec import Array
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedFloats:
+    """`words`, and of a sparse weight the steps of every strip and what they read.
+
+    Strip i has steps `starts[i]:starts[i + 1]`. `indices` are the rows of a panel that a step
+    reads: one in fp32; in bf16 the row of pairs of its even channel and that of its odd one.
+    """
+
+    words: Array
+    starts: Array | None = None
+    indices: Array | None = None
+
+
+def pack_dense_bf16(w: Array, strip: int, strips: int) -> PackedFloats:
+    """All pairs of channels, `[strip][k / 2][row]`; rows up to whole blocks are zero."""
+    rows = _whole_blocks(w, strip * strips).reshape(-1, strip, w.shape[1]).transpose(0, 2, 1)
+    return PackedFloats(pair_words(rows[:, 0::2], rows[:, 1::2]).ravel())
+
+
+def pack_sparse(w: Array, strip: int, strips: int, per_lane: int) -> PackedFloats:
+    """The channels of each strip that are not zero in all of its rows.
+
+    `per_lane` is 1 for fp32, 2 for bf16.
+    """
+    whole = _whole_blocks(w, strip * strips)
+    words, indices, starts = [], [], [0]
+    for rows in whole.reshape(-1, strip, w.shape[1]):
+        used = np.flatnonzero((rows != 0).any(axis=0))
+        if per_lane == 1:
+            words.append(np.ascontiguousarray(rows[:, used].T, np.float32).ravel())
+            indices.append(used)
+        else:
+            even, odd, present = _paired(used)
+            values = [rows[:, c] * there for c, there in zip((even, odd), present, strict=True)]
+            words.append(pair_words(values[0].T, values[1].T).ravel())
+            indices.append(np.stack([even // 2, odd // 2], axis=-1).ravel())
+        starts.append(starts[-1] + len(indices[-1]) // per_lane)
+    dtype = np.float32 if per_lane == 1 else np.int32
+    # A word more: an empty weight is a weight too.
+    return PackedFloats(
+        np.concatenate([*words, np.zeros(1, dtype)]),
+        np.array(starts, np.int32),
+        np.concatenate([*indices, np.zeros(per_lane, np.int64)]).astype(np.uint16),
+    )
+
+
+def _paired(used: Array) -> tuple[Array, Array, tuple[Array, Array]]:
+    """Even and odd channels in pairs, and whether each is `used` itself or only fills a pair.
+
+    Neighbours that are both used come together first: one row of pairs serves both.
+    """
+    even, odd = used[used % 2 == 0], used[used % 2 == 1]
+    both = np.intersect1d(even, odd - 1)
+    even = np.concatenate([both, np.setdiff1d(even, both)])
+    odd = np.concatenate([both + 1, np.setdiff1d(odd, both + 1)])
+    count = max(len(even), len(odd))
+    present = tuple(np.arange(count) < len(side) for side in (even, odd))
+    # What fills a pair is the neighbour of its partner, with a weight of zero.
+    even = np.concatenate([even, odd[len(even) :] - 1])
+    odd = np.concatenate([odd, even[len(odd) :] + 1])
+    return even, odd, (present[0], present[1])
+
+
+def _whole_blocks(w: Array, rows: int) -> Array:
+    padded = np.zeros((-(-len(w) // rows) * rows, w.shape[1]), np.float32)
+    padded[: len(w)] = w
+    return padded
