@@ -40,6 +40,8 @@ conformance: $(VENV)/.ready
 accuracy: $(VENV)/.ready-compress
 	$(BIN)/python benchmarks/accuracy.py --folder $(OUT) \
 		--stsb $(DATA)/stsb/dev.csv --stsb-train $(DATA)/stsb/train.csv
+	$(BIN)/python benchmarks/bench_padding.py --onnx $(OUT)/minilm.onnx \
+		--stsb $(DATA)/stsb/dev.csv --stsb-train $(DATA)/stsb/train.csv
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -26,7 +26,7 @@ def describe_program(
         "symbols": list(program.symbols),
         "inputs": [_port(p) for p in program.inputs],
         "outputs": [_port(p) for p in program.outputs],
-        "steps": [_step(c) for c in program.calls],
+        "steps": [_step(program, c) for c in program.calls],
         "arena": describe_arena(program),
         "weights": {
             "count": len(program.weights),
@@ -75,8 +75,11 @@ def _port(port: Port) -> dict[str, Any]:
     }
 
 
-def _step(call: KernelCall) -> dict[str, Any]:
-    """`tokens` are above `above` and, unless null, at most `most` where this call is made."""
+def _step(program: Program, call: KernelCall) -> dict[str, Any]:
+    """Sizes are the most that they can be: those of a batch without padding.
+
+    `tokens` are above `above` and, unless null, at most `most` where this call is made.
+    """
     return {
         "kernel": call.kernel.name,
         "isa": call.kernel.isa,
@@ -84,13 +87,13 @@ def _step(call: KernelCall) -> dict[str, Any]:
         "node": call.node,
         "comment": call.comment,
         "schedule": call.schedule,
-        "tokens": _dim(call.tokens),
+        "tokens": _dim(program.bounded(call.tokens)),
         "above": call.bucket.above,
         "most": call.bucket.most,
-        "macs": _dim(call.macs),
-        "items": _dim(call.items),
-        "grain": _dim(call.grain),
-        "scratch_bytes": _dim(call.scratch_bytes),
+        "macs": _dim(program.bounded(call.macs)),
+        "items": _dim(program.bounded(call.items)),
+        "grain": _dim(program.bounded(call.grain)),
+        "scratch_bytes": _dim(program.bounded(call.scratch_bytes)),
     }
 
 

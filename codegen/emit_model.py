@@ -95,10 +95,13 @@ static const sparsec_code code = {{
     .slot_count = {slots},
     .step_count = {steps},
     .limit_count = {limits},
+    .found_count = {found},
     .steps = steps,
     .limits = limits,
     .magnitude = magnitude,
     .sizes = sizes,
+    .found = found,
+    .rework = rework,
 }};
 
 __attribute__((visibility("default")))
@@ -108,7 +111,8 @@ const sparsec_model_v1 *sparsec_query(uint32_t abi_version) {{
 """
 
 # Names that functions of model.c use themselves.
-_TAKEN = ("f", "s", "scratch", "begin", "end", "values", "weight", "slot", "input", "output")
+_TAKEN = ("f", "s", "scratch", "begin", "end", "values", "weight", "slot", "input",
+          "output")  # fmt: skip
 
 
 def emit_model(
@@ -133,6 +137,7 @@ def emit_model(
         _limit_table(program),
         _magnitude(program, names),
         _sizes(program, names),
+        _found(program, names),
         _ports("input", program.inputs, program.symbols),
         _ports("output", program.outputs, program.symbols),
         _array("const char *const symbol_names", [c_string(s) for s in program.symbols]),
@@ -146,9 +151,9 @@ class _Symbols:
     """C variables for the program's symbols."""
 
     def __init__(self, program: Program, kernels: Iterable[str]):
-        self.names = program.symbols
+        self.names = program.all_symbols
         self.variables = dict(
-            zip(program.symbols, c_names(program.symbols, (*_TAKEN, *kernels)), strict=True)
+            zip(self.names, c_names(self.names, (*_TAKEN, *kernels)), strict=True)
         )
 
     def text(self, dim: Dim) -> str:
@@ -274,7 +279,7 @@ def _magnitude(program: Program, names: _Symbols) -> str:
     for call in program.calls:
         values += [call.items, call.grain, call.scratch_bytes, call.tokens]
         values += [a for a in call.args if isinstance(a, (int, Expr))]
-    bound = magnitude(values)
+    bound = magnitude(program.bounded(v) for v in values)
     return (
         "/* No size that is computed from the symbols is larger than this. */\n"
         "static double magnitude(const double *values) {\n"
@@ -286,8 +291,11 @@ def _magnitude(program: Program, names: _Symbols) -> str:
 def _sizes(program: Program, names: _Symbols) -> str:
     ports = (*program.inputs, *program.outputs)
     port_dims = [d for port in ports for d in port.type.shape]
+    late = {f.symbol for f in program.found}
+    calls = [[program.bounded(d) for d in (c.items, c.grain, c.scratch_bytes, c.tokens)]
+             for c in program.calls]  # fmt: skip
     values = [*port_dims, *program.slots]
-    values += [d for c in program.calls for d in (c.items, c.grain, c.scratch_bytes, c.tokens)]
+    values += [d for call in calls for d in call]
     values += [limit.dim for limit in program.limits]
     lines: list[str] = []
     position = 0
@@ -301,9 +309,12 @@ def _sizes(program: Program, names: _Symbols) -> str:
         lines.append(f"  s->slot_bytes[{i}] = {names.text(slot)};")
     lines.append("")
     for i, call in enumerate(program.calls):
-        lines.append(f"  s->items[{i}] = {_in_bucket(call, call.items, names)};")
-        lines.append(f"  s->grain[{i}] = {names.text(call.grain)};")
-        lines.append(f"  s->scratch_bytes[{i}] = {_in_bucket(call, call.scratch_bytes, names)};")
+        items, grain, scratch_bytes, tokens = calls[i]
+        # A step may find fewer tokens, and so another bucket: then memory is there for any.
+        chosen = "1" if dims.symbols(call.tokens) & late else _in_bucket(call, tokens, names)
+        lines.append(f"  s->items[{i}] = {_if(_in_bucket(call, tokens, names), items, names)};")
+        lines.append(f"  s->grain[{i}] = {names.text(grain)};")
+        lines.append(f"  s->scratch_bytes[{i}] = {_if(chosen, scratch_bytes, names)};")
     for i, limit in enumerate(program.limits):
         lines.append(f"  s->limits[{i}] = {names.text(limit.dim)};")
     return (
@@ -314,12 +325,40 @@ def _sizes(program: Program, names: _Symbols) -> str:
     )
 
 
-def _in_bucket(call: KernelCall, value: Dim, names: _Symbols) -> str:
-    """The value in C, but 0 where the number of tokens is not in the call's bucket."""
-    bucket, tokens, text = call.bucket, names.text(call.tokens), names.text(value)
-    tests = [f"{tokens} > {bucket.above}"] if bucket.above else []
-    tests += [] if bucket.most is None else [f"{tokens} <= {bucket.most}"]
-    return f"{' && '.join(tests)} ? {text} : 0" if tests and text != "0" else text
+def _in_bucket(call: KernelCall, tokens: Dim, names: _Symbols) -> str:
+    """In C, whether the number of tokens is in the call's bucket; "1" where it always is."""
+    bucket, text = call.bucket, names.text(tokens)
+    tests = [f"{text} > {bucket.above}"] if bucket.above else []
+    tests += [] if bucket.most is None else [f"{text} <= {bucket.most}"]
+    return " && ".join(tests) or "1"
+
+
+def _if(condition: str, value: Dim, names: _Symbols) -> str:
+    """The value in C, but 0 where the condition does not hold."""
+    text = names.text(value)
+    return text if condition == "1" or text == "0" else f"{condition} ? {text} : 0"
+
+
+def _found(program: Program, names: _Symbols) -> str:
+    """What depends on the sizes that steps find: the work of later steps."""
+    every = list(program.all_symbols)
+    rows = [f"{{{f.call}, {every.index(f.symbol)}, {f.place.index}}}" for f in program.found]
+    late = {f.symbol for f in program.found}
+    values: list[Dim] = []
+    lines = ""
+    for i, call in enumerate(program.calls):
+        if dims.symbols(call.items) & late or dims.symbols(call.tokens) & late:
+            values += [call.items, call.grain, call.tokens]
+            items = _if(_in_bucket(call, call.tokens, names), call.items, names)
+            lines += f"  s->items[{i}] = {items};\n  s->grain[{i}] = {names.text(call.grain)};\n"
+    return (
+        _array("const sparsec_found found", rows)
+        + "\n/* The work that depends on sizes found by steps. */\n"
+        + "static void rework(const int64_t *values, const sparsec_sizes *s) {\n"
+        + names.declare(values, "values")
+        + (lines or "  (void)values;\n  (void)s;\n")
+        + "}\n"
+    )
 
 
 def _ports(what: str, ports: Sequence[Port], symbols: Sequence[str]) -> str:
@@ -368,4 +407,5 @@ def _tail(program: Program, blob: WeightBlob, isa: str) -> str:
         slots=len(program.slots),
         steps=len(program.calls),
         limits=len(program.limits),
+        found=len(program.found),
     )

@@ -13,6 +13,7 @@ from sparsec.codegen.kernels.base import KernelFamily
 from sparsec.codegen.program import (
     Arg,
     BufferRef,
+    Found,
     KernelCall,
     Port,
     Program,
@@ -21,7 +22,7 @@ from sparsec.codegen.program import (
 )
 from sparsec.errors import InvalidGraph, NoSchedule
 from sparsec.ir.dims import symbol, symbols
-from sparsec.ir.graph import Graph, Node, Value
+from sparsec.ir.graph import Graph, Node, Value, bound_symbol
 from sparsec.ir.layouts import ROW_MAJOR
 from sparsec.ir.memory_plan import MemoryPlan
 from sparsec.ir.op_spec import Array
@@ -56,6 +57,7 @@ def lower(graph: Graph, plan: MemoryPlan, target: Target) -> Program:
     """
     binder = _Binder(graph, plan)
     calls: list[KernelCall] = []
+    found: list[Found] = []
     for node in graph.nodes:
         if node.outputs[0].name in plan.view_of:
             continue
@@ -63,6 +65,9 @@ def lower(graph: Graph, plan: MemoryPlan, target: Target) -> Program:
             raise NoSchedule(f"{node.name} ({node.op}): no schedule was assigned")
         for choice in node.schedules:
             calls += _calls(node, choice, target, binder)
+        if (name := bound_symbol(node)) is not None:
+            place = binder.ref(node.outputs[0])
+            found.append(Found(name, node.attrs["most"], len(calls) - 1, place))
     calls += binder.output_copies(target)
     return Program(
         name=graph.name,
@@ -75,6 +80,7 @@ def lower(graph: Graph, plan: MemoryPlan, target: Target) -> Program:
         slots=plan.slots,
         calls=tuple(calls),
         limits=tuple(graph.limits),
+        found=tuple(found),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sparsec.ir.dims import Dim, evaluate
+from sparsec.ir.dims import Dim, evaluate, substitute
 from sparsec.ir.graph import Limit
 from sparsec.ir.memory_plan import total_bytes
 from sparsec.ir.schedule import EVERY, Bucket
@@ -121,6 +121,19 @@ class Weight:
 
 
 @dataclass(frozen=True, slots=True)
+class Found:
+    """A symbol whose value call `call` finds: the int64 in `place`, an arena slot.
+
+    It is at most `most`.
+    """
+
+    symbol: str
+    most: Dim
+    call: int
+    place: BufferRef
+
+
+@dataclass(frozen=True, slots=True)
 class Program:
     """All that is emitted: `slots` are the byte sizes of the arena's slots."""
 
@@ -132,8 +145,21 @@ class Program:
     slots: tuple[Dim, ...]
     calls: tuple[KernelCall, ...]
     limits: tuple[Limit, ...] = ()  # checked when the symbols are bound
+    found: tuple[Found, ...] = ()  # in the order of their calls
+
+    @property
+    def all_symbols(self) -> tuple[str, ...]:
+        """The symbols of the input shapes, then those that are found when the model runs."""
+        return (*self.symbols, *(f.symbol for f in self.found))
+
+    def bounded(self, size: Dim) -> Dim:
+        """`size`, or its most: in the symbols of the input shapes alone. No size falls when a
+        symbol grows."""
+        return substitute(size, {f.symbol: f.most for f in self.found})
 
     def arena_bytes(self, env: Mapping[str, int]) -> int:
         """What the arena takes for one thread when the symbols have the values in `env`."""
-        scratch = max((evaluate(call.scratch_bytes, env) for call in self.calls), default=0)
+        scratch = max(
+            (evaluate(self.bounded(call.scratch_bytes), env) for call in self.calls), default=0
+        )
         return total_bytes((*self.slots, scratch), env)

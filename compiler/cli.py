@@ -64,6 +64,7 @@ def _compile(args: argparse.Namespace) -> int:
             rest=args.rest,
             attention=args.attention,
             all_roundings=args.all_roundings,
+            keep_padding=args.keep_padding,
             dump_ir=args.dump_ir,
             report=args.report,
             cc=args.cc,
@@ -102,6 +103,10 @@ def _print_summary(result: Any) -> None:
     slow = sorted({layer["op"] for layer in report["layers"] if layer["generic"]})
     if slow:
         print(f"generic (not hand-tuned) ops: {', '.join(slow)}")
+    if report["padding"]["dropped"]:
+        print("padding tokens are not computed; outputs there are 0")
+    else:
+        print(report["padding"]["why"])
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -274,6 +279,11 @@ def _add_compile(commands: Any) -> None:
         "--all-roundings",
         action="store_true",
         help="QDQ models: round wherever the file does, to compare answers; slower",
+    )
+    p.add_argument(
+        "--keep-padding",
+        action="store_true",
+        help="compute padding tokens even where they can not matter",
     )
     p.add_argument("--dump-ir", type=Path, metavar="DIR", help="write the graph after each pass")
     p.add_argument("--report", type=Path, metavar="FILE", help="write what was done, as JSON")

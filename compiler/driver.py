@@ -46,6 +46,8 @@ from sparsec.passes import (
     target_pipeline,
 )
 from sparsec.passes.manager import PassManager, PassRecord
+from sparsec.passes.pack_tokens import NAME as PACK_TOKENS
+from sparsec.passes.pack_tokens import padded_ports
 from sparsec.passes.plan_memory import plan_memory
 from sparsec.ranges import Channels
 from sparsec.target import Isa, Target
@@ -79,6 +81,7 @@ def compile_model(
     rest: str = "fp32",
     attention: str | None = None,
     all_roundings: bool = False,
+    keep_padding: bool = False,
     dump_ir: str | os.PathLike[str] | None = None,
     report: str | os.PathLike[str] | None = None,
     cc: str | None = None,
@@ -93,8 +96,9 @@ def compile_model(
     names match a pattern in `keep_fp32`; with `rest` bf16 those that int8 leaves are bf16.
     `attention` is the precision of attention, by default that of the products. With
     `all_roundings` a quantised model rounds wherever its file does, which is slower, not only what
-    its products read. `dump_ir` is a folder for the graph after each pass, `report` a JSON file.
-    `progress` is told each stage.
+    its products read. With `keep_padding` padding is computed even where it can not matter; else
+    the outputs of such tokens are 0. `dump_ir` is a folder for the graph after each pass, `report`
+    a JSON file. `progress` is told each stage.
 
     Raises CompilerError: its subclasses say what was wrong with the model or the arguments.
     Nothing is left behind at `output` when it does.
@@ -109,6 +113,7 @@ def compile_model(
         rest=rest,
         attention=attention,
         all_roundings=all_roundings,
+        keep_padding=keep_padding,
         dump_ir=Path(dump_ir) if dump_ir is not None else None,
         report=Path(report) if report is not None else None,
         cc=cc,
@@ -137,7 +142,7 @@ def _compile(
 
     clock.start("link")
     isa = max((Isa(c.kernel.isa) for c in program.calls), key=list(Isa).index, default=Isa.AVX2)
-    description = _describe(graph, plan, target, ranges)
+    description = {**_describe(graph, plan, target, ranges), "padding": _padding(graph, records)}
     build_library(
         program,
         objects,
@@ -186,7 +191,9 @@ def _transform(
         clock.start("bf16")
         records += PassManager(_bf16(options, supported), dump).run(graph)
     clock.start("schedule")
-    pipeline = target_pipeline(lambda node, bucket: schedule_of(node, target, bucket))
+    pipeline = target_pipeline(
+        lambda node, bucket: schedule_of(node, target, bucket), keep_padding=options.keep_padding
+    )
     records += PassManager(pipeline, dump).run(graph)
     return "int8" if int8 else options.precision or "fp32", records
 
@@ -276,6 +283,17 @@ def _describe(
         "input_ranges": dict(ranges),
         "layers": layers,
     }
+
+
+def _padding(graph: Graph, records: Sequence[PassRecord]) -> dict[str, Any]:
+    """Whether padding is dropped: by which mask, and which outputs are 0 there; or why not."""
+    record = next((r for r in records if r["name"] == PACK_TOKENS), None)
+    if record is None:
+        return {"dropped": False, "why": "padding is computed: --keep-padding"}
+    if not record["changed"]:
+        return {"dropped": False, "why": "; ".join(record["notes"])}
+    mask, outputs = padded_ports(graph)
+    return {"dropped": True, "mask": mask, "outputs": outputs}
 
 
 def _check_output(output: Path) -> None:

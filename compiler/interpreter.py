@@ -10,7 +10,7 @@ import numpy as np
 from sparsec.errors import CompilerError, InvalidGraph, InvalidInput
 from sparsec.ir import dims
 from sparsec.ir.dims import Dim, Symbol
-from sparsec.ir.graph import Graph, Node, Value
+from sparsec.ir.graph import Graph, Node, Value, bound_symbol
 from sparsec.ir.ops import OPS
 
 Array = np.ndarray[Any, Any]
@@ -45,14 +45,19 @@ def run(
     return {name: np.array(_data(value, values)) for name, value in pairs}
 
 
-def run_node(node: Node, operands: list[Array | None], env: Mapping[str, int]) -> list[Array]:
-    """The results of one node; checks that they have the types that the node declares."""
+def run_node(node: Node, operands: list[Array | None], env: dict[str, int]) -> list[Array]:
+    """The results of one node; checks that they have the types that the node declares.
+
+    A symbol whose value the node finds is added to `env`.
+    """
     try:
         results = OPS[node.op].evaluate(operands, node.attrs, env)
     except IndexError as error:
         raise InvalidInput(f"{node.name} ({node.op}): {error}") from error
     except (ValueError, FloatingPointError, TypeError) as error:
         raise InvalidGraph(f"{node.name} ({node.op}): {error}") from error
+    if (symbol := bound_symbol(node)) is not None:
+        env[symbol] = int(results[0])
     for value, result in zip(node.outputs, results, strict=True):
         shape = tuple(dims.evaluate(d, env) for d in value.type.shape)
         if result.shape != shape or result.dtype != value.type.dtype.numpy:

@@ -58,6 +58,7 @@ class CompileOptions:
     calibration: Calibration | None = None
     keep_fp32: tuple[str, ...] = ()
     all_roundings: bool = False  # of a quantised model
+    keep_padding: bool = False  # compute padding even where it can not matter
     shapes: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
     dump_ir: Path | None = None
     report: Path | None = None

@@ -21,6 +21,7 @@ from sparsec.passes.fuse_layer_norm import FuseLayerNorm
 from sparsec.passes.fuse_linear import FuseLinear
 from sparsec.passes.infer_types import InferTypes
 from sparsec.passes.merge_qkv import MergeQkv
+from sparsec.passes.pack_tokens import PackTokens
 from sparsec.passes.quantize import Quantization, Quantize, is_quantized, quantized_values
 from sparsec.passes.quantize_attention import QuantizeAttention, attention_values
 from sparsec.passes.quantize_tables import QuantizeTables
@@ -57,6 +58,7 @@ PASSES: Mapping[str, Callable[[], Pass]] = {
     "fuse_channels": FuseChannels,
     "merge_qkv": MergeQkv,
     "fuse_epilogue": FuseEpilogue,
+    "pack_tokens": PackTokens,
     "assign_layouts": AssignLayouts,
 }
 
@@ -118,11 +120,16 @@ def bf16_pipeline(
 
 
 def target_pipeline(
-    schedules: ScheduleLookup, choose_layout: LayoutChoice = by_density
+    schedules: ScheduleLookup,
+    choose_layout: LayoutChoice = by_density,
+    *,
+    keep_padding: bool = False,
 ) -> list[Pass]:
     """The passes after all changes of precision. `schedules` chooses per node."""
+    packing: list[Pass] = [] if keep_padding else [PackTokens()]  # it knows the final ops
     return [
         ChooseWeightLayout(choose_layout),
+        *packing,
         AssignLayouts(),  # last of the rewrites: it knows all producers and readers
         AssignSchedules(schedules),
     ]
@@ -134,9 +141,11 @@ def default_pipeline(
     fixed_dims: Mapping[str, int] | None = None,
     quantization: Quantization | None = None,
     choose_layout: LayoutChoice = by_density,
+    keep_padding: bool = False,
 ) -> list[Pass]:
     """The whole pipeline. `fixed_dims` gives sizes to symbols; without quantization it is fp32."""
     int8 = [] if quantization is None else int8_pipeline(quantization)
     roundings = Roundings.NONE if quantization is None else Roundings.PRODUCTS
     graph = graph_pipeline(fixed_dims, roundings=roundings)
-    return [*graph, *int8, *target_pipeline(schedules, choose_layout)]
+    target = target_pipeline(schedules, choose_layout, keep_padding=keep_padding)
+    return [*graph, *int8, *target]

@@ -91,7 +91,7 @@ class _Assignment:
     def _gives_panels(self, node: Node) -> bool:
         rule = OPS[node.op].panels
         if rule is not None:
-            return _has_panel_kernel(node)
+            return _has_panel_kernel(node) and not rule.rows
         return any(v is not None and _is_panels(v) for v in node.inputs)
 
     def _stays_in_panels(self, node: Node) -> bool:

@@ -48,6 +48,19 @@ class GatherNdAll(RewriteRule):
         return g.broadcast_to(g.reshape(m["x"], shape=narrow), shape=shape)
 
 
+class NotLess(RewriteRule):
+    """logical_not(less(a, b))  ->  greater_equal(a, b), of numbers that are never NaN"""
+
+    def pattern(self, p: Pattern) -> Term:
+        return p.logical_not(p.less("a", "b"))
+
+    def check(self, m: Match) -> Reject | None:
+        return Reject("the operands are floats") if m["a"].type.dtype.is_float else None
+
+    def rewrite(self, m: Match, g: Builder) -> Value:
+        return g.greater_equal(m["a"], m["b"])
+
+
 class RangeIsPositive(RewriteRule):
     """greater_equal(range, c)  ->  true  when the least element is at least c"""
 
@@ -168,6 +181,7 @@ def _columns(indices: Value) -> list[Affine] | None:
 INDEX_IDENTITIES: Sequence[RewriteRule] = (
     GatherAll(),
     GatherNdAll(),
+    NotLess(),
     RangeIsPositive(),
     SliceOfRange(),
     SelectUniform(),

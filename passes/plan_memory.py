@@ -14,7 +14,7 @@ import networkx as nx
 
 from sparsec.errors import PassFailed
 from sparsec.ir.dims import Call, Dim, Expr, evaluate, maximum, substitute, symbol, symbols
-from sparsec.ir.graph import Graph, Node, Value
+from sparsec.ir.graph import Graph, Node, Value, run_time_bounds
 from sparsec.ir.layouts import ROW_MAJOR
 from sparsec.ir.memory_plan import MemoryPlan
 
@@ -36,16 +36,19 @@ def plan_memory(graph: Graph) -> MemoryPlan:
 
     Graph inputs, outputs and constants lie outside the arena: neither they nor the values that
     share their memory get a slot. Outputs that share memory are left for the lowering to copy.
+    A size that is found when the model runs counts as the most that it can be.
     """
     owners = find_owners(graph)
     families = find_families(graph, owners)
+    bounds = run_time_bounds(graph)
     interference = _interference(families)
     slot_of: dict[str, int] = {}
     slots: list[_Slot] = []
     # Large first: later values then find slots that are large enough. The order is total.
-    order = sorted(families, key=lambda f: (-typical(f.owner.type.nbytes), f.first, f.owner.name))
+    sizes = {f.owner.name: substitute(f.owner.type.nbytes, bounds) for f in families}
+    order = sorted(families, key=lambda f: (-typical(sizes[f.owner.name]), f.first, f.owner.name))
     for family in order:
-        name, size = family.owner.name, family.owner.type.nbytes
+        name, size = family.owner.name, sizes[family.owner.name]
         taken = {slot_of[n] for n in interference[name] if n in slot_of}
         index = _choose(size, slots, taken)
         if index == len(slots):
@@ -98,6 +101,7 @@ def check_plan(graph: Graph, plan: MemoryPlan) -> None:
     Replays the nodes and tracks what each slot holds: independent of how the plan was made.
     """
     holds: dict[int, str] = {}
+    bounds = run_time_bounds(graph)
     for node in graph.nodes:
         read = {plan.root(v.name) for v in node.inputs if v is not None and not v.is_constant}
         slots = {plan.slot_of[n]: n for n in read if n in plan.slot_of}
@@ -111,7 +115,7 @@ def check_plan(graph: Graph, plan: MemoryPlan) -> None:
             slot = plan.slot_of.get(value.name, -1)
             if slot in slots:
                 raise PassFailed(f"{node.name} writes %{value.name} over what it reads")
-            if slot >= 0 and not at_least(plan.slots[slot], value.type.nbytes):
+            if slot >= 0 and not at_least(plan.slots[slot], substitute(value.type.nbytes, bounds)):
                 raise PassFailed(f"slot {slot}, {plan.slots[slot]} bytes, is small for {value!r}")
             holds[slot] = value.name
     names = {f.owner.name for f in find_families(graph, find_owners(graph))}

@@ -12,6 +12,7 @@ from sparsec.codegen.kernels.float_family import FloatGemmFamily
 from sparsec.codegen.kernels.int8_family import Int8GemmFamily
 from sparsec.codegen.kernels.layer_norm import LayerNormFamily
 from sparsec.codegen.kernels.layout_change import LayoutChangeFamily
+from sparsec.codegen.kernels.packing import PackingFamily
 from sparsec.codegen.kernels.pointwise import PointwiseFamily
 from sparsec.codegen.kernels.quantize import QuantizeFamily
 from sparsec.codegen.kernels.to_bf16 import ToBf16Family
@@ -31,6 +32,7 @@ _ALL: tuple[KernelFamily, ...] = (
     LayoutChangeFamily(),
     PointwiseFamily(),
     ChannelsFamily(),
+    PackingFamily(),
     QuantizeFamily(),
     ToBf16Family(),
 )

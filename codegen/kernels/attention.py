@@ -36,8 +36,13 @@ from sparsec.codegen.kernels.panels import (
 )
 from sparsec.codegen.kernels.quantize import inverse_of
 from sparsec.codegen.kernels.query_blocks import (
+    PACKED,
+    Sequences,
     over_query_blocks,
     queries_before,
+    sequence_args,
+    sequence_pointers,
+    sequence_sizes,
     store_context,
 )
 from sparsec.codegen.program import Arg, Kernel, KernelCall, Kind, Parameter
@@ -49,14 +54,15 @@ from sparsec.target import Target
 
 # (groups of 16 queries at once, keys or channels at once) per vector length
 REGISTER_BLOCKS = {8: ((1, 6),), 16: ((4, 4), (2, 8))}
-MASKS = ("none", "key", "full")
+MASKS = ("none", "key", "full", PACKED)
 RESULTS = ("f32", "u8")
 LOWEST = -3.4028234663852886e38
 
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """`mask` is "none", "key" (one value per key) or "full" (one per query and key).
+    """`mask` is "none", "key" (one value per key), "full" (one per query and key) or "packed":
+    sequences of any lengths side by side, with one value per key.
 
     `result` is "f32" or "u8", quantised.
     """
@@ -77,14 +83,18 @@ class Attention:
         """The mask is read at batch, head, query and key times their steps; a key's step is 1."""
         masked = self.mask != "none"
         pointers = ["q", "k", "v", *(["mask"] if masked else [])]
+        steps = ("batch_step", "head_step", "query_step")
         y = Parameter("y", dtype="float32" if self.result == "f32" else "uint8")
         quant = (Parameter("inverse", Kind.FLOAT), Parameter("zero_point", Kind.INT))
-        sizes = ["tokens", "seq", "heads", "head_size"]
+        sizes = ["heads", "head_size"]
         sizes += [f"{x}_{what}" for x in "qkv" for what in ("channels", "offset")]
-        sizes += ["batch_step", "head_step", "query_step"] if masked else []
+        sizes += steps if masked and self.mask != PACKED else []
         return (
             *(Parameter(n) for n in pointers),
+            *sequence_pointers(self.mask),
             y,
+            Parameter("tokens", Kind.INT),
+            *sequence_sizes(self.mask),
             *(Parameter(n, Kind.INT) for n in sizes),
             Parameter("scale", Kind.FLOAT),
             *(quant if self.result == "u8" else ()),
@@ -105,12 +115,13 @@ class Attention:
         def compute(head: Any, first: Any, sequence: Any, groups: int) -> None:
             self._run(s, head, first, sequence, groups)
 
-        over_query_blocks(s, (self.groups,) if self.groups > 1 else (), compute)
+        sequences = Sequences(s, self.mask == PACKED)
+        over_query_blocks(s, sequences, (self.groups,) if self.groups > 1 else (), compute)
 
     def _run(self, s: tir.KernelScope, head: Any, token: Any, sequence: Any, groups: int) -> None:
         """All that `groups` groups of queries from `token` on need of one sequence."""
-        start = keep(sequence * s["seq"])
-        block = QueryBlock(self, s, head, token, start, keep(start + s["seq"]), groups)
+        sequences = Sequences(s, self.mask == PACKED)
+        block = QueryBlock(self, s, sequences, head, token, sequence, groups)
         block.load_mask()
         block.compute_scores()
         block.exponentiate()
@@ -123,11 +134,13 @@ class QueryBlock:
     shift: Any = 0  # the row of the scores that the first key has
 
     def __init__(
-        self, kernel: Attention, s: tir.KernelScope, head: Any, token: Any, start: Any, stop: Any,
-        groups: int,
+        self, kernel: Attention, s: tir.KernelScope, sequences: Sequences, head: Any, token: Any,
+        sequence: Any, groups: int,
     ):  # fmt: skip
         self.kernel, self.s, self.v = kernel, s, kernel.vector
-        self.head, self.token, self.start, self.stop = head, token, start, stop
+        self.head, self.token = head, token
+        self.start = keep(sequences.start(sequence))
+        self.stop = keep(sequences.stop(sequence))
         self.lanes = kernel.vector.lanes
         self.width = groups * GROUP  # queries
         self.count = self.width // self.lanes  # vectors
@@ -140,8 +153,9 @@ class QueryBlock:
         self.at = [ramp(i * self.lanes, self.lanes) for i in range(self.count)]
         self.highest = tir.registers("float32", self.width)
         self.total = tir.registers("float32", self.width)
-        if kernel.mask != "none":
-            sequence = div(start, s["seq"])
+        if kernel.mask == PACKED:
+            self.mask0 = self.start
+        elif kernel.mask != "none":
             self.mask0 = keep(sequence * s["batch_step"] + head * s["head_step"])
 
     def load_mask(self) -> None:
@@ -205,7 +219,7 @@ class QueryBlock:
 
     def _masked(self, score: Any, key: Any, where: Any) -> Any:
         match self.kernel.mask:
-            case "key":
+            case "key" | "packed":
                 return score + splat(self.s["mask"][self.mask0 + key], self.lanes)
             case "full":
                 return score + self.s.scratch[where]
@@ -293,9 +307,9 @@ class AttentionFamily:
     ops = ("attention",)
 
     def workload(self, node: Node) -> Workload:
-        q, mask = node.input(0).type, node.optional_input(3)
+        q = node.input(0).type
         sizes = tuple((n, int(node.attrs[n])) for n in ("heads", "head_size"))
-        kind = "none" if mask is None else mask_steps(mask.type, q)[0]
+        kind = mask_kind(node)
         to = "" if node.attrs.get("out_scale") is None else " to u8"
         return Workload("attention", sizes, str(q.dtype), epilogue=f"mask {kind}{to}")
 
@@ -314,7 +328,8 @@ class AttentionFamily:
     def lower(self, node: Node, schedule: Schedule, binder: Binder) -> list[KernelCall]:
         q, y, mask = node.input(0), node.output, node.optional_input(3)
         assert all(is_planar(v.type) for v in map(node.input, range(3))), node
-        kind, steps = ("none", ()) if mask is None else mask_steps(mask.type, q.type)
+        kind = mask_kind(node)
+        pointers, lengths, longest = sequence_args(node, binder)
         kernel = Attention(
             by_name(schedule.isa),
             schedule.param("groups"),
@@ -323,13 +338,15 @@ class AttentionFamily:
             "f32" if y.type.dtype is DType.F32 else "u8",
         )
         heads, head_size = int(node.attrs["heads"]), int(node.attrs["head_size"])
-        tokens, seq = q.type.tokens, q.type.shape[-2]
+        tokens = q.type.tokens
         args: list[Arg] = [binder.ref(node.input(i)) for i in range(3)]
         args += [] if mask is None else [binder.ref(mask)]
-        args += [binder.ref(y), tokens, seq, heads, head_size]
+        args += [*pointers, binder.ref(y), tokens, *lengths, heads, head_size]
         for i, name in enumerate("qkv"):
             args += [node.input(i).type.channels, int(node.attrs[f"{name}_offset"])]
-        args += [*steps, float(node.attrs["scale"])]
+        if mask is not None and kind != PACKED:
+            args += mask_steps(mask.type, q.type)[1]
+        args += [float(node.attrs["scale"])]
         if kernel.result == "u8":
             args += [inverse_of(node.attrs["out_scale"]), node.attrs.get("out_zero_point", 0)]
         return [
@@ -338,8 +355,8 @@ class AttentionFamily:
                 tuple(args),
                 ceildiv(tokens, WIDTH) * heads,
                 f"{node.name}: {heads} heads of {head_size}, mask {kind}",
-                scratch_bytes=round_up(seq, GROUP) * (WIDTH * 4),
-                macs=tokens * seq * (2 * heads * head_size),
+                scratch_bytes=round_up(longest, GROUP) * (WIDTH * 4),
+                macs=tokens * longest * (2 * heads * head_size),
             )
         ]
 
@@ -351,6 +368,20 @@ class AttentionFamily:
             for mask in MASKS
             for result in RESULTS
         ]
+
+
+def mask_kind(node: Node) -> str:
+    """Which of MASKS an attention has; "other" is one without a kernel."""
+    mask = node.optional_input(3)
+    if node.optional_input(4) is not None:
+        one_per_token = mask is not None and mask.type.shape == (
+            1,
+            1,
+            1,
+            node.input(0).type.tokens,
+        )
+        return PACKED if one_per_token else "other"
+    return "none" if mask is None else mask_steps(mask.type, node.input(0).type)[0]
 
 
 def mask_steps(mask: TensorType, q: TensorType) -> tuple[str, tuple[Dim, ...]]:

@@ -26,12 +26,18 @@ from sparsec.codegen.kernels.attention import (
     Attention,
     QueryBlock,
     higher,
+    mask_kind,
     mask_steps,
 )
 from sparsec.codegen.kernels.base import Binder
 from sparsec.codegen.kernels.panels import GROUP, WIDTH, const, div, loop, mod
 from sparsec.codegen.kernels.quantize import inverse_of
-from sparsec.codegen.kernels.query_blocks import store_context
+from sparsec.codegen.kernels.query_blocks import (
+    PACKED,
+    Sequences,
+    sequence_args,
+    store_context,
+)
 from sparsec.codegen.program import Arg, Kernel, KernelCall, Parameter
 from sparsec.ir.dims import Dim, ceildiv, round_up
 from sparsec.ir.graph import Node
@@ -59,8 +65,8 @@ class AttentionBf16(Attention):
         return tuple(Parameter(p.name, dtype="int32") if p.name in pairs else p for p in plain)
 
     def _run(self, s: tir.KernelScope, head: Any, token: Any, sequence: Any, groups: int) -> None:
-        start = keep(sequence * s["seq"])
-        block = _PairBlock(self, s, head, token, start, keep(start + s["seq"]), groups)
+        sequences = Sequences(s, self.mask == PACKED)
+        block = _PairBlock(self, s, sequences, head, token, sequence, groups)
         block.load_mask()
         block.exclude_others()
         block.copy_values()
@@ -78,7 +84,7 @@ class _PairBlock(QueryBlock):
         self.first = keep(self.start - self.shift)
         self.pairs = keep(div(self.stop - self.first + 1, 2))
         # The copy of the values is behind the scores: [panel][channel][pair].
-        self.values = keep(scores_rows(s["seq"]) * WIDTH)
+        self.values = keep(scores_rows(self.stop - self.start) * WIDTH)
 
     def exclude_others(self) -> None:
         """-inf for keys of the first and the last pair that are of other sequences."""
@@ -223,9 +229,8 @@ class AttentionBf16Family:
     ops = ("attention_bf16",)
 
     def workload(self, node: Node) -> Workload:
-        q, mask = node.input(0).type, node.optional_input(3)
+        q, kind = node.input(0).type, mask_kind(node)
         sizes = tuple((n, int(node.attrs[n])) for n in ("heads", "head_size"))
-        kind = "none" if mask is None else mask_steps(mask.type, q)[0]
         result = _result(node)
         return Workload("attention", sizes, str(q.dtype), epilogue=f"mask {kind} to {result}")
 
@@ -239,17 +244,20 @@ class AttentionBf16Family:
 
     def lower(self, node: Node, schedule: Schedule, binder: Binder) -> list[KernelCall]:
         q, mask = node.input(0), node.optional_input(3)
-        kind, steps = ("none", ()) if mask is None else mask_steps(mask.type, q.type)
+        kind = mask_kind(node)
+        pointers, lengths, longest = sequence_args(node, binder)
         groups, rows = schedule.param("groups"), schedule.param("rows")
         kernel = AttentionBf16(AVX512_BF16, groups, rows, kind, _result(node))
         heads, head_size = int(node.attrs["heads"]), int(node.attrs["head_size"])
-        tokens, seq = q.type.tokens, q.type.shape[-2]
+        tokens = q.type.tokens
         args: list[Arg] = [binder.ref(node.input(i)) for i in range(3)]
         args += [] if mask is None else [binder.ref(mask)]
-        args += [binder.ref(node.output), tokens, seq, heads, head_size]
+        args += [*pointers, binder.ref(node.output), tokens, *lengths, heads, head_size]
         for i, name in enumerate("qkv"):
             args += [node.input(i).type.channels // 2, int(node.attrs[f"{name}_offset"]) // 2]
-        args += [*steps, float(node.attrs["scale"])]
+        if mask is not None and kind != PACKED:
+            args += mask_steps(mask.type, q.type)[1]
+        args += [float(node.attrs["scale"])]
         if kernel.result == "u8":
             args += [inverse_of(node.attrs["out_scale"]), node.attrs.get("out_zero_point", 0)]
         return [
@@ -258,8 +266,8 @@ class AttentionBf16Family:
                 tuple(args),
                 ceildiv(tokens, WIDTH) * heads,
                 f"{node.name}: {heads} heads of {head_size} in bf16, mask {kind}",
-                scratch_bytes=scratch_bytes(seq, head_size),
-                macs=tokens * seq * (2 * heads * head_size),
+                scratch_bytes=scratch_bytes(longest, head_size),
+                macs=tokens * longest * (2 * heads * head_size),
             )
         ]
 

@@ -11,14 +11,21 @@ from typing import Any
 
 from sparsec.codegen import tir
 from sparsec.codegen.isa.int8 import AVX512_VNNI, Int8Isa
-from sparsec.codegen.kernels.attention import mask_steps
+from sparsec.codegen.kernels.attention import mask_kind, mask_steps
 from sparsec.codegen.kernels.attention_int8_block import QUAD, Block, scratch_bytes
 from sparsec.codegen.kernels.base import Binder
 from sparsec.codegen.kernels.panels import (
     WIDTH,
 )
 from sparsec.codegen.kernels.quantize import inverse_of
-from sparsec.codegen.kernels.query_blocks import over_query_blocks
+from sparsec.codegen.kernels.query_blocks import (
+    PACKED,
+    Sequences,
+    over_query_blocks,
+    sequence_args,
+    sequence_pointers,
+    sequence_sizes,
+)
 from sparsec.codegen.program import Arg, Kernel, KernelCall, Kind, Parameter
 from sparsec.ir.dims import ceildiv
 from sparsec.ir.graph import Node
@@ -27,13 +34,13 @@ from sparsec.ir.schedule import Schedule, Workload
 from sparsec.ir.types import DType
 from sparsec.target import Target
 
-MASKS = ("none", "key")
+MASKS = ("none", "key", PACKED)
 RESULTS = ("f32", "u8")
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionInt8:
-    """`mask` is "none" or "key" (one value per key), `result` "f32" or "u8" (quantised)."""
+    """`mask` is "none", "key" or "packed" as in `attention`, `result` "f32" or quantised, "u8"."""
 
     int8: Int8Isa
     mask: str
@@ -47,14 +54,17 @@ class AttentionInt8:
     def parameters(self) -> tuple[Parameter, ...]:
         """`factor` is scale * q_scale * k_scale; the mask is read as `attention` reads it."""
         masked = self.mask != "none"
-        sizes = ["tokens", "seq", "heads", "head_size"]
+        sizes = ["heads", "head_size"]
         sizes += [f"{x}_{what}" for x in "qkv" for what in ("channels", "offset")]
-        sizes += ["batch_step", "head_step"] if masked else []
+        sizes += ["batch_step", "head_step"] if masked and self.mask != PACKED else []
         quant = (Parameter("inverse", Kind.FLOAT), Parameter("zero_point", Kind.INT))
         return (
             *(Parameter(n, dtype="uint8") for n in "qkv"),
             *((Parameter("mask"),) if masked else ()),
+            *sequence_pointers(self.mask),
             Parameter("y", dtype="float32" if self.result == "f32" else "uint8"),
+            Parameter("tokens", Kind.INT),
+            *sequence_sizes(self.mask),
             *(Parameter(n, Kind.INT) for n in sizes),
             Parameter("factor", Kind.FLOAT),
             Parameter("v_scale", Kind.FLOAT),
@@ -73,10 +83,13 @@ class AttentionInt8:
         return tir.kernel_function(self.name, self.parameters, self._body, scratch="int32")
 
     def _body(self, s: tir.KernelScope) -> None:
-        def compute(head: Any, first: Any, sequence: Any, groups: int) -> None:
-            Block(self.int8, self.mask, self.result, s, head, first, sequence, groups).compute()
+        sequences = Sequences(s, self.mask == PACKED)
 
-        over_query_blocks(s, (4, 2), compute)
+        def compute(head: Any, first: Any, sequence: Any, groups: int) -> None:
+            kinds = self.mask, self.result
+            Block(self.int8, *kinds, s, sequences, head, first, sequence, groups).compute()
+
+        over_query_blocks(s, sequences, (4, 2), compute)
 
 
 class AttentionInt8Family:
@@ -85,9 +98,8 @@ class AttentionInt8Family:
     ops = ("attention_int8",)
 
     def workload(self, node: Node) -> Workload:
-        q, mask = node.input(0).type, node.optional_input(3)
+        q, kind = node.input(0).type, mask_kind(node)
         sizes = tuple((n, int(node.attrs[n])) for n in ("heads", "head_size"))
-        kind = "none" if mask is None else mask_steps(mask.type, q)[0]
         return Workload(node.op, sizes, str(q.dtype), epilogue=f"mask {kind} to {_result(node)}")
 
     def schedules(self, workload: Workload, target: Target) -> list[Schedule]:
@@ -100,17 +112,20 @@ class AttentionInt8Family:
     def lower(self, node: Node, schedule: Schedule, binder: Binder) -> list[KernelCall]:
         q, mask = node.input(0).type, node.optional_input(3)
         assert all(v.type.layout == Panels() for v in (*map(node.input, range(3)), node.output))
-        kind, steps = ("none", ()) if mask is None else mask_steps(mask.type, q)
+        kind = mask_kind(node)
+        pointers, lengths, longest = sequence_args(node, binder)
         kernel = AttentionInt8(AVX512_VNNI, kind, _result(node))
         heads, head_size = int(node.attrs["heads"]), int(node.attrs["head_size"])
-        tokens, seq = q.tokens, q.shape[-2]
+        tokens = q.tokens
         args: list[Arg] = [binder.ref(node.input(i)) for i in range(3)]
         args += [] if mask is None else [binder.ref(mask)]
-        args += [binder.ref(node.output), tokens, seq, heads, head_size]
+        args += [*pointers, binder.ref(node.output), tokens, *lengths, heads, head_size]
         for i, name in enumerate("qkv"):
             args += [node.input(i).type.channels, int(node.attrs[f"{name}_offset"])]
         scale, q_scale, k_scale = (float(node.attrs[n]) for n in ("scale", "q_scale", "k_scale"))
-        args += [*steps[:2], scale * q_scale * k_scale, float(node.attrs["v_scale"])]
+        if mask is not None and kind != PACKED:
+            args += mask_steps(mask.type, q)[1][:2]
+        args += [scale * q_scale * k_scale, float(node.attrs["v_scale"])]
         if kernel.result == "u8":
             args += [inverse_of(node.attrs["out_scale"]), node.attrs.get("out_zero_point", 0)]
         return [
@@ -119,8 +134,8 @@ class AttentionInt8Family:
                 tuple(args),
                 ceildiv(tokens, WIDTH) * heads,
                 f"{node.name}: {heads} heads of {head_size}, mask {kind}",
-                scratch_bytes=scratch_bytes(seq, head_size),
-                macs=tokens * seq * (2 * heads * head_size),
+                scratch_bytes=scratch_bytes(longest, head_size),
+                macs=tokens * longest * (2 * heads * head_size),
             )
         ]
 

@@ -28,7 +28,12 @@ from sparsec.codegen.isa.polynomials import horner
 from sparsec.codegen.isa.vector import keep, ramp, splat
 from sparsec.codegen.kernels.attention import LOWEST, higher, in_steps
 from sparsec.codegen.kernels.panels import GROUP, WIDTH, const, div, loop, mod
-from sparsec.codegen.kernels.query_blocks import queries_before, store_context
+from sparsec.codegen.kernels.query_blocks import (
+    PACKED,
+    Sequences,
+    queries_before,
+    store_context,
+)
 from sparsec.ir.dims import Dim, floordiv
 
 QUAD = 4
@@ -45,13 +50,13 @@ class Block:
     """Code for `groups` groups of queries from `token` on against the keys of one sequence."""
 
     def __init__(
-        self, int8: Int8Isa, mask: str, result: str, s: tir.KernelScope, head: Any, token: Any,
-        sequence: Any, groups: int,
+        self, int8: Int8Isa, mask: str, result: str, s: tir.KernelScope, sequences: Sequences,
+        head: Any, token: Any, sequence: Any, groups: int,
     ):  # fmt: skip
         self.int8, self.v, self.mask, self.result, self.s = int8, int8.vector, mask, result, s
         self.head, self.token, self.sequence = head, token, sequence
-        self.start = keep(sequence * s["seq"])
-        self.stop = keep(self.start + s["seq"])
+        self.start = keep(sequences.start(sequence))
+        self.stop = keep(sequences.stop(sequence))
         self.row0 = keep(div(self.start, QUAD) * QUAD)  # the key of the first row of scores
         self.first_panel = keep(div(self.start, WIDTH))
         self.lanes = self.v.lanes
@@ -64,7 +69,7 @@ class Block:
         self.at = [ramp(i * self.lanes, self.lanes) for i in range(self.count)]
         self.highest = tir.registers("float32", self.width)
         self.total = tir.registers("int32", self.width)
-        size, rows = s["head_size"], (div(s["seq"], QUAD) + 2) * QUAD
+        size, rows = s["head_size"], (div(self.stop - self.start, QUAD) + 2) * QUAD
         self.p0 = keep(rows * WIDTH)
         self.q0 = keep(self.p0 + rows * WORDS)
         self.k0 = keep(self.q0 + size * WORDS)
@@ -158,13 +163,19 @@ class Block:
         """The mask of a key over ln(2); -inf for what is no key of the sequence."""
         inside = T.And(key >= self.start, key < self.stop)
         value: Any = T.float32(0)
-        if self.mask == "key":
-            step = self.sequence * self.s["batch_step"] + self.head * self.s["head_step"]
-            nearest = T.min(T.max(key - self.start, const(0)), self.s["seq"] - 1)
-            mask = keep(self.s["mask"][step + nearest])
+        if self.mask != "none":
+            nearest = T.min(T.max(key, self.start), self.stop - 1)
+            mask = keep(self.s["mask"][self._mask_row() + nearest])
             # The lowest float stays: over ln(2) it would be -inf, which is no key at all.
             value = T.Select(mask < T.float32(_NOT_SCALED), mask, mask * T.float32(_LOG2_E))
         return keep(T.Select(inside, value, T.float32(float("-inf"))))
+
+    def _mask_row(self) -> Any:
+        """Where the mask of token 0 would be: it is read at the tokens of this sequence alone."""
+        if self.mask == PACKED:
+            return const(0)
+        step = self.sequence * self.s["batch_step"] + self.head * self.s["head_step"]
+        return step - self.start
 
     def _accumulate(self, acc: list[Any], vectors: Any, words: list[Any]) -> None:
         """acc[r] += four products of the bytes of each lane with those of words[r]."""

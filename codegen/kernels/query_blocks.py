@@ -7,6 +7,7 @@ computed at once; what is left is computed a group at a time, once per sequence 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
@@ -14,38 +15,102 @@ from tvm.script.ir_builder import tirx as T
 from sparsec.codegen import tir
 from sparsec.codegen.isa.pack8 import Packer
 from sparsec.codegen.isa.vector import keep, ramp
+from sparsec.codegen.kernels.base import Binder
 from sparsec.codegen.kernels.panels import GROUP, WIDTH, const, div, groups_in_panel, loop, mod
+from sparsec.codegen.program import Arg, Kind, Parameter
+from sparsec.ir.dims import Dim
+from sparsec.ir.graph import Node
+
+PACKED = "packed"  # the kind of mask of packed tokens: one value per token
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """Where the sequences of a batch lie among its tokens.
+
+    They are all `seq` long or, where tokens are packed, listed: `sequence_of` each token, and
+    `starts` of the sequences with the end of the last one. None is empty.
+    """
+
+    scope: tir.KernelScope
+    packed: bool
+
+    def of(self, token: Any) -> Any:
+        """The sequence of a token."""
+        if self.packed:
+            return self.scope["sequence_of"][token]
+        return div(token, self.scope["seq"])
+
+    def start(self, sequence: Any) -> Any:
+        """The first token of a sequence."""
+        return self.scope["starts"][sequence] if self.packed else sequence * self.scope["seq"]
+
+    def stop(self, sequence: Any) -> Any:
+        """The token past the last one of a sequence."""
+        return self.start(sequence + 1)
+
 
 # (head, first token, sequence, groups): computes these queries against that sequence's keys.
 Compute = Callable[[Any, Any, Any, int], None]
 
 
-def over_query_blocks(s: tir.KernelScope, sizes: Sequence[int], compute: Compute) -> None:
+def sequence_pointers(mask: str) -> tuple[Parameter, ...]:
+    """The parameters of a kernel that say where packed sequences lie."""
+    if mask != PACKED:
+        return ()
+    return tuple(Parameter(name, dtype="int64") for name in ("sequence_of", "starts"))
+
+
+def sequence_sizes(mask: str) -> tuple[Parameter, ...]:
+    """The parameter of a kernel that says how long sequences are that are not packed."""
+    return () if mask == PACKED else (Parameter("seq", Kind.INT),)
+
+
+def sequence_args(node: Node, binder: Binder) -> tuple[list[Arg], list[Arg], Dim]:
+    """Of an attention: the arguments for these pointers and sizes, and the longest sequence."""
+    sequence_of, starts = node.optional_input(4), node.optional_input(5)
+    if sequence_of is None or starts is None:
+        seq = node.input(0).type.shape[-2]
+        return [], [seq], seq
+    return [binder.ref(sequence_of), binder.ref(starts)], [], node.attrs["longest"]
+
+
+def over_query_blocks(
+    s: tir.KernelScope, sequences: Sequences, sizes: Sequence[int], compute: Compute
+) -> None:
     """Calls `compute` for all queries of the kernel's items, which are heads of panels.
 
-    `sizes` are the groups of a block, largest first, all above 1. Reads the parameters `tokens`,
-    `seq` and `heads`.
+    `sizes` are the groups of a block, largest first, all above 1, each a multiple of the next.
+    Reads the parameters `tokens` and `heads`.
     """
-    seq, tokens = s["seq"], s["tokens"]
+    tokens = s["tokens"]
+
+    def cover(first: Any, count: Any, head: Any, sizes: Sequence[int]) -> None:
+        """`count` groups from token `first` on."""
+        if not sizes:
+            with loop(0, count) as group:
+                each_sequence(keep(first + group * GROUP), head)
+            return
+        size = sizes[0]
+        with loop(0, div(count + (size - 1), size)) as block:
+            token = keep(first + block * (size * GROUP))
+            groups = keep(T.min(count - block * size, const(size)))
+            last = keep(T.min(token + size * GROUP, tokens) - 1)
+            own = keep(sequences.of(token))
+            with T.If(T.And(groups == size, own == sequences.of(last))):
+                with T.Then():
+                    compute(head, token, own, size)
+                with T.Else():
+                    cover(token, groups, head, sizes[1:])
+
+    def each_sequence(token: Any, head: Any) -> None:
+        last = keep(T.min(token + (GROUP - 1), tokens - 1))
+        with loop(keep(sequences.of(token)), keep(sequences.of(last) + 1)) as sequence:
+            compute(head, token, sequence, 1)
+
     with loop(s.begin, s.end) as item:
         panel, head = keep(div(item, s["heads"])), keep(mod(item, s["heads"]))
-        groups = keep(groups_in_panel(tokens, panel))
-        token = keep(panel * WIDTH)
-        after = keep(T.min(token + WIDTH, tokens))
-        one_sequence = div(token, seq) == div(after - 1, seq)
-        whole = keep(T.Select(one_sequence, groups, const(0)))
-        done: Any = const(0)
-        for size in sizes:
-            blocks = keep(div(whole - done, size))
-            with loop(0, blocks) as block:
-                first = keep(token + (done + block * size) * GROUP)
-                compute(head, first, div(first, seq), size)
-            done = keep(done + blocks * size)
-        with loop(done, groups) as group:
-            first = keep(token + group * GROUP)
-            last = keep(T.min(first + (GROUP - 1), tokens - 1))
-            with loop(div(first, seq), div(last, seq) + 1) as sequence:
-                compute(head, first, sequence, 1)
+        cover(keep(panel * WIDTH), keep(groups_in_panel(tokens, panel)), head, sizes)
 
 
 def queries_before(start: Any, token: Any) -> Any:

@@ -12,7 +12,7 @@ import networkx as nx
 import numpy as np
 
 from sparsec.errors import InvalidGraph
-from sparsec.ir.dims import Dim
+from sparsec.ir.dims import Dim, symbols
 from sparsec.ir.op_spec import Attrs
 from sparsec.ir.ops import OPS
 from sparsec.ir.schedule import Choice
@@ -285,6 +285,21 @@ class Graph:
         for index, value in enumerate(node.inputs):
             if value is not None:
                 value.uses.remove((node, index))
+
+
+def bound_symbol(node: Node) -> str | None:
+    """The symbol that gets its value from the node when the model runs."""
+    attribute = OPS[node.op].binds
+    if attribute is None:
+        return None
+    (name,) = symbols(node.attrs[attribute])
+    return name
+
+
+def run_time_bounds(graph: Graph) -> dict[str, Dim]:
+    """The most that each symbol can be whose value a node finds when the model runs."""
+    pairs = ((bound_symbol(node), node) for node in graph.nodes)
+    return {name: node.attrs["most"] for name, node in pairs if name is not None}
 
 
 def infer_node(node: Node) -> Iterable[TensorType]:

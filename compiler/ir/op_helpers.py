@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from sparsec.errors import InvalidGraph
-from sparsec.ir.dims import Dim, compare
+from sparsec.ir.dims import Dim, compare, product
 from sparsec.ir.layouts import ROW_MAJOR, Layout, Panels
 from sparsec.ir.op_spec import Array, Arrays, Attrs, Evaluate, Types
 from sparsec.ir.types import DType, TensorType
@@ -130,6 +131,40 @@ def panel_layout(types: Sequence[TensorType | None], dtype: DType = DType.F32) -
         if type is not None and isinstance(type.layout, Panels):
             return panels_of(dtype, type.layout.width)
     return ROW_MAJOR
+
+
+def check_sequences(q: TensorType, types: Types, attrs: Attrs) -> None:
+    """Operands 4 and 5 of an attention over packed tokens: each token's sequence, and where each
+    sequence starts."""
+    sequence, starts = optional(types, 4), optional(types, 5)
+    if sequence is None and starts is None:
+        return
+    if sequence is None or starts is None or "longest" not in attrs:
+        raise InvalidGraph("packed tokens need their sequences, starts and the attribute longest")
+    require_equal("batch of packed tokens", q.shape[0], 1)
+    require_equal("sequences of tokens", q.shape[1], product(sequence.shape))
+    for type in (sequence, starts):
+        if type.dtype is not DType.I64 or type.rank != 1:
+            raise InvalidGraph(f"sequences and starts are lists of i64, got {type}")
+
+
+def by_sequence(evaluate: Evaluate) -> Evaluate:
+    """An attention's `evaluate`, for one batch, as that of packed tokens too: one sequence at a
+    time. Operands 0 to 2 are [1, tokens, channels], the mask is [1, 1, 1, tokens] or absent."""
+
+    def packed(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
+        starts = optional_array(arrays, 5)
+        if starts is None:
+            return evaluate(arrays[:4], attrs, env)
+        parts = []
+        for start, end in itertools.pairwise(starts):
+            operands = [array(arrays, i)[:, start:end] for i in range(3)]
+            mask = optional_array(arrays, 3)
+            own = [*operands, None if mask is None else mask[..., start:end]]
+            parts.append(evaluate(own, attrs, env)[0])
+        return [np.concatenate(parts, axis=1)]
+
+    return packed
 
 
 def panels_of(dtype: DType, width: int) -> Panels:

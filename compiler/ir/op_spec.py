@@ -26,16 +26,20 @@ Evaluate = Callable[[Arrays, Attrs, Mapping[str, int]], list[Array]]
 
 @dataclass(frozen=True, slots=True)
 class PanelRule:
-    """Which operands an op's kernels read in token panels; the outputs are panels then too."""
+    """Which operands an op's kernels read in token panels; its outputs are panels then too,
+    unless they are `rows`."""
 
     operands: tuple[int, ...]
+    rows: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class OpSpec:
     """One op. An `elementwise` op broadcasts as NumPy does.
 
-    `attrs` names its attributes, `optional_attrs` those that a node may leave out.
+    `attrs` names its attributes, `optional_attrs` those that a node may leave out. `binds` names
+    the attribute that is a symbol whose value is found when the model runs: the op's first result,
+    a scalar. The attribute `most` then bounds it.
     """
 
     name: str
@@ -45,3 +49,4 @@ class OpSpec:
     elementwise: bool = False
     panels: PanelRule | None = None
     optional_attrs: tuple[str, ...] = ()
+    binds: str | None = None

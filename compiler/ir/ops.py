@@ -10,6 +10,7 @@ from sparsec.ir.ops_conv import CONV_OPS
 from sparsec.ir.ops_core import CORE_OPS
 from sparsec.ir.ops_elementwise import ELEMENTWISE_OPS
 from sparsec.ir.ops_int8 import INT8_OPS
+from sparsec.ir.ops_packing import PACKING_OPS
 from sparsec.ir.ops_reduce import REDUCE_OPS
 from sparsec.ir.ops_shape import SHAPE_OPS
 
@@ -22,5 +23,6 @@ OPS: dict[str, OpSpec] = {
     **CONV_OPS,
     **INT8_OPS,
     **ATTENTION_INT8_OPS,
+    **PACKING_OPS,
     **BF16_OPS,
 }

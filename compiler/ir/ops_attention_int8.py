@@ -13,6 +13,8 @@ from sparsec.ir.op_helpers import (
     Env,
     array,
     broadcastable_to,
+    by_sequence,
+    check_sequences,
     operand,
     optional,
     optional_array,
@@ -46,6 +48,7 @@ def _infer(types: Types, attrs: Attrs) -> list[TensorType]:
         require_float(mask)
         if not broadcastable_to(mask.shape, scores):
             raise InvalidGraph(f"mask {mask} does not broadcast to {text(scores)}")
+    check_sequences(q, types, attrs)
     result = TensorType(DType.F32, (*q.shape[:2], width), panel_layout(types[:3]))
     return [stored_type(result, attrs) or result]
 
@@ -83,9 +86,9 @@ ATTENTION_INT8_OPS = {
     "attention_int8": OpSpec(
         "attention_int8",
         _infer,
-        _evaluate,
+        by_sequence(_evaluate),
         _ATTRS,
         panels=PanelRule((0, 1, 2)),
-        optional_attrs=("out_scale", "out_zero_point"),
+        optional_attrs=("out_scale", "out_zero_point", "longest"),
     )
 }

@@ -13,6 +13,8 @@ from sparsec.ir.op_helpers import (
     Env,
     array,
     broadcastable_to,
+    by_sequence,
+    check_sequences,
     operand,
     optional,
     optional_array,
@@ -82,6 +84,7 @@ def _infer_attention(types: Types, attrs: Attrs) -> list[TensorType]:
         mask.dtype is not DType.F32 or not broadcastable_to(mask.shape, scores)
     ):
         raise InvalidGraph(f"mask {mask} does not broadcast to f32{text(scores)}")
+    check_sequences(q, types, attrs)
     result = TensorType(DType.F32, (*q.shape[:2], width), panel_layout(types[:3]))
     return [stored_type(result, attrs) or result]
 
@@ -125,10 +128,10 @@ _ROWS = [
     OpSpec(
         "attention_bf16",
         _infer_attention,
-        _evaluate_attention,
+        by_sequence(_evaluate_attention),
         _ATTENTION,
         panels=PanelRule((0, 1, 2)),
-        optional_attrs=("out_scale", "out_zero_point", "out_bf16"),
+        optional_attrs=("out_scale", "out_zero_point", "out_bf16", "longest"),
     ),
 ]
 BF16_OPS = {row.name: row for row in _ROWS}

@@ -12,6 +12,8 @@ from sparsec.ir.op_helpers import (
     array,
     broadcast,
     broadcastable_to,
+    by_sequence,
+    check_sequences,
     operand,
     optional,
     optional_array,
@@ -96,6 +98,7 @@ def _infer_attention(types: Types, attrs: Attrs) -> list[TensorType]:
         require_float(mask)
         if not broadcastable_to(mask.shape, scores):
             raise InvalidGraph(f"mask {mask} does not broadcast to {text(scores)}")
+    check_sequences(q, types, attrs)
     result = TensorType(q.dtype, (*q.shape[:2], width), panel_layout([q, k, v]))
     return [stored_type(result, attrs) or result]
 
@@ -197,6 +200,8 @@ _ATTENTION = ("heads", "head_size", "scale", "q_offset", "k_offset", "v_offset")
 # second one; with `out_bf16` that copy is bf16.
 _QUANTIZED = ("out_scale", "out_zero_point")
 
+# `longest` bounds the tokens of a sequence where they are packed.
+
 # What a quantised model says of q, k and v: quantize_attention reads it, fp32 does not.
 _STEPS = ("q_scale", "k_scale", "v_scale")
 
@@ -206,10 +211,10 @@ _ROWS = [
     OpSpec(
         "attention",
         _infer_attention,
-        _evaluate_attention,
+        by_sequence(_evaluate_attention),
         _ATTENTION,
         panels=PanelRule((0, 1, 2)),
-        optional_attrs=(*_QUANTIZED, *_STEPS),
+        optional_attrs=(*_QUANTIZED, *_STEPS, "longest"),
     ),
     OpSpec(
         "layer_norm",

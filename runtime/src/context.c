@@ -86,14 +86,15 @@ static int64_t *take(int64_t **memory, uint32_t count) {
 }
 
 static sparsec_context *allocate(const sparsec_code *code) {
-  size_t numbers = code->model->symbol_count + code->dim_count + 2 * (size_t)code->slot_count +
+  size_t symbols = (size_t)code->model->symbol_count + code->found_count;
+  size_t numbers = symbols + code->dim_count + 2 * (size_t)code->slot_count +
                    3 * (size_t)code->step_count + code->limit_count;
   sparsec_context *context = calloc(1, sizeof *context + numbers * sizeof(int64_t));
   if (!context) return NULL;
   int64_t *memory = (int64_t *)(context + 1);
   context->code = code;
   atomic_flag_clear(&context->busy);
-  context->symbols = take(&memory, code->model->symbol_count);
+  context->symbols = take(&memory, (uint32_t)symbols);
   context->slots = take(&memory, code->slot_count);
   context->sizes.dims = take(&memory, code->dim_count);
   context->sizes.slot_bytes = take(&memory, code->slot_count);
@@ -336,6 +337,13 @@ static uint64_t now_ns(void) {
   return (uint64_t)now.tv_sec * UINT64_C(1000000000) + (uint64_t)now.tv_nsec;
 }
 
+/* The size that a step found decides which later steps work, and how much. */
+static void bind_found(sparsec_context *context, const sparsec_found *found) {
+  const void *place = context->arena + context->slots[found->slot];
+  memcpy(&context->symbols[found->symbol], place, sizeof(int64_t));
+  context->code->rework(context->symbols, &context->sizes);
+}
+
 /* step_ns is a null pointer when nobody asks for the times. */
 static int32_t run(sparsec_context *context, const void *const *inputs, void *const *outputs,
                    uint64_t *step_ns) {
@@ -348,7 +356,7 @@ static int32_t run(sparsec_context *context, const void *const *inputs, void *co
   if (status != SPARSEC_OK) return status;
 
   const sparsec_frame frame = {context->symbols, context->arena, context->slots, inputs, outputs};
-  for (uint32_t i = 0; i < code->step_count; i++) {
+  for (uint32_t i = 0, found = 0; i < code->step_count; i++) {
     const sparsec_step *step = &code->steps[i];
     int64_t items = context->sizes.items[i];
     uint64_t start = step_ns ? now_ns() : 0;
@@ -358,6 +366,8 @@ static int32_t run(sparsec_context *context, const void *const *inputs, void *co
     if (status != SPARSEC_OK)
       return fail(context, status, "step %" PRIu32 " (%s): %s", i, step->text,
                   sparsec_status_text(status));
+    if (found < code->found_count && code->found[found].step == i)
+      bind_found(context, &code->found[found++]);
     if (step_ns) step_ns[i] = now_ns() - start;
   }
   return SPARSEC_OK;

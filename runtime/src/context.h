@@ -8,7 +8,7 @@
 
 /* What a step of model.c sees of one run. */
 typedef struct sparsec_frame {
-  const int64_t *symbols; /* values of the model's symbols */
+  const int64_t *symbols; /* values of the model's symbols, then of those found by steps */
   unsigned char *arena;
   const int64_t *slots; /* byte offsets of the slots in the arena */
   const void *const *inputs;
@@ -31,7 +31,14 @@ typedef struct sparsec_limit {
   const char *reason; /* where the limit comes from */
 } sparsec_limit;
 
-/* All that depends on the symbols. */
+/* A step that finds the value of a symbol: it leaves an int64 at the start of `slot`. */
+typedef struct sparsec_found {
+  uint32_t step;
+  uint32_t symbol; /* one of those after the model's */
+  uint32_t slot;
+} sparsec_found;
+
+/* All that depends on the symbols, with the most that those found by steps can be. */
 typedef struct sparsec_sizes {
   int64_t *dims;          /* of all inputs, then of all outputs, axis by axis */
   int64_t *slot_bytes;    /* per slot */
@@ -47,11 +54,15 @@ typedef struct sparsec_code {
   uint32_t slot_count;
   uint32_t step_count;
   uint32_t limit_count;
+  uint32_t found_count; /* symbols beyond the model's */
   const sparsec_step *steps;
   const sparsec_limit *limits;
   /* An upper bound of the absolute value of everything that `sizes` computes on the way. */
   double (*magnitude)(const double *symbols);
   void (*sizes)(const int64_t *symbols, const sparsec_sizes *sizes);
+  const sparsec_found *found; /* in the order of their steps */
+  /* Writes items and grain of the steps whose work depends on symbols that steps find. */
+  void (*rework)(const int64_t *symbols, const sparsec_sizes *sizes);
 } sparsec_code;
 
 /* See sparsec.h for what these do. */

@@ -10,12 +10,15 @@ import pytest
 
 from sparsec.codegen.kernels.attention import Attention, AttentionFamily
 from sparsec.codegen.kernels.quantize import inverse_of
+from sparsec.codegen.kernels.query_blocks import PACKED
 from sparsec.ir.ops import OPS
 from sparsec.ir.types import DType
 
 Array = np.ndarray[Any, Any]
 VARIANTS = [
-    k for k in AttentionFamily().variants() if isinstance(k, Attention) and k.result == "u8"
+    k
+    for k in AttentionFamily().variants()
+    if isinstance(k, Attention) and k.result == "u8" and k.mask != PACKED
 ]
 
 

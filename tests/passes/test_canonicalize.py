@@ -219,6 +219,22 @@ def test_a_range_is_not_negative(mask, check):
     assert check(graph, Canonicalize()).ops == {"logical_not": 1}
 
 
+def test_a_range_is_not_less_than_its_start(mask, check):
+    graph, x = mask
+    zero = graph.add_constant(np.array(0))
+    below = graph.add("less", [iota(graph, SEQ, 1, SEQ), zero])
+    real = graph.add("logical_not", [below])
+    graph.add_output("y", graph.add("logical_not", [graph.add("logical_and", [x, real])]))
+    assert check(graph, Canonicalize()).ops == {"logical_not": 1}
+
+
+def test_floats_may_be_neither_less_nor_greater(x32, check):
+    graph, x = x32
+    less = graph.add("less", [x, graph.add_constant(np.array(0, np.float32))])
+    graph.add_output("y", graph.add("logical_not", [less]))
+    assert check(graph, Canonicalize()).ops == {"less": 1, "logical_not": 1}
+
+
 def test_a_slice_of_a_stored_range_is_a_range(check):
     graph = Graph("ids")
     graph.add_input("x", DType.F32, (BATCH, SEQ))

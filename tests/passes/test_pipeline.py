@@ -11,8 +11,9 @@ from sparsec.models.tiny import tiny_model
 from sparsec.passes import PASSES, default_pipeline
 
 CORE = {"embedding", "layer_norm", "linear", "attention"}
-LAYOUT = {"to_panels", "from_panels"}
-MASK_AND_HEADS = {"cast", "reshape", "iota", "sub", "mul", "where", "equal", "gather", "slice"}
+LAYOUT = {"to_panels", "from_panels", "pack_tokens", "unpack_tokens"}
+MASK_AND_HEADS = {"cast", "reshape", "iota", "sub", "mul", "where", "equal", "gather", "slice",
+                  "broadcast_to"}  # fmt: skip
 
 
 def pipeline(**options):
