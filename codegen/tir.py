@@ -27,6 +27,7 @@ from tvm.script.ir_builder import tirx as T
 
 from sparsec.codegen.program import Kind, Parameter
 
+VERSION = str(tvm.__version__)  # of the code generator
 UNBOUNDED = 1 << 40  # elements; buffers behind pointers have no extent of their own
 MAX_FAILURES = 256  # statements in one object that leave a kernel with an error
 _STATUS = "sparsec_status"
