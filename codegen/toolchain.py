@@ -101,9 +101,11 @@ class Toolchain:
                 job.result()
         return objects
 
-    def link_shared(self, objects: Sequence[str], output: str, folder: Path) -> None:
-        """`output` exports EXPORTED only and needs libc, libm and libpthread only."""
-        exports = f"{{ global: {EXPORTED}; local: *; }};\n"
+    def link_shared(
+        self, objects: Sequence[str], output: str, folder: Path, exported: str = EXPORTED
+    ) -> None:
+        """`output` exports one symbol only and needs libc, libm and libpthread only."""
+        exports = f"{{ global: {exported}; local: *; }};\n"
         (folder / "exports.map").write_text(exports, encoding="utf-8")
         flags = [*LINK_FLAGS, "--version-script=exports.map"]
         if self.is_driver:

@@ -90,9 +90,9 @@ static double now(void) {
  * timed run, so that weights come from where a model's come from, then `warm` by the caller: what
  * the kernel before has just written. `seconds` is [repeats][count]; null: no time is taken.
  * Returns the first status that is not 0. */
-static int32_t run_candidates(uint32_t threads, const candidate *candidates, int64_t count,
-                              int64_t repeats, const memory *cold, const memory *warm,
-                              int64_t warm_count, double *seconds) {
+__attribute__((visibility("default"))) int32_t run_candidates(
+    uint32_t threads, const candidate *candidates, int64_t count, int64_t repeats,
+    const memory *cold, const memory *warm, int64_t warm_count, double *seconds) {
   sparsec_options_v1 options = {.struct_bytes = sizeof options, .threads = threads};
   sparsec_pool *pool;
   int32_t status = sparsec_pool_create(&options, &pool);
@@ -107,12 +107,4 @@ static int32_t run_candidates(uint32_t threads, const candidate *candidates, int
   }
   sparsec_pool_destroy(pool);
   return status;
-}
-
-typedef int32_t (*entry)(uint32_t, const candidate *, int64_t, int64_t, const memory *,
-                         const memory *, int64_t, double *);
-
-__attribute__((visibility("default"))) entry sparsec_query(uint32_t version) {
-  (void)version;
-  return run_candidates;
 }

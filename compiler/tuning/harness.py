@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from sparsec.codegen.program import BufferRef, Kind, KernelCall
+from sparsec.codegen.program import BufferRef, KernelCall, Kind
 from sparsec.codegen.toolchain import RUNTIME, find_toolchain
 from sparsec.errors import CompilerError, NoSchedule
 from sparsec.ir.dims import evaluate
 from sparsec.ir.op_spec import Array
 
 SOURCES = ("parallel.c", "parallel.h", "topology.c", "topology.h")
+ENTRY = "run_candidates"
 MOST_INTEGERS = 37  # with scratch, begin and end: INTEGERS of harness.c
 MOST_FLOATS = 8
 LINE = 64
@@ -46,7 +47,7 @@ class _Memory(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class BoundCalls:
-    """The kernel calls of one candidate with all their arguments; `kept` is what those point to."""
+    """The kernel calls of one candidate with their arguments; `kept` is what those point to."""
 
     candidate: _Candidate
     kept: tuple[Any, ...]
@@ -62,12 +63,16 @@ def aligned(array: Array) -> Array:
 
 
 class Harness:
-    """harness.c, compiled into `folder`, for `threads` workers."""
+    """The library that `build_harness` made, for `threads` workers.
 
-    def __init__(self, folder: Path, threads: int, cold_bytes: int):
+    Each reads `cold_bytes` between timed runs: as much as its caches hold that weights do not
+    stay in from one layer to the next.
+    """
+
+    def __init__(self, library: Path, threads: int, cold_bytes: int):
         self.threads = threads
         self._cold = np.zeros(cold_bytes, np.uint8)
-        self._run = _entry(folder)
+        self._run = _entry(library)
 
     def bind(
         self,
@@ -89,9 +94,7 @@ class Harness:
         """One run; the status of the kernels."""
         return self._call([candidate], 1, [], None)
 
-    def time(
-        self, candidates: Sequence[BoundCalls], repeats: int, warm: Sequence[Array]
-    ) -> Array:
+    def time(self, candidates: Sequence[BoundCalls], repeats: int, warm: Sequence[Array]) -> Array:
         """Seconds `[candidates, repeats]`, taken in turns, with `warm` in the cache.
 
         Raises CompilerError when a kernel fails.
@@ -149,19 +152,23 @@ def _integer(arg: Any, memory: Mapping[BufferRef, Array], env: Mapping[str, int]
     return memory[arg].ctypes.data if isinstance(arg, BufferRef) else evaluate(arg, env)
 
 
-def _entry(folder: Path) -> Any:
-    """Compiles and loads the C side."""
+def build_harness(folder: Path) -> Path:
+    """Compiles the C side in `folder`; returns the library."""
     for name in SOURCES:
         shutil.copyfile(RUNTIME / "src" / name, folder / name)
     shutil.copyfile(RUNTIME / "include" / "sparsec.h", folder / "sparsec.h")
     shutil.copyfile(Path(__file__).with_suffix(".c"), folder / "harness.c")
     tools = find_toolchain(None)
     objects = tools.compile_c(["harness.c", "parallel.c", "topology.c"], folder)
-    tools.link_shared(objects, "harness.so", folder)
-    query = ctypes.CDLL(str(folder / "harness.so")).sparsec_query
-    query.restype = ctypes.c_void_p
+    tools.link_shared(objects, "harness.so", folder, exported=ENTRY)
+    return folder / "harness.so"
+
+
+def _entry(library: Path) -> Any:
+    function = getattr(ctypes.CDLL(str(library)), ENTRY)
     number, pointer = ctypes.c_int64, ctypes.c_void_p
-    kind = ctypes.CFUNCTYPE(
-        ctypes.c_int32, ctypes.c_uint32, pointer, number, number, pointer, pointer, number, pointer
-    )
-    return kind(query(0))
+    function.argtypes = (
+        ctypes.c_uint32, pointer, number, number, pointer, pointer, number, pointer
+    )  # fmt: skip
+    function.restype = ctypes.c_int32
+    return function

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 from sparsec.errors import InvalidInput
 from sparsec.ir.schedule import Schedule, Workload
@@ -81,10 +82,22 @@ class TuningLog:
         self.records.append(record)
         self._by_key.setdefault(_key(record.workload), []).append(record)
 
-    def exact(self, query: Query) -> list[TuningRecord]:
-        """The valid records of this very workload, bucket, thread count and CPU; best first."""
-        same = [r for r in self._valid(query) if _is_exact(r, query)]
-        return sorted(same, key=lambda record: record.ratio)
+    def exact(self, query: Query, *, failures: bool = False) -> list[TuningRecord]:
+        """The valid records of this very workload, bucket, thread count and CPU."""
+        found = self._by_key.get(_key(query.workload), [])
+        return [
+            r for r in found
+            if _is_valid(r, query) and _is_exact(r, query)
+            and (failures or r.outcome is Outcome.OK)
+        ]  # fmt: skip
+
+    def ranking(self, query: Query) -> list[Schedule]:
+        """The schedules that were measured for the query, fastest first."""
+        return [schedule for schedule, _ in _ranking(self.exact(query))]
+
+    def best(self, query: Query) -> tuple[Schedule, float] | None:
+        """The fastest one, and its time as a multiple of the heuristic's."""
+        return next(iter(_ranking(self.exact(query))), None)
 
     def lookup(
         self, query: Query, allowed: Callable[[Schedule], bool] = lambda schedule: True
@@ -94,30 +107,19 @@ class TuningLog:
         Records of another revision of the kernel, of an instruction set that the machine lacks,
         or whose schedule is not `allowed` do not count. `source` says where it comes from.
         """
-        for record in self.exact(query):
-            if allowed(record.schedule):
-                return replace(record.schedule, source="log exact")
-        near = [(d, r) for r in self._valid(query) if (d := _distance(r, query)) < math.inf]
-        for _, record in sorted(near, key=lambda item: (item[0], item[1].ratio)):
-            if allowed(record.schedule):
-                return replace(record.schedule, source=f"log nearest {_difference(record, query)}")
-        return None
-
-    def tried(self, query: Query) -> set[Schedule]:
-        """The schedules that need no further trial, with or without success."""
-        same = self._by_key.get(_key(query.workload), [])
-        return {r.schedule for r in same if r.revision == query.revision and _is_exact(r, query)}
-
-    def _valid(self, query: Query) -> Iterator[TuningRecord]:
+        for schedule in self.ranking(query):
+            if allowed(schedule):
+                return replace(schedule, source="log exact")
+        groups: dict[tuple[float, str], list[TuningRecord]] = {}
         for record in self._by_key.get(_key(query.workload), []):
-            if (
-                record.outcome is Outcome.OK
-                and record.revision == query.revision
-                and record.schedule.isa in query.machine.isas
-                # A machine with a better instruction set would not use what was best without it.
-                and record.machine.isas[-1:] == query.machine.isas[-1:]
-            ):
-                yield record
+            distance = _distance(record, query)
+            if distance < math.inf and _is_valid(record, query) and record.outcome is Outcome.OK:
+                groups.setdefault((distance, _difference(record, query)), []).append(record)
+        for (_, difference), records in sorted(groups.items(), key=lambda item: item[0]):
+            for schedule, _ in _ranking(records):
+                if allowed(schedule):
+                    return replace(schedule, source=f"log nearest {difference}")
+        return None
 
 
 def append(path: str | os.PathLike[str], records: Iterable[TuningRecord]) -> None:
@@ -175,6 +177,25 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 def _key(workload: Workload) -> Key:
     """What must be the same for a record to say anything."""
     return workload.op, workload.sizes, workload.dtype, workload.layout
+
+
+def _ranking(records: Iterable[TuningRecord]) -> list[tuple[Schedule, float]]:
+    """Schedules with the medians of their ratios, fastest first."""
+    ratios: dict[Schedule, list[float]] = {}
+    for record in records:
+        ratios.setdefault(record.schedule, []).append(record.ratio)
+    found = [(schedule, median(values)) for schedule, values in ratios.items()]
+    return sorted(found, key=lambda item: item[1])
+
+
+def _is_valid(record: TuningRecord, query: Query) -> bool:
+    """Whether the record's kernel is today's, and its schedule one that the machine would use."""
+    return (
+        record.revision == query.revision
+        and record.schedule.isa in query.machine.isas
+        # A machine with a better instruction set would not use what was best without it.
+        and record.machine.isas[-1:] == query.machine.isas[-1:]
+    )
 
 
 def _is_exact(record: TuningRecord, query: Query) -> bool:

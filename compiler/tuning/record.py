@@ -9,12 +9,12 @@ of days with a different load on the machine, are compared by.
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from sparsec.ir.schedule import Schedule, Workload
@@ -66,6 +66,30 @@ def cpu_numbers(cpuinfo: Path = _CPUINFO) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Trial:
+    """How one schedule did, and in turns with it the heuristic's; a failure has a note instead."""
+
+    schedule: Schedule
+    outcome: Outcome
+    seconds: tuple[float, ...] = ()
+    baseline_seconds: tuple[float, ...] = ()
+    note: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """Time as a multiple of the heuristic's; infinite when it failed."""
+        if self.outcome is not Outcome.OK:
+            return math.inf
+        return middle(self.seconds) / middle(self.baseline_seconds)
+
+
+def middle(seconds: Sequence[float]) -> float:
+    """The median of the faster half: what interrupts a run only makes it slower."""
+    faster = sorted(seconds)[: (len(seconds) + 1) // 2]
+    return faster[len(faster) // 2]
+
+
+@dataclass(frozen=True, slots=True)
 class TuningRecord:
     """One trial: `schedule` on `workload` with `tokens` tokens and `threads` threads.
 
@@ -88,9 +112,11 @@ class TuningRecord:
     @property
     def ratio(self) -> float:
         """Time as a multiple of the heuristic's in the same turns; infinite when it failed."""
-        if self.outcome is not Outcome.OK:
-            return float("inf")
-        return median(self.seconds) / median(self.baseline_seconds)
+        return self.trial.ratio
+
+    @property
+    def trial(self) -> Trial:
+        return Trial(self.schedule, self.outcome, self.seconds, self.baseline_seconds, self.note)
 
     def to_json(self) -> str:
         """One line without its end."""

@@ -9,6 +9,7 @@ from typing import Any
 from sparsec.errors import InvalidInput
 from sparsec.ir.dims import Dim, evaluate, symbols
 from sparsec.ir.graph import Graph, Node, Value
+from sparsec.ir.layouts import Panels
 from sparsec.ir.op_spec import Array
 from sparsec.ir.schedule import EVERY, Bucket, Workload
 from sparsec.ir.types import TensorType
@@ -27,23 +28,32 @@ class Operand:
 
 @dataclass(frozen=True, slots=True)
 class CutNode:
-    """A node without its graph: plain data that another process, or machine, can be given."""
+    """A node without its graph: plain data that another process, or machine, can be given.
+
+    `results` are types; kernels may leave out those that are not `is_read`.
+    """
 
     name: str
     op: str
     attrs: Mapping[str, Any]
     operands: tuple[Operand | None, ...]
     results: tuple[TensorType, ...]
+    is_read: tuple[bool, ...]
 
     @staticmethod
     def of(node: Node) -> CutNode:
         operands = tuple(None if v is None else Operand(v.name, v.type, v.data)
                          for v in node.inputs)  # fmt: skip
         results = tuple(v.type for v in node.outputs)
-        return CutNode(node.name, node.op, dict(node.attrs), operands, results)
+        alone = len(node.outputs) == 1
+        is_read = tuple(alone or bool(v.uses) for v in node.outputs)
+        return CutNode(node.name, node.op, dict(node.attrs), operands, results, is_read)
 
     def node(self) -> Node:
-        """The only node of a new graph. An operand that comes twice is one value."""
+        """The node in a new graph, with a reader for each result that has one.
+
+        An operand that comes twice is one value.
+        """
         graph = Graph(self.name)
         values: dict[str, Value] = {}
         for operand in self.operands:
@@ -51,8 +61,10 @@ class CutNode:
                 values[operand.name] = _add(graph, operand)
         inputs = [None if o is None else values[o.name] for o in self.operands]
         node = graph.add_node(self.op, inputs, self.attrs, name=self.name)
-        for value, type in zip(node.outputs, self.results, strict=True):
+        for value, type, is_read in zip(node.outputs, self.results, self.is_read, strict=True):
             graph.set_type(value, type)
+            if is_read and isinstance(type.layout, Panels):
+                graph.add("from_panels", [value])
         return node
 
 
@@ -119,4 +131,6 @@ def _evaluated(dim: Dim, sizes: Mapping[str, int]) -> int:
 
 def distinct(tasks: Iterable[Task]) -> list[Task]:
     """One task for each workload and number of tokens: layers that repeat are tuned once."""
-    return list({(t.workload, t.tokens, t.threads): t for t in reversed(list(tasks))}.values())[::-1]
+    return list({(t.workload, t.tokens, t.threads): t for t in reversed(list(tasks))}.values())[
+        ::-1
+    ]

@@ -181,9 +181,18 @@ def test_a_schedule_that_is_not_allowed_gives_way_to_the_next() -> None:
     assert found.param("rows") == 8
 
 
-def test_failed_trials_are_not_tried_again_until_the_kernel_changes() -> None:
+def test_failed_trials_are_known_until_the_kernel_changes() -> None:
     log = TuningLog([record(4, outcome=Outcome.CRASHED), record(8), record(16, revision="r0")])
-    assert {s.param("rows") for s in log.tried(QUERY)} == {4, 8}
+    assert [r.schedule.param("rows") for r in log.exact(QUERY, failures=True)] == [4, 8]
+    assert [r.schedule.param("rows") for r in log.exact(QUERY)] == [8]
+
+
+def test_one_lucky_trial_is_outvoted() -> None:
+    log = TuningLog([record(4, 1e-4), record(4, 3e-3), record(4, 3e-3), record(8, 1e-3)])
+    assert log.ranking(QUERY) == [record(8).schedule, record(4).schedule]
+    found = log.best(QUERY)
+    assert found is not None
+    assert found[0].param("rows") == 8
 
 
 def test_merge_keeps_each_record_once() -> None:
