@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsec import __version__
+from sparsec.cli_tuning import add_commands as add_tuning_commands
 from sparsec.errors import CompilerError, InvalidInput, MissingPackage
 
 if TYPE_CHECKING:
@@ -65,11 +66,14 @@ def _compile(args: argparse.Namespace) -> int:
             attention=args.attention,
             all_roundings=args.all_roundings,
             keep_padding=args.keep_padding,
+            log=args.log,
             dump_ir=args.dump_ir,
             report=args.report,
             cc=args.cc,
             progress=tell,
         )
+    for warning in result.report["warnings"]:
+        print(f"sparsec: warning: {warning}", file=sys.stderr)
     if not args.quiet:
         _print_summary(result)
     return 0
@@ -222,6 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (_add_compile, _add_run, _add_inspect, _add_verify, _add_bench, _add_profile):
         add(commands)
+    add_tuning_commands(commands)
     return parser
 
 
@@ -285,6 +290,7 @@ def _add_compile(commands: Any) -> None:
         action="store_true",
         help="compute padding tokens even where they can not matter",
     )
+    p.add_argument("--log", type=Path, metavar="FILE", help="schedules from a tuning log")
     p.add_argument("--dump-ir", type=Path, metavar="DIR", help="write the graph after each pass")
     p.add_argument("--report", type=Path, metavar="FILE", help="write what was done, as JSON")
     p.add_argument("--cc", help="a C compiler to use instead of the packaged one")

@@ -24,7 +24,7 @@ from sparsec.codegen import tir
 from sparsec.codegen.describe import describe_arena
 from sparsec.codegen.isa import FEATURES
 from sparsec.codegen.kernels import schedule_for
-from sparsec.codegen.lower import lower, schedule_of
+from sparsec.codegen.lower import lower
 from sparsec.codegen.program import Program
 from sparsec.codegen.toolchain import build_library
 from sparsec.errors import InvalidInput
@@ -51,6 +51,8 @@ from sparsec.passes.pack_tokens import padded_ports
 from sparsec.passes.plan_memory import plan_memory
 from sparsec.ranges import Channels
 from sparsec.target import Isa, Target
+from sparsec.tuning.log import TuningLog
+from sparsec.tuning.lookup import schedule_from
 
 Progress = Callable[[str], None]
 
@@ -82,6 +84,7 @@ def compile_model(
     attention: str | None = None,
     all_roundings: bool = False,
     keep_padding: bool = False,
+    log: str | os.PathLike[str] | None = None,
     dump_ir: str | os.PathLike[str] | None = None,
     report: str | os.PathLike[str] | None = None,
     cc: str | None = None,
@@ -97,8 +100,9 @@ def compile_model(
     `attention` is the precision of attention, by default that of the products. With
     `all_roundings` a quantised model rounds wherever its file does, which is slower, not only what
     its products read. With `keep_padding` padding is computed even where it can not matter; else
-    the outputs of such tokens are 0. `dump_ir` is a folder for the graph after each pass, `report`
-    a JSON file. `progress` is told each stage.
+    the outputs of such tokens are 0. `log` is a tuning log: schedules come from it where it has
+    any. `dump_ir` is a folder for the graph after each pass, `report` a JSON file. `progress` is
+    told each stage.
 
     Raises CompilerError: its subclasses say what was wrong with the model or the arguments.
     Nothing is left behind at `output` when it does.
@@ -114,6 +118,7 @@ def compile_model(
         attention=attention,
         all_roundings=all_roundings,
         keep_padding=keep_padding,
+        log=Path(log) if log is not None else None,
         dump_ir=Path(dump_ir) if dump_ir is not None else None,
         report=Path(report) if report is not None else None,
         cc=cc,
@@ -125,13 +130,14 @@ def _compile(
     model: Path, output: Path, options: CompileOptions, progress: Progress
 ) -> CompileResult:
     _check_output(output)
+    log = _read_log(options)
     clock = _Clock(progress)
     clock.start("import")
     graph = import_model(model, overrides=options.shapes)
     ranges = {value.name: rows for value, rows in table_rows(graph).items()}
 
     target = _limited(options.target, options.isa)
-    precision, records = _transform(graph, target, options, clock)
+    precision, records = _transform(graph, target, options, log, clock)
 
     clock.start("lower")
     plan = plan_memory(graph)
@@ -159,6 +165,7 @@ def _compile(
         **description,
         "arena": describe_arena(program),
         "passes": records,
+        "warnings": [str(broken) for broken in log.broken],
         "seconds": clock.seconds,
     }
     if options.report is not None:
@@ -166,8 +173,20 @@ def _compile(
     return CompileResult(output, output.with_suffix(".py"), report, clock.seconds)
 
 
+def scheduled_graph(model: Path, options: CompileOptions) -> Graph:
+    """The model as it is lowered: after all passes. Raises CompilerError."""
+    graph = import_model(model, overrides=options.shapes)
+    target, clock = _limited(options.target, options.isa), _Clock(lambda stage: None)
+    _transform(graph, target, options, _read_log(options), clock)
+    return graph
+
+
+def _read_log(options: CompileOptions) -> TuningLog:
+    return TuningLog() if options.log is None else TuningLog.read(options.log)
+
+
 def _transform(
-    graph: Graph, target: Target, options: CompileOptions, clock: _Clock
+    graph: Graph, target: Target, options: CompileOptions, log: TuningLog, clock: _Clock
 ) -> tuple[str, list[PassRecord]]:
     """Runs all passes on `graph`; returns its precision and what each pass did."""
     dump = _dumper(options.dump_ir)
@@ -192,7 +211,8 @@ def _transform(
         records += PassManager(_bf16(options, supported), dump).run(graph)
     clock.start("schedule")
     pipeline = target_pipeline(
-        lambda node, bucket: schedule_of(node, target, bucket), keep_padding=options.keep_padding
+        lambda node, bucket: schedule_from(log, node, bucket, target),
+        keep_padding=options.keep_padding,
     )
     records += PassManager(pipeline, dump).run(graph)
     return "int8" if int8 else options.precision or "fp32", records

@@ -60,6 +60,7 @@ class CompileOptions:
     all_roundings: bool = False  # of a quantised model
     keep_padding: bool = False  # compute padding even where it can not matter
     shapes: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
+    log: Path | None = None  # a tuning log
     dump_ir: Path | None = None
     report: Path | None = None
     cc: str | None = None

@@ -32,8 +32,9 @@ RANKS = {
     "tuning": 5,
     "driver": 6,
     "tools": 7,
-    "cli": 8,
-    "__main__": 9,
+    "cli_tuning": 8,
+    "cli": 9,
+    "__main__": 10,
 }
 MODELS_MAY_USE = {"errors", "sparse"}
 ONNX_HOMES = {"frontend", "tools", "models"}  # tools read ONNX for `inspect` and `verify`

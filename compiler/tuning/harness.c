@@ -97,7 +97,8 @@ __attribute__((visibility("default"))) int32_t run_candidates(
   sparsec_pool *pool;
   int32_t status = sparsec_pool_create(&options, &pool);
   for (int64_t r = 0; r < repeats && !status; r++) {
-    for (int64_t i = 0; i < count && !status; i++) {
+    for (int64_t turn = 0; turn < count && !status; turn++) {
+      int64_t i = r % 2 ? count - 1 - turn : turn; /* none is always first */
       if (seconds) sparsec_pool_run(pool, threads, 1, read_range, (void *)cold);
       for (int64_t w = 0; w < warm_count; w++) read_lines(&warm[w]);
       double start = now();

@@ -93,11 +93,11 @@ class TuningLog:
 
     def ranking(self, query: Query) -> list[Schedule]:
         """The schedules that were measured for the query, fastest first."""
-        return [schedule for schedule, _ in _ranking(self.exact(query))]
+        return [schedule for schedule, _ in ranking(self.exact(query))]
 
     def best(self, query: Query) -> tuple[Schedule, float] | None:
         """The fastest one, and its time as a multiple of the heuristic's."""
-        return next(iter(_ranking(self.exact(query))), None)
+        return next(iter(ranking(self.exact(query))), None)
 
     def lookup(
         self, query: Query, allowed: Callable[[Schedule], bool] = lambda schedule: True
@@ -116,7 +116,7 @@ class TuningLog:
             if distance < math.inf and _is_valid(record, query) and record.outcome is Outcome.OK:
                 groups.setdefault((distance, _difference(record, query)), []).append(record)
         for (_, difference), records in sorted(groups.items(), key=lambda item: item[0]):
-            for schedule, _ in _ranking(records):
+            for schedule, _ in ranking(records):
                 if allowed(schedule):
                     return replace(schedule, source=f"log nearest {difference}")
         return None
@@ -179,7 +179,7 @@ def _key(workload: Workload) -> Key:
     return workload.op, workload.sizes, workload.dtype, workload.layout
 
 
-def _ranking(records: Iterable[TuningRecord]) -> list[tuple[Schedule, float]]:
+def ranking(records: Iterable[TuningRecord]) -> list[tuple[Schedule, float]]:
     """Schedules with the medians of their ratios, fastest first."""
     ratios: dict[Schedule, list[float]] = {}
     for record in records:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from sparsec.errors import InvalidInput
-from sparsec.tuning.log import TuningLog, density_class
+from sparsec.tuning.log import TuningLog, density_class, ranking
 from sparsec.tuning.record import Outcome, TuningRecord
 
 Group = tuple[object, ...]
@@ -24,14 +24,16 @@ def group_of(record: TuningRecord) -> Group:
 
 
 def best(records: Iterable[TuningRecord]) -> list[TuningRecord]:
-    """The fastest record of each group, in the order of first appearance."""
-    found: dict[Group, TuningRecord] = {}
+    """A record of the fastest schedule of each group, in the order of first appearance."""
+    groups: dict[Group, list[TuningRecord]] = {}
     for record in records:
         if record.outcome is Outcome.OK:
-            group = group_of(record)
-            if group not in found or record.ratio < found[group].ratio:
-                found[group] = record
-    return list(found.values())
+            groups.setdefault(group_of(record), []).append(record)
+    found = []
+    for group in groups.values():
+        fastest, _ = ranking(group)[0]
+        found.append(min((r for r in group if r.schedule == fastest), key=lambda r: r.ratio))
+    return found
 
 
 def merge(logs: Iterable[TuningLog]) -> list[TuningRecord]:
@@ -45,12 +47,16 @@ def is_stale(record: TuningRecord, revisions: Revisions) -> bool:
 
 
 def prune(records: Iterable[TuningRecord], revisions: Revisions, keep: int) -> list[TuningRecord]:
-    """Without stale records and failures, the `keep` fastest schedules of each group."""
+    """Without stale records and failures, those of the `keep` fastest schedules of each group."""
     groups: dict[Group, list[TuningRecord]] = {}
     for record in records:
         if record.outcome is Outcome.OK and not is_stale(record, revisions):
             groups.setdefault(group_of(record), []).append(record)
-    return [r for group in groups.values() for r in sorted(group, key=_ratio)[:keep]]
+    kept: list[TuningRecord] = []
+    for group in groups.values():
+        fastest = {schedule for schedule, _ in ranking(group)[:keep]}
+        kept += [record for record in group if record.schedule in fastest]
+    return kept
 
 
 def write(path: str | os.PathLike[str], records: Iterable[TuningRecord]) -> None:
@@ -63,7 +69,3 @@ def write(path: str | os.PathLike[str], records: Iterable[TuningRecord]) -> None
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise InvalidInput(f"{path}: cannot be written ({error.strerror})") from None
-
-
-def _ratio(record: TuningRecord) -> float:
-    return record.ratio

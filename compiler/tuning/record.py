@@ -82,6 +82,11 @@ class Trial:
             return math.inf
         return middle(self.seconds) / middle(self.baseline_seconds)
 
+    @property
+    def microseconds(self) -> float:
+        """Of one call, when it did not fail."""
+        return 1e6 * middle(self.seconds)
+
 
 def middle(seconds: Sequence[float]) -> float:
     """The median of the faster half: what interrupts a run only makes it slower."""

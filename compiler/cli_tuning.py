@@ -1,0 +1,104 @@
+"""The commands around the tuner: `tune` and `log`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_commands(commands: Any) -> None:
+    _add_tune(commands)
+    _add_log(commands)
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from sparsec.options import Calibration, CompileOptions
+    from sparsec.target import Isa, Target
+    from sparsec.tools.tune import TuneOptions, print_results, tune
+
+    is_int8 = args.precision == "int8"
+    compile_options = CompileOptions(
+        target=Target.host(),
+        isa=Isa(args.isa) if args.isa else None,
+        precision=args.precision,
+        # Ranges have no influence on speed, so any will do.
+        calibration=Calibration(random=True) if is_int8 else None,
+    )
+    options = TuneOptions(
+        args.log, _numbers(args.tokens), args.threads, args.trials, args.minutes, args.layers
+    )
+    results = tune(args.model, compile_options, options, quiet=args.quiet)
+    if not args.quiet:
+        print_results(results, options)
+    return 0
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    return tuple(int(part) for part in parts) if all(p.isdigit() for p in parts) else ()
+
+
+def _show(args: argparse.Namespace) -> int:
+    from sparsec.tools import tuning_log
+
+    tuning_log.show(args.logs, best=args.subcommand == "best")
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from sparsec.tools import tuning_log
+
+    print(f"{args.output}: {tuning_log.merge(args.logs, args.output)} records")
+    return 0
+
+
+def _prune(args: argparse.Namespace) -> int:
+    from sparsec.tools import tuning_log
+
+    before, after = tuning_log.prune(args.log, args.keep)
+    print(f"{args.log}: {after} of {before} records kept")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from sparsec.tools import tuning_log
+
+    return 0 if tuning_log.check(args.logs) else 1
+
+
+def _add_tune(commands: Any) -> None:
+    p = commands.add_parser("tune", help="find the best schedules for this machine")
+    p.add_argument("model", type=Path, help="the ONNX file")
+    p.add_argument("--log", type=Path, required=True, help="JSON lines to append trials to")
+    p.add_argument(
+        "--tokens", default="32,128,384", metavar="N,...", help="batch x seq to tune for"
+    )
+    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--trials", type=int, help="of all layers together (default: no limit)")
+    p.add_argument("--minutes", type=float, help="default: no limit")
+    p.add_argument("--layers", default="", metavar="PATTERN", help="names to tune (default: all)")
+    p.add_argument("--precision", choices=["fp32", "int8"])
+    p.add_argument("--isa", choices=["avx2", "avx512", "avx512vnni", "amx"], help="use no better")
+    p.add_argument("-q", "--quiet", action="store_true")
+    p.set_defaults(command=_tune)
+
+
+def _add_log(commands: Any) -> None:
+    p = commands.add_parser("log", help="show, merge, prune and check tuning logs")
+    actions = p.add_subparsers(required=True, metavar="ACTION", dest="subcommand")
+    for name, text in (("show", "all records"), ("best", "the fastest schedule per workload")):
+        action = actions.add_parser(name, help=text)
+        action.add_argument("logs", type=Path, nargs="+")
+        action.set_defaults(command=_show)
+    action = actions.add_parser("merge", help="all records of several logs, once")
+    action.add_argument("logs", type=Path, nargs="+")
+    action.add_argument("-o", "--output", type=Path, required=True)
+    action.set_defaults(command=_merge)
+    action = actions.add_parser("prune", help="drop stale records, failures and slow schedules")
+    action.add_argument("log", type=Path)
+    action.add_argument("--keep", type=int, default=3, help="schedules per workload (default 3)")
+    action.set_defaults(command=_prune)
+    action = actions.add_parser("check", help="count what is stale or broken; status 1 if broken")
+    action.add_argument("logs", type=Path, nargs="+")
+    action.set_defaults(command=_check)

@@ -1,0 +1,154 @@
+"""`sparsec tune`: finds the best schedules of a model's layers for this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from sparsec.codegen.kernels import FAMILIES
+from sparsec.codegen.lower import family_of, schedules_of
+from sparsec.driver import scheduled_graph
+from sparsec.errors import InvalidInput
+from sparsec.ir.graph import Graph
+from sparsec.ir.schedule import Bucket, buckets
+from sparsec.options import CompileOptions
+from sparsec.target import Target
+from sparsec.tools.console import console
+from sparsec.tuning.log import TuningLog
+from sparsec.tuning.record import Trial
+from sparsec.tuning.search import Budget
+from sparsec.tuning.task import Task, task_of
+from sparsec.tuning.tuner import Job, Result, Tell, Tuner
+
+LEAST_SHARE = 1e-3  # of the model's work: what is less is not worth a trial
+
+
+@dataclass(frozen=True, slots=True)
+class TuneOptions:
+    """What to tune: for the buckets of `tokens`, the layers whose names match `layers`."""
+
+    log: Path
+    tokens: tuple[int, ...]
+    threads: int = 1
+    trials: int | None = None
+    minutes: float | None = None
+    layers: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.tokens or min(self.tokens) < 1:
+            raise InvalidInput("--tokens: wanted numbers of at least 1, such as 32,128,384")
+        if self.threads < 1:
+            raise InvalidInput(f"--threads {self.threads}: wanted at least 1")
+        try:
+            re.compile(self.layers)
+        except re.error as error:
+            raise InvalidInput(f"--layers {self.layers!r} is no pattern: {error}") from None
+
+
+def tune(
+    model: Path, compile_options: CompileOptions, options: TuneOptions, *, quiet: bool = False
+) -> list[Result]:
+    """Tune the model's layers and append every trial to the log, which is made if need be.
+
+    Trials in the log are not repeated: a run that was stopped goes on where it was. Raises
+    CompilerError when the model cannot be compiled or no layer is left to tune.
+    """
+    log = TuningLog.read(options.log) if options.log.exists() else TuningLog()
+    for broken in log.broken:
+        console().print(f"[yellow]warning:[/] {broken}", highlight=False)
+    target = compile_options.target
+    if target != Target.host():
+        raise InvalidInput(f"tuning measures on this machine; it is not {target.name}")
+    graph = scheduled_graph(model, compile_options)
+    jobs = jobs_of(graph, target, options)
+    budget = Budget(options.trials, options.minutes)
+    with _progress(len(jobs), quiet) as tell:
+        return Tuner(target, options.log, log, budget, tell).run(jobs)
+
+
+def jobs_of(graph: Graph, target: Target, options: TuneOptions) -> list[Job]:
+    """One job per workload and bucket that has a choice, the most work first.
+
+    Raises InvalidInput when there is none.
+    """
+    found: dict[tuple[Any, ...], Job] = {}
+    work: dict[tuple[Any, ...], float] = {}
+    for node in graph.nodes:
+        if node.op not in FAMILIES or not re.search(options.layers, node.name):
+            continue
+        workload = family_of(node, target).workload(node)
+        for bucket in _buckets(options.tokens):
+            schedules = schedules_of(node, target, bucket)
+            task = task_of(node, workload, bucket, options.threads, {})
+            if task is None or len(schedules) < 2:
+                continue
+            key = (task.workload, task.tokens)
+            found.setdefault(key, Job(task, schedules))
+            work[key] = work.get(key, 0.0) + _work(task)
+    if not found:
+        raise InvalidInput(
+            "there is no layer to tune: none that --layers matches has a choice of schedules"
+        )
+    most = sum(work.values())
+    return [found[key] for key in sorted(found, key=lambda k: -work[k])
+            if work[key] > LEAST_SHARE * most]  # fmt: skip
+
+
+def _buckets(tokens: Sequence[int]) -> Iterable[Bucket]:
+    return [bucket for bucket in buckets() if any(n in bucket for n in tokens)]
+
+
+def _work(task: Task) -> float:
+    """Multiply-accumulates, roughly; elementwise work counts as little."""
+    sizes = dict(task.workload.sizes)
+    product = sizes.get("m", 1) * sizes.get("k", 1) * task.workload.density
+    return float(task.tokens * max(product, sum(sizes.values())))
+
+
+def print_results(results: Sequence[Result], options: TuneOptions) -> None:
+    """A table of the best schedules, and what was gained."""
+    table = Table(title=f"tuned for {options.threads} threads, log {options.log}")
+    for name in ("workload", "tokens", "trials", "best", "time, heuristic = 1"):
+        table.add_column(name, overflow="fold")
+    for r in results:
+        best = r.note or str(r.best or "heuristic")
+        table.add_row(str(r.task.workload), str(r.task.tokens), str(r.trials), best,
+                      f"{r.ratio:.3f}" if r.best else "")  # fmt: skip
+    console().print(table)
+
+
+@contextlib.contextmanager
+def _progress(jobs: int, quiet: bool) -> Iterator[Tell]:
+    if quiet:
+        yield lambda number, task, trial, share: None
+        return
+    columns = (
+        TextColumn("{task.description}"), BarColumn(),
+        TextColumn("{task.fields[best]}"), TimeElapsedColumn(), TextColumn("{task.fields[left]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=console(), transient=True) as progress:
+        bar = progress.add_task("tuning", total=1.0, best="", left="")
+        best: dict[int, float] = {}
+
+        def tell(number: int, task: Task, trial: Trial | None, share: float) -> None:
+            if trial is not None:
+                best[number] = min(best.get(number, 1.0), trial.ratio)
+            done = max(share, number / jobs)
+            elapsed = progress.tasks[0].elapsed or 0.0
+            left = f"{elapsed * (1 - done) / done:.0f} s left" if done > 0.02 else ""
+            progress.update(
+                bar,
+                completed=done,
+                description=f"{number + 1}/{jobs} {task.workload.op} {task.tokens} tokens",
+                best=f"best {best.get(number, 1.0):.2f}",
+                left=left,
+            )
+
+        yield tell

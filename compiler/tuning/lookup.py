@@ -1,0 +1,27 @@
+"""The schedule of a node: from the tuning log where it has one, else the heuristic's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from sparsec.codegen.kernels.revision import revision
+from sparsec.codegen.lower import family_of, schedules_of
+from sparsec.ir.graph import Node
+from sparsec.ir.schedule import EVERY, Bucket, Schedule
+from sparsec.target import Target
+from sparsec.tuning.log import Query, TuningLog
+from sparsec.tuning.record import Machine
+from sparsec.tuning.task import tokens_of
+
+
+def schedule_from(
+    log: TuningLog, node: Node, bucket: Bucket, target: Target, threads: int = 1
+) -> Schedule | None:
+    """What is best for the node with the bucket's tokens; None when nothing computes it."""
+    schedules = schedules_of(node, target, bucket)
+    code = revision(node.op)
+    if not schedules or code is None or len(schedules) == 1:
+        return next(iter(schedules), None)
+    workload = replace(family_of(node, target).workload(node), bucket=EVERY)
+    query = Query(workload, tokens_of(bucket), threads, Machine.of(target), code)
+    return log.lookup(query, allowed=set(schedules).__contains__) or schedules[0]
