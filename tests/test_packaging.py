@@ -26,8 +26,10 @@ def test_every_package_is_listed() -> None:
 def test_package_data_exists() -> None:
     folders = SETTINGS["package-dir"]
     for package, patterns in SETTINGS["package-data"].items():
+        parent, _, name = package.rpartition(".")
+        folder = ROOT / (folders[package] if package in folders else f"{folders[parent]}/{name}")
         for pattern in patterns:
-            if pattern == "src/*.h" or list((ROOT / folders[package]).glob(pattern)):
+            if pattern == "src/*.h" or list(folder.glob(pattern)):
                 continue
             raise AssertionError(f"{package}: nothing matches {pattern}")
 

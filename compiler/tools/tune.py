@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,8 @@ def tune(
     target = compile_options.target
     if target != Target.host():
         raise InvalidInput(f"tuning measures on this machine; it is not {target.name}")
-    graph = scheduled_graph(model, compile_options)
+    # A batch without padding has the same products, and no operands that must fit each other.
+    graph = scheduled_graph(model, replace(compile_options, keep_padding=True))
     jobs = jobs_of(graph, target, options)
     budget = Budget(options.trials, options.minutes)
     with _progress(len(jobs), quiet) as tell:

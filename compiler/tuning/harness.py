@@ -142,7 +142,7 @@ class Harness:
         made.floats[: len(floats)] = floats
         made.scratch = scratch.ctypes.data if kernel.has_scratch else None
         made.scratch_bytes = per_worker
-        made.items, made.grain = evaluate(call.items, env), call.grain
+        made.items, made.grain = evaluate(call.items, env), evaluate(call.grain, env)
         return scratch
 
 

@@ -52,7 +52,7 @@ class Workbench:
         self, task: Task, target: Target, baseline: Schedule, folder: Path, harness: Path
     ):
         self._node, self._is_read = task.cut.node(), task.cut.is_read
-        self._sizes, self._target, self._folder = task.sizes, target, folder
+        self._sizes, self._target, self._folder = dict(task.sizes), target, folder
         self._harness = Harness(harness, task.threads, target.l2_bytes)
         self._functions: dict[str, int] = {}
         self._inputs = self._random_inputs()

@@ -40,7 +40,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def graph(model: Path) -> Graph:
     options = CompileOptions(
-        target=Target.host(), precision="int8", calibration=Calibration(random=True)
+        target=Target.host(),
+        precision="int8",
+        calibration=Calibration(random=True),
+        keep_padding=True,
     )
     return scheduled_graph(model, options)
 
