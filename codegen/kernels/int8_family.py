@@ -8,7 +8,7 @@ from sparsec.codegen.isa.coarse import COARSE, MAX_ERROR
 from sparsec.codegen.isa.int8 import INT8_ISAS, Int8Isa, int8_isa
 from sparsec.codegen.isa.polynomials import ACTIVATIONS
 from sparsec.codegen.kernels.base import Binder
-from sparsec.codegen.kernels.int8_cost import Form, block_density, cycles
+from sparsec.codegen.kernels.int8_cost import Form, block_density, block_of, cycles, grain
 from sparsec.codegen.kernels.int8_epilogue import Epilogue
 from sparsec.codegen.kernels.int8_gemm import Int8Gemm
 from sparsec.codegen.kernels.int8_pack import (
@@ -38,7 +38,6 @@ BLOCK_ROWS = (4, 8, 16, 32, 64)
 MOST_PANELS = 8  # of a group
 U8_MAX = 255
 STEPS_OF_COARSE = 64  # a coarse activation is off by less than this part of a step of the result
-GRAIN_MACS = 1 << 15  # per token: about 10 us on one core
 PARAMS = ("rows", "cols", "strip", "group")
 
 
@@ -95,7 +94,7 @@ class Int8GemmFamily:
         activation = workload.epilogue.partition(" ")[0]
         if isa is None or activation not in ACTIVATIONS:
             return []
-        sizes, block = (workload.size("m"), workload.size("k")), _block(workload.layout)
+        sizes, block = (workload.size("m"), workload.size("k")), block_of(workload.layout)
 
         def cost(form: Form) -> float:
             density = block_density(workload.density, block or (1, 1), form)
@@ -143,7 +142,7 @@ class Int8GemmFamily:
                 ceildiv(ceildiv(tokens, WIDTH), group) * blocks,
                 f"{node.name}: y[{m}] = w[{m}][{k}] x[{k}], {name}, {kernel.epilogue.activation}",
                 scratch_bytes=kernel.scratch_bytes(k, group, packed.most_steps),
-                grain=max(1, int(GRAIN_MACS / max(1.0, rows * k * density))),
+                grain=grain(form, k, density),
                 macs=tokens * round(m * k * density),
             )
         ]
@@ -194,14 +193,6 @@ def _largest(node: Node) -> float:
     if bias is not None and bias.data is not None:
         rows = rows + np.abs(bias.data)
     return max(1.0, float(rows.max(initial=0)))
-
-
-def _block(layout: str) -> tuple[int, int] | None:
-    """`bsr16x4` as (16, 4)."""
-    if not layout.startswith("bsr"):
-        return None
-    rows, cols = layout.removeprefix("bsr").split("x")
-    return int(rows), int(cols)
 
 
 def _weights(
