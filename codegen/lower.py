@@ -26,7 +26,7 @@ from sparsec.ir.schedule import Schedule
 from sparsec.ir.types import DType, TensorType
 from sparsec.target import Target
 
-# Ops that read as much of a constant as they write of a result.
+# Ops that read as much of an operand as they write of a result.
 LOOK_UPS = ("embedding", "gather", "gather_elements", "gather_nd", "slice")
 
 
@@ -129,12 +129,12 @@ class _Binder:
         *_, result = (r for r in call.args if isinstance(r, BufferRef))
         found: Dim = 0
         for ref in refs.values():
-            if ref.region is not Region.WEIGHTS:
-                found += ref.type.nbytes
-            elif op in LOOK_UPS:
-                found += minimum(self.weights[ref.index].data.nbytes, result.type.nbytes)
-            else:
-                found += self.weights[ref.index].data.nbytes
+            size = ref.type.elements * ref.type.dtype.bytes  # in panels too: no lanes past the end
+            if ref.region is Region.WEIGHTS:
+                size = self.weights[ref.index].data.nbytes
+            if op in LOOK_UPS:
+                size = minimum(size, result.type.elements * result.type.dtype.bytes)
+            found += size
         return found
 
     def output_copies(self, target: Target) -> list[KernelCall]:

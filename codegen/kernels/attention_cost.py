@@ -18,6 +18,9 @@ STEP_CYCLES = 20.0  # to start and end a register block
 RUN_CYCLES = 200.0  # to start and end a run of queries
 EXP2_OTHERS = 10  # difference, fraction, cubic, scale, to integer, shift, or
 UNPACKS = 8
+LINE_BYTES = 64
+# Of a line that no prefetcher expects, with as many on their way as a core has buffers for.
+FAR_LINE_CYCLES = {"l1": 0.0, "l2": 3.0, "l3": 16.0, "dram": 40.0}
 
 
 def counts(workload: Workload, schedule: Schedule, batch: int, seq: int, target: Target) -> Counts:
@@ -29,6 +32,7 @@ def counts(workload: Workload, schedule: Schedule, batch: int, seq: int, target:
     for groups, times in runs.items():
         together = rows * (most // groups)
         loops += _f32_run(groups * GROUP // n, n, together, workload, seq, target, times * heads)
+    loops.append(_far_lines(workload, runs, batch * seq, seq, target))
     return Counts(f"f32.{schedule.isa}", 32 * n, tuple(loops), -(-batch * seq // WIDTH) * heads)
 
 
@@ -43,6 +47,20 @@ def counts_int8(
         loops += _int8_run(groups, workload, seq, target, times * heads)
     items = -(-batch * seq // WIDTH) * heads
     return Counts(f"u8s8.{schedule.isa}", 512, tuple(loops), items)
+
+
+def _far_lines(
+    workload: Workload, runs: Counter[int], tokens: int, seq: int, target: Target
+) -> Loop:
+    """Lines of q, k, v and y that a run is the first to read: a line per row, in no order.
+
+    Rows of a panel of fp32 are 256 bytes apart. Of long sequences the lines are read again.
+    """
+    heads, size = workload.size("heads"), workload.size("head_size")
+    level = target.level_of(4.0 * 4.0 * tokens * heads * size)
+    panels = min(sum(runs.values()), -(-tokens // min(seq, WIDTH)))
+    lines = 4.0 * size * max(1, min(seq, WIDTH) * 4 // LINE_BYTES) * heads * panels
+    return Loop(lines, fixed_cycles=FAR_LINE_CYCLES[level])
 
 
 def query_runs(batch: int, seq: int, sizes: Sequence[int]) -> Counter[int]:

@@ -7,6 +7,7 @@ the bytes that it moves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -138,12 +139,18 @@ def _node_seconds(
 ) -> tuple[float, str]:
     family = family_for(node)
     if family is not None and node.schedule is not None:
-        work = family.workload(node)
-        time = expected_seconds(work, node.schedule, given.shape, given.target, given.threads)
+        work, shape = family.workload(node), _shape_of(node, symbols)
+        time = expected_seconds(work, node.schedule, shape, given.target, given.threads)
         if time is not None:
             return time, PORTS
     times = [expected_call_seconds(c, symbols, given.target, given.threads) for c in calls]
     return sum(times), BYTES
+
+
+def _shape_of(node: Node, symbols: Mapping[str, int]) -> Shape:
+    """The tokens that the node works on; a pooler has one per sequence."""
+    *outer, seq, _ = (evaluate(d, symbols) for d in (1, 1, *node.input(0).type.shape))
+    return Shape(math.prod(outer), seq)
 
 
 def _symbols(program: Program, shape: Shape) -> dict[str, int]:
