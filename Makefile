@@ -25,6 +25,7 @@ tests: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/bench_kernels.py
+	$(BIN)/python benchmarks/bench_cost.py
 	$(BIN)/python benchmarks/bench_models.py
 
 accuracy: $(VENV)/.ready-compress
