@@ -19,7 +19,8 @@ from typing import Any
 
 from sparsec.errors import InvalidInput
 from sparsec.rates import LEVELS, Ports, Rates
-from sparsec.target import Target, cpu_fields
+from sparsec.target import Target
+from sparsec.tuning.record import Machine
 
 FORMAT = 1
 
@@ -34,14 +35,9 @@ class Known:
 
 
 def machine_of(target: Target) -> dict[str, Any]:
-    """What tells this machine from others: what `Rates` depend on."""
-    cpu = cpu_fields()
-    return {
-        **{name: cpu.get(name, "") for name in ("vendor_id", "cpu family", "model", "model name")},
-        "isas": [isa.value for isa in target.isas],
-        "cores": target.cores,
-        "caches": [target.l1d_bytes, target.l2_bytes, target.l3_bytes],
-    }
+    """What tells this machine from others, as JSON has it: what `Rates` depend on."""
+    found: dict[str, Any] = json.loads(json.dumps(asdict(Machine.of(target))))
+    return found
 
 
 def rates_file(folder: Path, machine: Mapping[str, Any]) -> Path:
