@@ -83,6 +83,7 @@ def _step(call: KernelCall) -> dict[str, Any]:
         "node": call.node,
         "comment": call.comment,
         "macs": _dim(call.macs),
+        "bytes": _dim(call.bytes),
         "items": _dim(call.items),
         "grain": call.grain,
         "scratch_bytes": _dim(call.scratch_bytes),

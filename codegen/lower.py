@@ -17,7 +17,7 @@ from sparsec.codegen.program import (
     Weight,
 )
 from sparsec.errors import InvalidGraph, NoSchedule
-from sparsec.ir.dims import symbols
+from sparsec.ir.dims import Dim, minimum, symbols
 from sparsec.ir.graph import Graph, Node, Value
 from sparsec.ir.layouts import ROW_MAJOR
 from sparsec.ir.memory_plan import MemoryPlan
@@ -25,6 +25,9 @@ from sparsec.ir.op_spec import Array
 from sparsec.ir.schedule import Schedule
 from sparsec.ir.types import DType, TensorType
 from sparsec.target import Target
+
+# Ops that read as much of an operand as they write of a result.
+LOOK_UPS = ("embedding", "gather", "gather_elements", "gather_nd", "slice")
 
 
 def family_of(node: Node, target: Target) -> KernelFamily:
@@ -55,7 +58,10 @@ def lower(graph: Graph, plan: MemoryPlan, target: Target) -> Program:
         if node.schedule is None:
             raise NoSchedule(f"{node.name} ({node.op}): no schedule was assigned")
         made = family_of(node, target).lower(node, node.schedule, binder)
-        calls += [replace(call, op=node.op, node=node.name) for call in made]
+        calls += [
+            replace(call, op=node.op, node=node.name, bytes=binder.bytes_moved(call, node.op))
+            for call in made
+        ]
     calls += binder.output_copies(target)
     return Program(
         name=graph.name,
@@ -117,6 +123,20 @@ class _Binder:
     def optional(self, value: Value | None) -> Arg:
         return None if value is None else self.ref(value)
 
+    def bytes_moved(self, call: KernelCall, op: str) -> Dim:
+        """Of all that the call points to: see KernelCall. One buffer counts once."""
+        refs = {(r.region, r.index): r for r in call.args if isinstance(r, BufferRef)}
+        *_, result = (r for r in call.args if isinstance(r, BufferRef))
+        found: Dim = 0
+        for ref in refs.values():
+            size = ref.type.elements * ref.type.dtype.bytes  # in panels too: no lanes past the end
+            if ref.region is Region.WEIGHTS:
+                size = self.weights[ref.index].data.nbytes
+            if op in LOOK_UPS:
+                size = minimum(size, result.type.elements * result.type.dtype.bytes)
+            found += size
+        return found
+
     def output_copies(self, target: Target) -> list[KernelCall]:
         """Copies for the outputs that are an input, a constant or another output."""
         calls: list[KernelCall] = []
@@ -126,7 +146,8 @@ class _Binder:
                 continue
             name = self.graph.output_names[index]
             to = BufferRef(Region.OUTPUT, index, value.type.with_layout(ROW_MAJOR), name)
-            calls.append(GENERIC.copy(self.ref(value), to, target))
+            call = GENERIC.copy(self.ref(value), to, target)
+            calls.append(replace(call, bytes=self.bytes_moved(call, "copy")))
         return calls
 
     def _constant(self, value: Value, data: Array) -> BufferRef:

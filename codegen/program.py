@@ -84,7 +84,9 @@ class KernelCall:
     """One call: `items` work items that may run in any order and on any worker.
 
     `macs` is the number of multiply-accumulates that count as useful: of a sparse weight those of
-    its non-zero blocks. `op` and `node` say where the call comes from; lowering fills them in.
+    its non-zero blocks. `bytes` is what it has to move at least: all of its operands, weights
+    and results once; of a look-up the rows that it copies. Lowering fills it in, and `op` and
+    `node`: where the call comes from.
     """
 
     kernel: Kernel
@@ -94,6 +96,7 @@ class KernelCall:
     scratch_bytes: Dim = 0
     grain: int = 1  # least number of items worth a worker of its own
     macs: Dim = 0
+    bytes: Dim = 0
     op: str = ""
     node: str = ""
 

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ from sparsec.passes.manager import PassManager, PassRecord
 from sparsec.passes.plan_memory import plan_memory
 from sparsec.ranges import Channels
 from sparsec.target import Isa, Target
+from sparsec.tuning.cost import CheapestLayout, expected_layers, usual_shape
+from sparsec.tuning.rates_file import with_known_rates
 
 Progress = Callable[[str], None]
 
@@ -82,6 +84,7 @@ def compile_model(
     dump_ir: str | os.PathLike[str] | None = None,
     report: str | os.PathLike[str] | None = None,
     cc: str | None = None,
+    rates: str | os.PathLike[str] | None = None,
     progress: Progress = lambda stage: None,
 ) -> CompileResult:
     """Compile an ONNX model into a shared library, with its loader `model.py` beside it.
@@ -94,7 +97,8 @@ def compile_model(
     `attention` is the precision of attention, by default that of the products. With
     `all_roundings` a quantised model rounds wherever its file does, which is slower, not only what
     its products read. `dump_ir` is a folder for the graph after each pass, `report` a JSON file.
-    `progress` is told each stage.
+    `rates` is the folder of what `sparsec calibrate` measured: for this machine, layouts and
+    schedules are chosen by that. `progress` is told each stage.
 
     Raises CompilerError: its subclasses say what was wrong with the model or the arguments.
     Nothing is left behind at `output` when it does.
@@ -112,6 +116,7 @@ def compile_model(
         dump_ir=Path(dump_ir) if dump_ir is not None else None,
         report=Path(report) if report is not None else None,
         cc=cc,
+        rates=Path(rates) if rates is not None else None,
     )
     return _compile(Path(model), Path(output), options, progress)
 
@@ -125,8 +130,10 @@ def _compile(
     graph = import_model(model, overrides=options.shapes)
     ranges = {value.name: rows for value, rows in table_rows(graph).items()}
 
-    target = _limited(options.target, options.isa)
-    precision, records = _transform(graph, target, options, clock)
+    target, basis = with_known_rates(options.target, options.rates)
+    target = _limited(target, options.isa)
+    layouts = CheapestLayout(target, usual_shape(graph))
+    precision, records = _transform(graph, layouts, options, clock)
 
     clock.start("lower")
     plan = plan_memory(graph)
@@ -153,6 +160,7 @@ def _compile(
         "precision": precision,
         **description,
         "arena": describe_arena(program),
+        "expected": _expected(graph, program, layouts, basis),
         "passes": records,
         "seconds": clock.seconds,
     }
@@ -162,9 +170,10 @@ def _compile(
 
 
 def _transform(
-    graph: Graph, target: Target, options: CompileOptions, clock: _Clock
+    graph: Graph, layouts: CheapestLayout, options: CompileOptions, clock: _Clock
 ) -> tuple[str, list[PassRecord]]:
     """Runs all passes on `graph`; returns its precision and what each pass did."""
+    target = layouts.target
     dump = _dumper(options.dump_ir)
     clock.start("passes")
     pipeline = graph_pipeline(roundings=_roundings(options))
@@ -186,7 +195,7 @@ def _transform(
         clock.start("bf16")
         records += PassManager(_bf16(options, supported), dump).run(graph)
     clock.start("schedule")
-    pipeline = target_pipeline(lambda node: schedule_of(node, target))
+    pipeline = target_pipeline(lambda node: schedule_of(node, target), layouts)
     records += PassManager(pipeline, dump).run(graph)
     return "int8" if int8 else options.precision or "fp32", records
 
@@ -250,9 +259,7 @@ def _limited(target: Target, isa: Isa | None) -> Target:
         return target
     levels = list(Isa)
     keep = tuple(i for i in target.isas if levels.index(i) <= levels.index(isa))
-    return Target(
-        target.name, keep, target.cores, target.l1d_bytes, target.l2_bytes, target.l3_bytes
-    )
+    return replace(target, isas=keep)
 
 
 def _describe(
@@ -274,6 +281,21 @@ def _describe(
     return {
         "target": target.name,
         "input_ranges": dict(ranges),
+        "layers": layers,
+    }
+
+
+def _expected(
+    graph: Graph, program: Program, layouts: CheapestLayout, basis: str
+) -> dict[str, Any]:
+    """What the cost model says: of the report, and not of the library, which is without times."""
+    layers = expected_layers(graph, program, layouts)
+    return {
+        "batch": layouts.shape.batch,
+        "seq": layouts.shape.seq,
+        "threads": layouts.threads,
+        "rates": basis,
+        "total_us": round(sum(row["expected_us"] for row in layers), 3),
         "layers": layers,
     }
 

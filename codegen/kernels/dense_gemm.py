@@ -48,6 +48,7 @@ from sparsec.target import Target
 REGISTER_BLOCKS = {8: ((6, 1, 2),), 16: ((6, 2, 4), (8, 1, 3))}
 # Of 16 and 32 registers; nv vectors of x and one weight are there too.
 ACCUMULATORS = {8: 12, 16: 24}
+GRAIN_MACS = 1 << 14  # per token
 PARAMS = ("mr", "strips", "nv", "kc", "group")
 
 
@@ -193,6 +194,11 @@ class _Place:
     weights: Any  # index of the first weight
 
 
+def grain(rows: int, k: int) -> int:
+    """Least number of items, of `rows` by k weights, worth a worker."""
+    return max(1, GRAIN_MACS // (rows * k))
+
+
 def pack_weight(weight: Array, mr: int, strips: int, kc: int) -> Array:
     """`[m, k]` as `[ceil(k / kc)][ceil(m / (strips * mr)) * strips][kc][mr]`, rows past m zero."""
     m, k = weight.shape
@@ -267,7 +273,7 @@ class DenseGemmFamily:
                 (*pointers, binder.ref(y), tokens, m, k, kc, group),
                 ceildiv(ceildiv(tokens, WIDTH), group) * -(-m // kernel.rows),
                 f"{node.name}: y[{m}] = w[{m}][{k}] x[{k}], {kernel.activation}",
-                grain=max(1, 2**14 // (kernel.rows * k)),
+                grain=grain(kernel.rows, k),
                 macs=tokens * (m * k),
             )
         ]

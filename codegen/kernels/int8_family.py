@@ -8,7 +8,7 @@ from sparsec.codegen.isa.coarse import COARSE, MAX_ERROR
 from sparsec.codegen.isa.int8 import AMX_INT8, INT8_ISAS, Int8Isa, int8_isa, int8_isas
 from sparsec.codegen.isa.polynomials import ACTIVATIONS
 from sparsec.codegen.kernels.base import Binder
-from sparsec.codegen.kernels.int8_cost import Form, block_density, cycles
+from sparsec.codegen.kernels.int8_cost import Form, block_density, cycles, grain
 from sparsec.codegen.kernels.int8_dots import DotGemm
 from sparsec.codegen.kernels.int8_epilogue import Epilogue
 from sparsec.codegen.kernels.int8_gemm import Int8Gemm
@@ -43,7 +43,6 @@ LEAST_TILE_ROWS = 8
 MOST_PANELS = 8  # of a group
 U8_MAX = 255
 STEPS_OF_COARSE = 64  # a coarse activation is off by less than this part of a step of the result
-GRAIN_MACS = 1 << 15  # per token: about 10 us on one core
 PARAMS = ("rows", "cols", "strip", "group")
 
 
@@ -160,7 +159,7 @@ class Int8GemmFamily:
                 ceildiv(ceildiv(tokens, WIDTH), group) * blocks,
                 f"{node.name}: y[{m}] = w[{m}][{k}] x[{k}], {name}, {kernel.epilogue.activation}",
                 scratch_bytes=kernel.scratch_bytes(k, group, packed.most_steps),
-                grain=max(1, int(GRAIN_MACS / max(1.0, rows * k * density))),
+                grain=grain(form, k, density),
                 macs=tokens * round(m * k * density),
             )
         ]
