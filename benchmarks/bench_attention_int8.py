@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from bench_kernels import ATTENTION_SHAPES, Candidate, Library, Peak, aligned, measure, peak_of
+from bench_kernels import ATTENTION_SHAPES, Candidate, Library, aligned, measure, peak, peak_of
 
 from sparsec.codegen.isa import AVX512, by_name
 from sparsec.codegen.isa.int8 import AVX512_VNNI
@@ -56,17 +56,17 @@ def main() -> None:
         AttentionInt8(AVX512_VNNI, "key", "u8"),
     ]
     with tempfile.TemporaryDirectory() as folder:
-        library = Library([Peak(AVX512.name), *kernels], AVX512_VNNI.name, Path(folder))
+        library = Library([peak(AVX512.name), *kernels], AVX512_VNNI.name, Path(folder))
         for shape in SHAPES:
             candidates = [candidate(library, k, shape) for k in kernels]
             measure(candidates, ROUNDS)
             fma = peak_of(library, AVX512.name)
-            for c, peak in zip(candidates, (fma, 4 * fma), strict=True):
+            for c, most in zip(candidates, (fma, 4 * fma), strict=True):
                 best = min(c.seconds)
                 print(
                     "batch{} seq{} heads{} size{}".format(*shape).ljust(32),
                     f"{c.name}  best {best * 1e6:8.1f} us  median {median(c.seconds) * 1e6:8.1f}"
-                    f"  {c.work / best / 1e9:6.1f} G/s ({c.work / best / peak:4.0%} of peak)",
+                    f"  {c.work / best / 1e9:6.1f} G/s ({c.work / best / most:4.0%} of peak)",
                 )
 
 

@@ -17,28 +17,27 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-from tvm.script.ir_builder import tirx as T
 
 from sparsec.codegen import tir
-from sparsec.codegen.isa import FEATURES, amx
+from sparsec.codegen.isa import FEATURES
 from sparsec.codegen.isa.int8 import AMX_INT8, INT8_ISAS, Int8Isa, int8_isa
-from sparsec.codegen.isa.vector import keep, ramp, splat
 from sparsec.codegen.kernels.int8_cost import Form
 from sparsec.codegen.kernels.int8_epilogue import Epilogue
 from sparsec.codegen.kernels.int8_family import PARAMS, Int8GemmFamily, kernel_of, pack
 from sparsec.codegen.kernels.int8_gemm import Int8Gemm
 from sparsec.codegen.kernels.int8_pack import pack_rows
-from sparsec.codegen.kernels.panels import WIDTH, loop
-from sparsec.codegen.program import Kernel, Kind, Parameter
+from sparsec.codegen.kernels.panels import WIDTH
+from sparsec.codegen.probes import Probe, product_probes, tile_configuration
+from sparsec.codegen.program import Kernel, Kind
 from sparsec.ir.schedule import Workload, buckets
 from sparsec.sparse.bsr import block_zeros
-from sparsec.target import Isa, Target
+from sparsec.target import Isa, Target, required_flags
+from sparsec.tuning.machine import may_use_tiles
 
 Array = np.ndarray[Any, Any]
 SHAPES = ["768x768", "3072x768", "768x3072", "256x1024", "1024x256"]
@@ -47,63 +46,9 @@ SPARSE = [  # block, share of zero blocks
     ((1, 4), 0.8), ((4, 4), 0.8), ((4, 4), 0.9), ((16, 4), 0.8), ((16, 4), 0.9),
 ]  # fmt: skip
 C_TYPES = {Kind.POINTER: ctypes.c_void_p, Kind.INT: ctypes.c_int64, Kind.FLOAT: ctypes.c_float}
-PEAK_CHAINS = 12
 LEVELS = {
     Isa.AVX2: "haswell", Isa.AVX512_VNNI: "icelake-server", Isa.AMX: "sapphirerapids"
 }  # fmt: skip
-ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = 158, 0x1023, 18  # Linux, x86-64
-
-
-@dataclass(frozen=True, slots=True)
-class Peak:
-    """Independent chains of multiply-adds in registers; each multiplies its own last sum."""
-
-    hooks: Int8Isa
-
-    name = "multiply_add_peak"
-    parameters = (Parameter("x", dtype="int32"),)
-    has_scratch = False
-
-    @property
-    def isa(self) -> str:
-        return self.hooks.name
-
-    def build(self) -> Any:
-        return tir.kernel_function(self.name, self.parameters, self._body)
-
-    def _body(self, s: tir.KernelScope) -> None:
-        n, x = self.hooks.lanes, s["x"]
-        lanes = ramp(0, n)
-        sums = [tir.registers("int32", n) for _ in range(PEAK_CHAINS)]
-        for i, total in enumerate(sums):
-            T.buffer_store(total, x[ramp(i * n, n)], [lanes])
-        words = tuple(keep(splat(x[i], n)) for i in range(self.hooks.words_per_quad))
-        with loop(s.begin, s.end):
-            for total in sums:
-                own = (T.reinterpret(f"uint8x{4 * n}", total[lanes]),) * len(words)
-                T.buffer_store(total, self.hooks.dot(total[lanes], own, words), [lanes])
-        for i, total in enumerate(sums):
-            T.buffer_store(x, total[lanes], [ramp(i * n, n)])
-
-
-@dataclass(frozen=True, slots=True)
-class TilePeak:
-    """Two by two products of tiles in turn."""
-
-    name = "multiply_add_peak"
-    parameters = (Parameter("tiles", dtype="uint8"),)
-    has_scratch = False
-    isa = AMX_INT8.name
-
-    def build(self) -> Any:
-        return tir.kernel_function(self.name, self.parameters, self._body)
-
-    def _body(self, s: tir.KernelScope) -> None:
-        amx.configure(s["tiles"])
-        with loop(s.begin, s.end):
-            for row, column in product(range(2), repeat=2):
-                amx.multiply(2 * row + column, 4 + row, 6 + column)
-        amx.release()
 
 
 @dataclass
@@ -227,16 +172,18 @@ def measure(found: list[Candidate], rounds: int) -> None:
 
 def peak_of(library: Library, isa: Int8Isa) -> float:
     """Multiply-accumulates per second."""
-    items, lanes = 200_000, isa.lanes
+    probe, items = peak_probe(isa), 200_000
+    x, y = (aligned(np.ones(1024, np.float32)) for _ in range(2))
     if isa is AMX_INT8:
-        call = library.bind(TilePeak(), [aligned(amx.configuration([amx.FULL] * 8))], items)
-        tiles = Candidate("peak", call, 4 * amx.ROWS * amx.TILE_BYTES * items)
-        measure([tiles], 10)
-        return tiles.work / min(tiles.seconds)
-    call = library.bind(Peak(isa), [aligned(np.ones(PEAK_CHAINS * lanes, np.int32))], items)
-    peak = Candidate("peak", call, PEAK_CHAINS * lanes * 4 * items)
+        x = aligned(tile_configuration())
+    peak = Candidate("peak", library.bind(probe, [x, y, 0], items), probe.work * items)
     measure([peak], 10)
     return peak.work / min(peak.seconds)
+
+
+def peak_probe(isa: Int8Isa) -> Probe:
+    """Nothing but independent multiply-adds in registers."""
+    return product_probes(required_flags(isa.isa))[f"u8s8.{isa.name}"]
 
 
 def main() -> None:
@@ -252,7 +199,7 @@ def main() -> None:
     host = Target.host()
     best = next(i.name for i in reversed(INT8_ISAS) if host.has(i.isa))
     isa = int8_isa(options.isa or best)
-    if isa is AMX_INT8 and ctypes.CDLL(None).syscall(ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA):
+    if isa is AMX_INT8 and not may_use_tiles():
         raise SystemExit("this system does not permit the use of AMX")
     coarse = not options.f32 and options.activation.startswith("gelu")
     epilogue = Epilogue(
@@ -262,8 +209,7 @@ def main() -> None:
                              if isinstance(k, Int8Gemm) and k.isa == isa.name
                              and k.epilogue == epilogue]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        peak_kernel: Kernel = TilePeak() if isa is AMX_INT8 else Peak(isa)
-        library = Library([peak_kernel, *kernels], isa.isa, Path(folder))
+        library = Library([peak_probe(isa), *kernels], isa.isa, Path(folder))
         peak = peak_of(library, isa)
         print(f"{isa.name}, {epilogue.result}, peak {peak / 1e9:.1f} GMAC/s")
         for text in options.shape or SHAPES:

@@ -25,13 +25,12 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from bench_int8 import Library, aligned, peak_of
-from bench_int8 import Peak as VnniPeak
+from bench_int8 import Library, aligned, peak_of, peak_probe
 from onednn import OneDnn, find_onednn
 from rich.console import Console
 from rich.table import Table
 
-from sparsec.codegen.isa.int8 import INT8_ISAS
+from sparsec.codegen.isa.int8 import AMX_INT8, INT8_ISAS
 from sparsec.codegen.lower import family_of, schedule_of
 from sparsec.codegen.program import BufferRef, KernelCall, Region
 from sparsec.errors import CompilerError, InvalidInput
@@ -230,9 +229,10 @@ def measure_all(
     missing = [i.value for i in target.isas if not Target.host().has(i)]
     if missing:
         raise InvalidInput(f"--target {options.target}: this machine lacks {', '.join(missing)}")
-    isa = next(i for i in reversed(INT8_ISAS) if Target.host().has(i.isa))
+    vectors = [i for i in INT8_ISAS if i is not AMX_INT8]  # whose peak is the measure
+    isa = next(i for i in reversed(vectors) if Target.host().has(i.isa))
     kernels = Kernels(target, folder)
-    peak = peak_of(Library([VnniPeak(isa)], isa.isa, folder), isa)
+    peak = peak_of(Library([peak_probe(isa)], isa.isa, folder), isa)
     about = {
         "cpu": cpu_name(),
         "isa": target.isas[-1].value,

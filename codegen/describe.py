@@ -91,6 +91,7 @@ def _step(program: Program, call: KernelCall) -> dict[str, Any]:
         "above": call.bucket.above,
         "most": call.bucket.most,
         "macs": _dim(program.bounded(call.macs)),
+        "bytes": _dim(program.bounded(call.bytes)),
         "items": _dim(program.bounded(call.items)),
         "grain": _dim(program.bounded(call.grain)),
         "scratch_bytes": _dim(program.bounded(call.scratch_bytes)),

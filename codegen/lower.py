@@ -21,7 +21,7 @@ from sparsec.codegen.program import (
     Weight,
 )
 from sparsec.errors import InvalidGraph, NoSchedule
-from sparsec.ir.dims import symbol, symbols
+from sparsec.ir.dims import Dim, minimum, symbol, symbols
 from sparsec.ir.graph import Graph, Node, Value, bound_symbol
 from sparsec.ir.layouts import ROW_MAJOR
 from sparsec.ir.memory_plan import MemoryPlan
@@ -29,6 +29,9 @@ from sparsec.ir.op_spec import Array
 from sparsec.ir.schedule import EVERY, Bucket, Choice, Schedule
 from sparsec.ir.types import DType, TensorType
 from sparsec.target import Target
+
+# Ops that read as much of an operand as they write of a result.
+LOOK_UPS = ("embedding", "gather", "gather_elements", "gather_nd", "slice")
 
 
 def family_of(node: Node, target: Target) -> KernelFamily:
@@ -115,7 +118,7 @@ def _calls(node: Node, choice: Choice, target: Target, binder: _Binder) -> list[
     schedule, tokens = str(choice.schedule), node.tokens if choice.bucket != EVERY else 0
     return [
         replace(call, op=node.op, node=node.name, schedule=schedule, tokens=tokens,
-                bucket=choice.bucket)
+                bucket=choice.bucket, bytes=binder.bytes_moved(call, node.op))
         for call in made
     ]  # fmt: skip
 
@@ -173,6 +176,20 @@ class _Binder:
     def optional(self, value: Value | None) -> Arg:
         return None if value is None else self.ref(value)
 
+    def bytes_moved(self, call: KernelCall, op: str) -> Dim:
+        """Of all that the call points to: see KernelCall. One buffer counts once."""
+        refs = {(r.region, r.index): r for r in call.args if isinstance(r, BufferRef)}
+        *_, result = (r for r in call.args if isinstance(r, BufferRef))
+        found: Dim = 0
+        for ref in refs.values():
+            size = ref.type.elements * ref.type.dtype.bytes  # in panels too: no lanes past the end
+            if ref.region is Region.WEIGHTS:
+                size = self.weights[ref.index].data.nbytes
+            if op in LOOK_UPS:
+                size = minimum(size, result.type.elements * result.type.dtype.bytes)
+            found += size
+        return found
+
     def output_copies(self, target: Target) -> list[KernelCall]:
         """Copies for the outputs that are an input, a constant or another output."""
         calls: list[KernelCall] = []
@@ -182,7 +199,8 @@ class _Binder:
                 continue
             name = self.graph.output_names[index]
             to = BufferRef(Region.OUTPUT, index, value.type.with_layout(ROW_MAJOR), name)
-            calls.append(GENERIC.copy(self.ref(value), to, target))
+            call = GENERIC.copy(self.ref(value), to, target)
+            calls.append(replace(call, bytes=self.bytes_moved(call, "copy")))
         return calls
 
     def _constant(self, value: Value, data: Array) -> BufferRef:

@@ -85,9 +85,10 @@ class KernelCall:
     """One call: `items` work items that may run in any order and on any worker.
 
     `macs` is the number of multiply-accumulates that count as useful: of a sparse weight those of
-    its non-zero blocks. A run whose `tokens` are not in `bucket` leaves the call out: it is one of
-    several ways to compute the node. `op`, `node` and `schedule` say where the call comes from;
-    lowering fills in these and the bucket.
+    its non-zero blocks. `bytes` is what it has to move at least: all of its operands, weights
+    and results once; of a look-up the rows that it copies. A run whose `tokens` are not in
+    `bucket` leaves the call out: it is one of several ways to compute the node. `op`, `node` and
+    `schedule` say where the call comes from; lowering fills in these, the bytes and the bucket.
     """
 
     kernel: Kernel
@@ -97,6 +98,7 @@ class KernelCall:
     scratch_bytes: Dim = 0
     grain: Dim = 1  # least number of items worth a worker of its own
     macs: Dim = 0
+    bytes: Dim = 0
     op: str = ""
     node: str = ""
     schedule: str = ""

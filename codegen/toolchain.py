@@ -187,6 +187,18 @@ def build_library(
         os.replace(folder / "model.py", output.with_suffix(".py"))
 
 
+def link_kernels(objects: Sequence[bytes], output: Path) -> None:
+    """`output`, a library of kernels alone with all of their names: to time them one by one."""
+    tools = find_toolchain(None)
+    with tempfile.TemporaryDirectory(prefix=".sparsec-", dir=output.parent) as name:
+        folder = Path(name)
+        names = [f"kernel_{index}.o" for index in range(len(objects))]
+        for file, data in zip(names, objects, strict=True):
+            (folder / file).write_bytes(data)
+        _run((*tools.link, "-o", "kernels.so", *names), folder)
+        os.replace(folder / "kernels.so", output)
+
+
 def _run(command: Sequence[str], folder: Path) -> None:
     """Raises ToolchainFailed with the tool's own message."""
     cache = str(folder / "cache")  # zig keeps one: here it needs no home folder

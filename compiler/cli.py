@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -70,6 +71,7 @@ def _compile(args: argparse.Namespace) -> int:
             dump_ir=args.dump_ir,
             report=args.report,
             cc=args.cc,
+            rates=_cache_folder(),
             progress=tell,
         )
     for warning in result.report["warnings"]:
@@ -184,6 +186,7 @@ def _profile(args: argparse.Namespace) -> int:
             seq=args.seq,
             threads=args.threads,
             runs=args.runs,
+            rates=_cache_folder(),
             progress=tell,
         )
     if args.trace:
@@ -193,6 +196,30 @@ def _profile(args: argparse.Namespace) -> int:
     else:
         print_profile(result, all_steps=args.steps)
     return 0
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from sparsec.tuning.machine import calibrate
+
+    with _progress(args.quiet or args.json) as tell:
+        known = calibrate(_cache_folder(), force=args.force, progress=tell)
+    assert known.rates is not None
+    if args.json:
+        print(json.dumps({"file": str(known.path), **asdict(known.rates)}, indent=1))
+    elif not args.quiet:
+        from sparsec.tools.rates import print_rates
+
+        print_rates(known.rates, known.path)
+    return 0
+
+
+def _cache_folder() -> Path:
+    """Where this user's caches lie: the XDG base directory specification."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    home = Path(given) if Path(given).is_absolute() else Path("~/.cache").expanduser()
+    return home / "sparsec"
 
 
 def _batch_seq(text: str) -> tuple[int, int]:
@@ -224,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sparsec {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_compile, _add_run, _add_inspect, _add_verify, _add_bench, _add_profile):
+    for add in _COMMANDS:
         add(commands)
     add_tuning_commands(commands)
     return parser
@@ -354,6 +381,25 @@ def _add_profile(commands: Any) -> None:
     p.add_argument("--json", action="store_true")
     p.add_argument("-q", "--quiet", action="store_true")
     p.set_defaults(command=_profile)
+
+
+def _add_calibrate(commands: Any) -> None:
+    p = commands.add_parser("calibrate", help="measure this machine once, for better schedules")
+    p.add_argument("--force", action="store_true", help="measure again")
+    p.add_argument("--json", action="store_true")
+    p.add_argument("-q", "--quiet", action="store_true")
+    p.set_defaults(command=_calibrate)
+
+
+_COMMANDS = (
+    _add_compile,
+    _add_run,
+    _add_inspect,
+    _add_verify,
+    _add_bench,
+    _add_profile,
+    _add_calibrate,
+)
 
 
 def _positive(text: str) -> int:

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,10 @@ from sparsec.passes.pack_tokens import padded_ports
 from sparsec.passes.plan_memory import plan_memory
 from sparsec.ranges import Channels
 from sparsec.target import Isa, Target
+from sparsec.tuning.cost import CheapestLayout, expected_layers, usual_shape
 from sparsec.tuning.log import TuningLog
 from sparsec.tuning.lookup import schedule_from
+from sparsec.tuning.rates_file import with_known_rates
 
 Progress = Callable[[str], None]
 
@@ -88,6 +90,7 @@ def compile_model(
     dump_ir: str | os.PathLike[str] | None = None,
     report: str | os.PathLike[str] | None = None,
     cc: str | None = None,
+    rates: str | os.PathLike[str] | None = None,
     progress: Progress = lambda stage: None,
 ) -> CompileResult:
     """Compile an ONNX model into a shared library, with its loader `model.py` beside it.
@@ -101,8 +104,9 @@ def compile_model(
     `all_roundings` a quantised model rounds wherever its file does, which is slower, not only what
     its products read. With `keep_padding` padding is computed even where it can not matter; else
     the outputs of such tokens are 0. `log` is a tuning log: schedules come from it where it has
-    any. `dump_ir` is a folder for the graph after each pass, `report` a JSON file. `progress` is
-    told each stage.
+    any. `rates` is the folder of what `sparsec calibrate` measured: for this machine, layouts and
+    schedules are chosen by that. `dump_ir` is a folder for the graph after each pass, `report` a
+    JSON file. `progress` is told each stage.
 
     Raises CompilerError: its subclasses say what was wrong with the model or the arguments.
     Nothing is left behind at `output` when it does.
@@ -122,6 +126,7 @@ def compile_model(
         dump_ir=Path(dump_ir) if dump_ir is not None else None,
         report=Path(report) if report is not None else None,
         cc=cc,
+        rates=Path(rates) if rates is not None else None,
     )
     return _compile(Path(model), Path(output), options, progress)
 
@@ -136,8 +141,9 @@ def _compile(
     graph = import_model(model, overrides=options.shapes)
     ranges = {value.name: rows for value, rows in table_rows(graph).items()}
 
-    target = _limited(options.target, options.isa)
-    precision, records = _transform(graph, target, options, log, clock)
+    layouts, basis = _layouts(graph, options)
+    target = layouts.target
+    precision, records = _transform(graph, layouts, options, log, clock)
 
     clock.start("lower")
     plan = plan_memory(graph)
@@ -164,6 +170,7 @@ def _compile(
         "precision": precision,
         **description,
         "arena": describe_arena(program),
+        "expected": _expected(graph, program, layouts, basis),
         "passes": records,
         "warnings": [str(broken) for broken in log.broken],
         "seconds": clock.seconds,
@@ -176,9 +183,15 @@ def _compile(
 def scheduled_graph(model: Path, options: CompileOptions) -> Graph:
     """The model as it is lowered: after all passes. Raises CompilerError."""
     graph = import_model(model, overrides=options.shapes)
-    target, clock = _limited(options.target, options.isa), _Clock(lambda stage: None)
-    _transform(graph, target, options, _read_log(options), clock)
+    layouts, _ = _layouts(graph, options)
+    _transform(graph, layouts, options, _read_log(options), _Clock(lambda stage: None))
     return graph
+
+
+def _layouts(graph: Graph, options: CompileOptions) -> tuple[CheapestLayout, str]:
+    """For the target that the options leave, by the best rates that are known; and which."""
+    target, basis = with_known_rates(options.target, options.rates)
+    return CheapestLayout(_limited(target, options.isa), usual_shape(graph)), basis
 
 
 def _read_log(options: CompileOptions) -> TuningLog:
@@ -186,9 +199,10 @@ def _read_log(options: CompileOptions) -> TuningLog:
 
 
 def _transform(
-    graph: Graph, target: Target, options: CompileOptions, log: TuningLog, clock: _Clock
+    graph: Graph, layouts: CheapestLayout, options: CompileOptions, log: TuningLog, clock: _Clock
 ) -> tuple[str, list[PassRecord]]:
     """Runs all passes on `graph`; returns its precision and what each pass did."""
+    target = layouts.target
     dump = _dumper(options.dump_ir)
     clock.start("passes")
     pipeline = graph_pipeline(roundings=_roundings(options))
@@ -212,6 +226,7 @@ def _transform(
     clock.start("schedule")
     pipeline = target_pipeline(
         lambda node, bucket: schedule_from(log, node, bucket, target),
+        layouts,
         keep_padding=options.keep_padding,
     )
     records += PassManager(pipeline, dump).run(graph)
@@ -277,9 +292,7 @@ def _limited(target: Target, isa: Isa | None) -> Target:
         return target
     levels = list(Isa)
     keep = tuple(i for i in target.isas if levels.index(i) <= levels.index(isa))
-    return Target(
-        target.name, keep, target.cores, target.l1d_bytes, target.l2_bytes, target.l3_bytes
-    )
+    return replace(target, isas=keep)
 
 
 def _describe(
@@ -314,6 +327,21 @@ def _padding(graph: Graph, records: Sequence[PassRecord]) -> dict[str, Any]:
         return {"dropped": False, "why": "; ".join(record["notes"])}
     mask, outputs = padded_ports(graph)
     return {"dropped": True, "mask": mask, "outputs": outputs}
+
+
+def _expected(
+    graph: Graph, program: Program, layouts: CheapestLayout, basis: str
+) -> dict[str, Any]:
+    """What the cost model says: of the report, and not of the library, which is without times."""
+    layers = expected_layers(graph, program, layouts)
+    return {
+        "batch": layouts.shape.batch,
+        "seq": layouts.shape.seq,
+        "threads": layouts.threads,
+        "rates": basis,
+        "total_us": round(sum(row["expected_us"] for row in layers), 3),
+        "layers": layers,
+    }
 
 
 def _check_output(output: Path) -> None:

@@ -64,6 +64,7 @@ class CompileOptions:
     dump_ir: Path | None = None
     report: Path | None = None
     cc: str | None = None
+    rates: Path | None = None  # folder of what `sparsec calibrate` measured
 
     def __post_init__(self) -> None:
         if self.precision not in (None, *PRECISIONS):

@@ -8,10 +8,11 @@ from __future__ import annotations
 import enum
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sparsec.errors import InvalidInput, UnsupportedCpu
+from sparsec.rates import Rates, default_rates
 
 
 class Isa(enum.Enum):
@@ -44,7 +45,7 @@ _DEFAULT_CACHES = {"1": 32 * _KB, "2": 256 * _KB, "3": 8 * _MB}
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A machine. `isas` are the levels it has, weakest first."""
+    """A machine. `isas` are the levels it has, weakest first; `rates` order its schedules."""
 
     name: str
     isas: tuple[Isa, ...]
@@ -52,9 +53,15 @@ class Target:
     l1d_bytes: int
     l2_bytes: int
     l3_bytes: int
+    rates: Rates = field(default=default_rates(""), repr=False)
 
     def has(self, isa: Isa) -> bool:
         return isa in self.isas
+
+    def level_of(self, nbytes: float) -> str:
+        """The smallest of `rates.LEVELS` of which half holds so much: other data is there too."""
+        sizes = (("l1", self.l1d_bytes), ("l2", self.l2_bytes), ("l3", self.l3_bytes))
+        return next((level for level, size in sizes if nbytes <= size / 2), "dram")
 
     @staticmethod
     def host(cpuinfo: Path = _CPUINFO, caches: Path = _CACHES) -> Target:
@@ -88,13 +95,19 @@ def required_flags(isa: Isa) -> frozenset[str]:
     return frozenset().union(*(_FLAGS[i] for i in levels[: levels.index(isa) + 1]))
 
 
-def _read_flags(cpuinfo: Path) -> frozenset[str]:
+def cpu_fields(cpuinfo: Path = _CPUINFO) -> dict[str, str]:
+    """What the system says of its first CPU, by the names of /proc/cpuinfo."""
     try:
         text = cpuinfo.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return frozenset()
-    match = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
-    return frozenset(match[1].split()) if match else frozenset()
+        return {}
+    first = text.strip().partition("\n\n")[0]
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _read_flags(cpuinfo: Path) -> frozenset[str]:
+    return frozenset(cpu_fields(cpuinfo).get("flags", "").split())
 
 
 def _levels(flags: frozenset[str]) -> tuple[Isa, ...]:
@@ -126,7 +139,8 @@ def _read_caches(folder: Path) -> dict[str, int]:
 
 def _server(name: str, highest: Isa, l1d: int, l2: int, l3: int) -> Target:
     levels = list(Isa)
-    return Target(name, tuple(levels[: levels.index(highest) + 1]), 8, l1d, l2, l3)
+    isas = tuple(levels[: levels.index(highest) + 1])
+    return Target(name, isas, 8, l1d, l2, l3, default_rates(name))
 
 
 # Caches per core and, for L3, of the smallest part that is common in servers.

@@ -19,6 +19,7 @@ RANKS = {
     "errors": 0,
     "sparse": 1,
     "ranges": 1,
+    "rates": 1,
     "ir": 2,
     "target": 2,
     "frontend": 3,

@@ -52,7 +52,7 @@ from sparsec.target import Target
 REGISTER_BLOCKS = {8: ((6, 4, 2),), 16: ((6, 8, 4), (8, 6, 3))}
 # Of 16 and 32 registers; nv vectors of x and one weight are there too.
 ACCUMULATORS = {8: 12, 16: 24}
-FEW_TOKENS = "few_tokens_gemm"
+DENSE, FEW_TOKENS = "dense_gemm", "few_tokens_gemm"
 PARAMS = ("mr", "strips", "nv", "kc", "group")
 
 
@@ -234,9 +234,7 @@ class DenseGemmFamily:
         for v in (v for v in reversed(VECTOR_ISAS) if target.has(v.isa)):
             params = self._params(v, workload.size("k"), target)
             found += [Schedule(FEW_TOKENS, v.name, (("kc", params[0][3]),))] if few else []
-            found += [
-                Schedule("dense_gemm", v.name, tuple(zip(PARAMS, p, strict=True))) for p in params
-            ]
+            found += [Schedule(DENSE, v.name, tuple(zip(PARAMS, p, strict=True))) for p in params]
         return found
 
     def _params(self, v: VectorIsa, k: int, target: Target) -> list[tuple[int, ...]]:

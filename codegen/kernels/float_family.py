@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from sparsec.codegen.isa.numbers import BF16_NUMBERS, F32_NUMBERS, NUMBERS, Numbers, numbers_of
 from sparsec.codegen.isa.polynomials import ACTIVATIONS
+from sparsec.codegen.kernels import dense_cost
 from sparsec.codegen.kernels.base import Binder
-from sparsec.codegen.kernels.dense_gemm import DenseGemmFamily, pack_bias
+from sparsec.codegen.kernels.counts import total_cycles
+from sparsec.codegen.kernels.dense_gemm import DENSE, DenseGemmFamily, pack_bias
+from sparsec.codegen.kernels.float_cost import cycles
 from sparsec.codegen.kernels.float_gemm import FloatEpilogue, FloatGemm
 from sparsec.codegen.kernels.float_pack import pack_dense_bf16, pack_sparse
-from sparsec.codegen.kernels.panels import WIDTH
+from sparsec.codegen.kernels.panels import LEAST_MACS, WIDTH, grain_of
 from sparsec.codegen.kernels.weight_blocks import block_of, layout_and_density
 from sparsec.codegen.program import Arg, Kernel, KernelCall
 from sparsec.ir.dims import ceildiv
@@ -28,12 +30,6 @@ DENSE_BLOCKS = {16: (6, 2, 4)}
 SPARSE_BLOCKS = {8: ((4, 1, 2), (1, 4, 4)), 16: ((4, 1, 4), (1, 4, 4))}
 MOST_PANELS = 8  # of a group
 MAX_STEPS = 65536  # rows of a panel that a 16-bit index can name
-GRAIN_MACS = 1 << 14  # per token: about 10 us on one core
-
-# Cycles of a core with one 512-bit multiply-add and one 512-bit load a cycle, two broadcasts.
-STRIP_CYCLES = 20.0  # to fill and drain the pipeline around the loop over steps
-MULTIPLIES = 1.06  # per multiply-add of a dense kernel: the loads of x and of weights in between
-SPARSE_MULTIPLIES = {1: 1.13, 2: 1.35}  # by channels per lane: lists, and blends of pairs, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +71,12 @@ class FloatGemmFamily:
         is_f32 = numbers.dtype == "float32"
         dense = DenseGemmFamily().schedules(workload, target) if is_f32 else []
         own = [_schedule(block, numbers, workload, target) for block in _blocks(numbers, workload)]
-        return sorted([*dense, *own], key=lambda schedule: _cost(schedule, workload))
+        costs = [(cycles(workload, schedule, target), schedule) for schedule in own]
+        if dense:  # in their own order, all at the place of their first for any number of tokens
+            first = next(s for s in dense if s.family == DENSE)
+            most = total_cycles(dense_cost.counts(workload, first, WIDTH, target), target)
+            costs = [*((most, s) for s in dense), *costs]
+        return [schedule for _, schedule in sorted(costs, key=lambda pair: pair[0])]
 
     def lower(self, node: Node, schedule: Schedule, binder: Binder) -> list[KernelCall]:
         if schedule.family != FAMILY:
@@ -111,7 +112,7 @@ class FloatGemmFamily:
                 ceildiv(ceildiv(tokens, WIDTH), group) * -(-m // kernel.rows),
                 f"{node.name}: y[{m}] = w[{m}][{k}] x[{k}], {kind}, {kernel.epilogue.activation}",
                 scratch_bytes=kernel.scratch_bytes,
-                grain=max(1, int(GRAIN_MACS / max(1.0, kernel.rows * k * share))),
+                grain=grain_of(round(kernel.rows * k * share), tokens, LEAST_MACS["fp32"]),
                 macs=tokens * round(m * k * share),
             )
         ]
@@ -144,25 +145,6 @@ def _schedule(block: Block, numbers: Numbers, workload: Workload, target: Target
     group = min(MOST_PANELS, max(1, target.l2_bytes // 2 // panel_bytes))
     values = (int(block.sparse), block.strip, block.strips, block.nv, group)
     return Schedule(FAMILY, numbers.vector.name, tuple(zip(PARAMS, values, strict=True)))
-
-
-def _cost(schedule: Schedule, workload: Workload) -> float:
-    """Cycles of a layer for a panel of 64 tokens."""
-    m, k = workload.size("m"), workload.size("k")
-    bf16 = workload.dtype == str(DType.BF16)
-    numbers = numbers_of("bf16" if bf16 else "f32", schedule.isa)
-    vectors, steps = WIDTH / numbers.vector.lanes, k / numbers.per_lane
-    if schedule.family != FAMILY or not schedule.param("sparse"):
-        return m * steps * vectors * MULTIPLIES
-    strip = schedule.param("strip")
-    block = block_of(workload.layout) or (1, 1)
-    channels = k * (1.0 - (1.0 - workload.density) ** max(1, strip // block[0]))
-    steps = channels
-    if bf16:  # a step for each even or odd channel, whichever there are more of
-        steps = channels / 2 + (0.4 * math.sqrt(channels) if block[1] == 1 else 0.0)
-    loads = vectors * numbers.indices_per_step + (strip + numbers.indices_per_step) / 2
-    factor = SPARSE_MULTIPLIES[numbers.per_lane]
-    return -(-m // strip) * (steps * max(strip * vectors, loads) * factor + STRIP_CYCLES)
 
 
 def _kernel(node: Node, schedule: Schedule) -> FloatGemm:

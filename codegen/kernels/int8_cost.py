@@ -1,4 +1,4 @@
-"""How long a kernel of int8_gemm takes, by counting what its inner loops issue.
+"""What a kernel of int8_gemm issues.
 
 Counted per step (four channels) of a strip of rows and per panel of 64 tokens:
 
@@ -8,42 +8,41 @@ Counted per step (four channels) of a strip of rows and per panel of 64 tokens:
     channels, first strip   4 r             8          4 channels, r weights, 4 indices
     channels, other strips  4 r             -          4 quads, r weights
 
-A 512-bit multiply-add goes to port 0 or 5, an unpack to port 5, and there are two loads a cycle
-(Intel; on Zen 4 vector work takes twice as long and the order of the candidates is the same).
 AVX2 halves the tokens of a vector and multiplies in two steps of two instructions, after it has
-split the quads in two, on three ports. Quads that are not in L1 come from L2 at a line in
-L2_LINE_CYCLES.
+split the quads in two. Quads that are not in L1 come from L2.
 
-AMX multiplies 16 quads in a step, in passes of four products (int8_tiles). Counted per step:
+AMX multiplies 16 quads in a step, in passes of up to four products (int8_tiles). Counted per step
+and panel:
 
-                            products    cycles of one       unpacks   stores
+                            products    rows of one         unpacks   stores
     dense, 32 rows          8           16                  -         -
-    quads, r rows           4 or 8      rows of a tile,     -         64
+    quads, r rows           4 or 8      those of a tile,    -         64
     channels, first strip   4 or 8      but at least 8      128       64
     other strips            8           16                  -         -
 
-A product is one instruction for port 5, but keeps a unit of its own busy. Tiles are loaded row by
-row, beside what is fetched; there is one store of 64 bytes a cycle.
+A product is one instruction for the port of the shuffles, but keeps a unit of its own busy for a
+cycle per row. Tiles are loaded row by row, beside what is fetched.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparsec.codegen.isa.amx import ROWS
-from sparsec.codegen.isa.int8 import AMX_INT8, TILES, Int8Isa
+from sparsec.codegen.isa.int8 import TILES, Int8Isa, int8_isa
+from sparsec.codegen.isa.work import activation_work
+from sparsec.codegen.kernels.counts import Counts, Loop, total_cycles
 from sparsec.codegen.kernels.int8_pack import QUAD, SUMS, TILE_QUADS
-from sparsec.codegen.kernels.panels import WIDTH
-from sparsec.target import Target
+from sparsec.codegen.kernels.panels import LEAST_MACS, WIDTH, grain_at
+from sparsec.codegen.kernels.weight_blocks import block_of
+from sparsec.ir.schedule import Schedule, Workload
+from sparsec.target import Isa, Target
 
-L2_LINE_CYCLES = 1.25
-STRIP_CYCLES = 30.0  # to fill and drain the pipeline around the loop over steps
-ROW_CYCLES = 14.0  # epilogue
+STRIP_CYCLES = 40.0  # to start and end the loop over steps: sums in, sums out, one misprediction
 UNPACKS = 8
-LEAST_PRODUCT_CYCLES = 8
-PASS_CYCLES = (
-    150.0  # the latency of loads, products and stores of tiles around the loop over steps
-)
+LEAST_PRODUCT_ROWS = 8  # a product of tiles with fewer rows takes as long
+PASS_CYCLES = 150.0  # latency of loads, products and stores of tiles around the loop over steps
+LINE_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,63 +66,175 @@ def cycles(
     form: Form, sizes: tuple[int, int], density: float, isa: Int8Isa, target: Target
 ) -> float:
     """For `sizes` m and k and one panel; `density` is the share of the form's blocks."""
-    m, k = sizes
-    blocks, strips = -(-m // form.rows), form.rows // form.strip
-    if isa is AMX_INT8:
-        return _tile_cycles(form, sizes, density, target)
-    steps = k / QUAD * density + (0.5 if form.cols == 1 else 0.0)
-    in_l1 = k * WIDTH <= target.l1d_bytes
-    first = _step(form, isa, first=True, in_l1=in_l1)
-    other = _step(form, isa, first=False, in_l1=steps * QUAD * WIDTH <= target.l1d_bytes)
-    per_block = steps * (first + (strips - 1) * other) + strips * STRIP_CYCLES
-    copy = 0.0 if form.cols == 1 else k / QUAD * UNPACKS
-    return copy + blocks * (per_block + form.rows * ROW_CYCLES)
+    return total_cycles(_counts(form, sizes, density, isa, target, WIDTH, 1, "none u8"), target)
 
 
-def _tile_cycles(form: Form, sizes: tuple[int, int], density: float, target: Target) -> float:
+def counts(workload: Workload, schedule: Schedule, tokens: int, target: Target) -> Counts:
+    """Of a schedule of Int8GemmFamily."""
+    form = Form(*(schedule.param(n) for n in ("rows", "cols", "strip")))
+    density = block_density(workload.density, block_of(workload.layout) or (1, 1), form)
+    sizes = (workload.size("m"), workload.size("k"))
+    isa, group = int8_isa(schedule.isa), schedule.param("group")
+    return _counts(form, sizes, density, isa, target, tokens, group, workload.epilogue)
+
+
+def _counts(
+    form: Form, sizes: tuple[int, int], density: float, isa: Int8Isa, target: Target,
+    tokens: int, group: int, epilogue: str,
+) -> Counts:  # fmt: skip
     m, k = sizes
-    blocks, strips = -(-m // form.rows), form.rows // form.strip
-    quads = k / QUAD * density
-    steps = quads / TILE_QUADS + (0.5 if form.cols else 0.0)
-    weight_bytes = quads * QUAD * form.rows
+    blocks, panels = -(-m // form.rows), -(-tokens // WIDTH)
+    groups = -(-panels // group)
+    quads = -(-k // QUAD) * density
+    if isa.isa is Isa.AMX:
+        steps, step_quads = quads / TILE_QUADS + (0.5 if form.cols else 0.0), TILE_QUADS
+    else:
+        steps, step_quads = quads + (0.5 if form.cols == 1 else 0.0), 1
+    loops: list[Loop] = []
+    whole, left = divmod(tokens, WIDTH)
+    parts = [(isa, whole, WIDTH)] if whole else []
+    if left:
+        parts.append(_last_panel(isa, left))
+    for hooks, times, width in parts:
+        rounds = blocks * times
+        if form.cols != 1:
+            loops.append(_copy(k, hooks, times * (width // hooks.chunk)))
+        if isa.isa is Isa.AMX:
+            loops += _tile_panel(form, k, (steps, quads), hooks, target, rounds)
+        else:
+            loops += _panel(form, k, steps, hooks, target, width, rounds)
+        loops += _epilogue(hooks, width, m * times, epilogue)
+    words = steps * step_quads * form.rows * isa.words_per_quad * 4 * blocks
+    indices = steps * step_quads * blocks * {0: 0, 1: 2 * QUAD, QUAD: 2}[form.cols]
+    weights = words + indices
+    return Counts(
+        product=f"u8s8.{isa.name}",
+        bits=32 * isa.lanes,
+        loops=tuple(loops),
+        items=blocks * panels,
+        grain=grain_at(round(form.rows * k * density), tokens, LEAST_MACS["int8"]),
+        streams=((weights * groups, max(weights, target.l2_bytes)),),
+        has_own_unit=isa.isa is Isa.AMX,
+    )
+
+
+def _last_panel(isa: Int8Isa, tokens: int) -> tuple[Int8Isa, int, int]:
+    """The hooks of a panel that is not full, how many there are, and the tokens it computes."""
+    if isa.narrow is not None:
+        narrow = tokens <= isa.narrow.chunk
+        return (isa.narrow, 1, isa.narrow.chunk) if narrow else (isa, 1, WIDTH)
+    return isa, 1, -(-tokens // isa.chunk) * isa.chunk
+
+
+def _copy(k: int, isa: Int8Isa, chunks: int) -> Loop:
+    """The quads of all channels of `chunks` chunks."""
+    return Loop(-(-k // QUAD) * chunks, shuffles=UNPACKS, loads=QUAD, stores=isa.tiles,
+                l2_bytes=QUAD * isa.chunk)  # fmt: skip
+
+
+def _panel(
+    form: Form, k: int, steps: float, isa: Int8Isa, target: Target, width: int, blocks: int
+) -> list[Loop]:
+    """The sums of `blocks` blocks of rows, each for a panel of `width` tokens."""
+    chunks, strips = width // isa.chunk, form.rows // form.strip
+    together = min(strips, TILES // isa.tiles)  # strips in one register block
+    turns = -(-strips // together)
+    rounds = blocks * chunks
+    in_l1 = k * isa.chunk <= target.l1d_bytes // 2
+    kept_in_l1 = steps * QUAD * isa.chunk <= target.l1d_bytes // 2
+    loops = []
+    first = _step(form, isa, together, first=True, in_l1=in_l1)
+    other = _step(form, isa, together, first=False, in_l1=kept_in_l1)
+    gathers = form.cols == 1 and isa.columns < isa.tiles  # a loop of its own before all strips
+    if gathers:
+        loops.append(Loop(rounds * steps, shuffles=UNPACKS, loads=2 * QUAD, stores=isa.tiles,
+                          l2_bytes=0 if in_l1 else QUAD * isa.chunk))  # fmt: skip
+        first = other
+    loops.append(replace(first, times=rounds * steps))
+    if turns > 1:
+        loops.append(replace(other, times=rounds * steps * (turns - 1)))
+    passes = isa.tiles // isa.columns
+    loops.append(Loop(rounds * turns * passes, fixed_cycles=STRIP_CYCLES))
+    return loops
+
+
+def _step(form: Form, isa: Int8Isa, together: int, *, first: bool, in_l1: bool) -> Loop:
+    """One step of one register block of one chunk, all of its column passes."""
+    rows, passes, words = form.strip * together, isa.tiles // isa.columns, isa.words_per_quad
+    unpacks = form.cols == 1 and first and isa.columns == isa.tiles
+    return Loop(
+        1,
+        macs=isa.chunk * QUAD * rows,
+        shuffles=UNPACKS if unpacks else 0,
+        others=0 if words == 1 else 2 * isa.tiles,
+        loads=isa.tiles + {0: 0, 1: QUAD if unpacks else 0, QUAD: passes}[form.cols],
+        broadcasts=rows * words * passes,
+        stores=isa.tiles if unpacks and form.rows > form.strip else 0,
+        l2_bytes=0 if in_l1 else isa.chunk * QUAD,
+        chain_cycles=4.0 * passes if rows * isa.columns < 8 else 0.0,
+    )
+
+
+def _tile_panel(
+    form: Form, k: int, depth: tuple[float, float], isa: Int8Isa, target: Target, blocks: int
+) -> list[Loop]:
+    """The same by tiles, for a chunk of a panel; `depth` is in steps and in quads."""
+    steps, quads = depth
+    strips, weight_bytes = form.rows // form.strip, quads * QUAD * form.rows
     in_l1 = k * WIDTH + weight_bytes <= target.l1d_bytes
-    kept_in_l1 = quads * QUAD * WIDTH + weight_bytes <= target.l1d_bytes
-    passes = max(1, form.strip // ROWS)
-    first = _tile_step(form, quads / steps if steps else 0.0, fetches=form.cols > 0, in_l1=in_l1)
-    other = _tile_step(form, 0.0, fetches=False, in_l1=kept_in_l1)
-    per_block = steps * (first + (strips - 1) * other) + strips * passes * PASS_CYCLES
-    copy = 0.0 if form.cols == 1 else k / QUAD * UNPACKS
-    return copy + blocks * (per_block + form.rows * ROW_CYCLES)
+    kept_in_l1 = quads * QUAD * isa.chunk + weight_bytes <= target.l1d_bytes
+    passes = isa.tiles // _columns(form, isa)
+    first = _tile_step(form, isa, quads / steps if form.cols else 0.0, in_l1=in_l1)
+    other = _tile_step(form, isa, 0.0, in_l1=kept_in_l1)
+    return [
+        replace(first, times=blocks * steps),
+        replace(other, times=blocks * steps * (strips - 1)),
+        Loop(blocks * strips * passes, fixed_cycles=PASS_CYCLES),
+    ]
 
 
-def _tile_step(form: Form, quads: float, *, fetches: bool, in_l1: bool) -> float:
-    """Cycles of one step of one strip, of which `quads` are fetched."""
-    rows = min(form.strip, ROWS)
-    weights = form.strip // rows
-    products = SUMS * weights * max(rows, LEAST_PRODUCT_CYCLES)
-    loads = float(weights * form.strip + TILES * TILE_QUADS)
-    if not fetches:
-        from_l2 = (TILES * TILE_QUADS + form.strip) * L2_LINE_CYCLES
-        return max(products, loads / 2, 0.0 if in_l1 else from_l2)
-    unpacks = UNPACKS * quads if form.cols == 1 else 0.0
+def _columns(form: Form, isa: Int8Isa) -> int:
+    """Tiles of quads in a pass: as many as there are sums for."""
+    return min(isa.tiles, SUMS // max(1, form.strip // ROWS))
+
+
+def _tile_step(form: Form, isa: Int8Isa, quads: float, *, in_l1: bool) -> Loop:
+    """One step of one strip, all of its passes; `quads` are fetched."""
+    rows, passes = min(form.strip, ROWS), isa.tiles // _columns(form, isa)
+    products = isa.tiles * form.strip // rows
     # Channels are read in every pass, and so are indices, one or four of them.
-    per_quad = (QUAD + QUAD) * weights if form.cols == 1 else TILES + weights
-    loads += per_quad * quads
-    lines = TILES * quads * (weights if form.cols == 1 else 1) + form.strip
-    traffic = max(loads / 2, TILES * quads, 0.0 if in_l1 else lines * L2_LINE_CYCLES)
-    return max(products, unpacks + SUMS * weights, traffic)
+    by_channels = form.cols == 1
+    loads = (QUAD + QUAD) * passes if by_channels else isa.tiles + passes
+    lines = QUAD * passes if by_channels else isa.tiles
+    tiles = isa.tiles * (0 if quads else TILE_QUADS)  # rows that are multiplied where they lie
+    return Loop(
+        1,
+        macs=products * max(rows, LEAST_PRODUCT_ROWS) * isa.lanes * TILE_QUADS * QUAD,
+        shuffles=products + UNPACKS * quads * by_channels,
+        loads=passes * form.strip + isa.tiles * TILE_QUADS + loads * quads,
+        stores=isa.tiles * quads,
+        l2_bytes=0 if in_l1 else LINE_BYTES * (tiles + lines * quads + form.strip),
+    )
 
 
-def _step(form: Form, isa: Int8Isa, *, first: bool, in_l1: bool) -> float:
-    """Cycles of one step of one strip."""
-    chunks, passes = WIDTH // isa.chunk, TILES // isa.columns
-    whole_register = isa.words_per_quad == 1
-    dots = TILES * chunks * form.strip * (1 if whole_register else 4)
-    splits = 0 if whole_register else 2 * TILES * chunks
-    unpacks = UNPACKS * chunks if form.cols == 1 and first else 0
-    indices = {0: 0, 1: QUAD if first else 0, QUAD: 1}[form.cols]
-    words = form.strip * isa.words_per_quad * passes
-    loads = chunks * (TILES + words + indices)
-    vector = (dots + splits + unpacks) / (2 if whole_register else 3)
-    lines = 0.0 if in_l1 else TILES * L2_LINE_CYCLES
-    return max(vector, float(unpacks), loads / 2, lines)
+def _epilogue(isa: Int8Isa, width: int, rows: int, epilogue: str) -> list[Loop]:
+    """Per row of a chunk: sums through L1, scale and bias, activation, residual, u8."""
+    words = epilogue.split()
+    activation, residual, to_u8 = words[0], "residual" in words, words[-1] == "u8"
+    work = activation_work(activation, coarse=to_u8)
+    tiles = isa.tiles
+    others = tiles * (2 + work.others)  # to float, scale and bias
+    others += tiles * (3 if to_u8 else 0) + (2 if to_u8 else 0)  # scale, limit, to int; zero point
+    others += tiles * residual
+    swaps = tiles * 2 * (residual or not to_u8)
+    return [
+        Loop(
+            rows * (width // isa.chunk),
+            others=others,
+            divides=tiles * work.divides,
+            shuffles=swaps + (3 if to_u8 else 0),
+            loads=tiles * (1 + residual) + 2,
+            stores=tiles + (1 if to_u8 else tiles),
+            fixed_cycles=4.0,
+        )
+    ]

@@ -9,7 +9,7 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from sparsec.codegen.isa.vector import keep
-from sparsec.ir.dims import Dim, floordiv, maximum, minimum
+from sparsec.ir.dims import Dim, evaluate, floordiv, maximum, minimum
 from sparsec.ir.layouts import PANEL_WIDTH, Panels
 from sparsec.ir.types import DType, TensorType
 
@@ -26,6 +26,11 @@ def grain_of(macs: int, tokens: Dim, least: int) -> Dim:
     """How many items are worth a worker, each of `macs` for every token of its panel."""
     in_panel = maximum(1, minimum(tokens, WIDTH))
     return maximum(1, floordiv(least, in_panel * max(1, macs)))
+
+
+def grain_at(macs: int, tokens: int, least: int) -> int:
+    """`grain_of` for a number of tokens."""
+    return int(evaluate(grain_of(macs, tokens, least), {}))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,8 @@ from pathlib import Path
 from sparsec.codegen.kernels import FAMILIES
 
 _COVERED = ("sparsec.codegen.kernels.", "sparsec.codegen.isa.")
+# The cost model says how long a kernel takes, and makes none.
+_COST_MODEL = re.compile(r".*(_cost|\.costs|\.counts|\.work)$")
 _DIGITS = 12
 _DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef
 
@@ -58,7 +61,8 @@ def _imports(module: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(_source(module))):
         if isinstance(node, ast.ImportFrom) and node.module:
             for name in (node.module, *(f"{node.module}.{a.name}" for a in node.names)):
-                if name.startswith(_COVERED) and _is_module(name):
+                covered = name.startswith(_COVERED) and not _COST_MODEL.match(name)
+                if covered and _is_module(name):
                     yield name
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from rich.table import Table
 
 from sparsec.ir.dims import evaluate, parse
 from sparsec.ir.schedule import EVERY, Bucket
+from sparsec.rates import product_of
 from sparsec.runtime import load
+from sparsec.target import Target
 from sparsec.tools.console import console
 from sparsec.tools.inputs import bind_symbols, random_inputs
+from sparsec.tuning.rates_file import with_known_rates
 
 WARM_UP_RUNS = 5
 
@@ -27,12 +31,17 @@ def profile(
     seq: int,
     threads: int,
     runs: int,
+    rates: Path | None = None,
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
     """Median seconds of every step over `runs`, with what it computes.
 
     `gmacs` is the rate of useful multiply-accumulates in 1e9 per second: the work of zero blocks
     that are skipped does not count. Timing a step costs some tens of nanoseconds.
+
+    `rates` is the folder of what `sparsec calibrate` measured. With it, `of_peak` is the share of
+    the time that the multiply-accumulates alone would take at the peak of the kernel's instruction
+    set, `of_bandwidth` that of the bytes at the speed of the cache that holds them; else null.
     """
     model = load(library, threads=threads)
     arrays = random_inputs(model, batch, seq, seed=0, padding=False)
@@ -41,8 +50,9 @@ def profile(
         model.run_timed(arrays)
     progress(f"profiling {batch}x{seq}")
     seconds = np.median([model.run_timed(arrays)[1] for _ in range(runs)], axis=0)
+    target, calibration = with_known_rates(Target.host(), rates)
     steps = [
-        _step(step, float(time), symbols)
+        _step(step, float(time), symbols, _Ideal(target, threads))
         for step, time in zip(model.description["steps"], seconds, strict=True)
         if _is_made(step, symbols)
     ]
@@ -51,9 +61,10 @@ def profile(
         "batch": batch,
         "seq": seq,
         "threads": threads,
+        "calibration": calibration,
         "seconds": sum(step["seconds"] for step in steps),
-        "steps": steps,
-        "ops": _by_op(steps),
+        "ops": [_with_shares(row) for row in _by_op(steps)],
+        "steps": [_with_shares(row) for row in steps],
     }
 
 
@@ -63,8 +74,31 @@ def _is_made(step: dict[str, Any], symbols: dict[str, int]) -> bool:
     return bucket == EVERY or evaluate(parse(str(step["tokens"])), symbols) in bucket
 
 
-def _step(step: dict[str, Any], seconds: float, symbols: dict[str, int]) -> dict[str, Any]:
-    macs = evaluate(parse(str(step["macs"])), symbols)
+@dataclass(frozen=True, slots=True)
+class _Ideal:
+    """The least times on this machine; None where it was not measured."""
+
+    target: Target
+    threads: int
+
+    def peak_seconds(self, macs: int, op: str, isa: str) -> float | None:
+        rates = self.target.rates
+        if not rates.is_measured:
+            return None
+        return macs / (rates.peak(product_of(op, isa)) * self.threads)
+
+    def move_seconds(self, nbytes: int) -> float | None:
+        rates = self.target.rates
+        if not rates.is_measured:
+            return None
+        bandwidth = rates.level_bandwidth(self.target.level_of(nbytes / self.threads))
+        return nbytes / (bandwidth * self.threads)
+
+
+def _step(
+    step: dict[str, Any], seconds: float, symbols: dict[str, int], ideal: _Ideal
+) -> dict[str, Any]:
+    macs, nbytes = (evaluate(parse(str(step[key])), symbols) for key in ("macs", "bytes"))
     return {
         "node": step["node"] or step["comment"],
         "op": step["op"],
@@ -72,8 +106,25 @@ def _step(step: dict[str, Any], seconds: float, symbols: dict[str, int]) -> dict
         "schedule": step["schedule"],
         "seconds": seconds,
         "macs": macs,
-        "gmacs": macs / seconds / 1e9 if seconds else 0.0,
+        "bytes": nbytes,
+        "peak_seconds": ideal.peak_seconds(macs, step["op"], step["isa"]),
+        "move_seconds": ideal.move_seconds(nbytes),
+        **_rates(seconds, macs, nbytes),
     }
+
+
+def _rates(seconds: float, macs: int, nbytes: int) -> dict[str, float]:
+    if not seconds:
+        return {"gmacs": 0.0, "gbytes": 0.0}
+    return {"gmacs": macs / seconds / 1e9, "gbytes": nbytes / seconds / 1e9}
+
+
+def _with_shares(row: dict[str, Any]) -> dict[str, Any]:
+    """The row, with its ideal times as shares of its time."""
+    for share, ideal in (("of_peak", "peak_seconds"), ("of_bandwidth", "move_seconds")):
+        time = row.pop(ideal)
+        row[share] = time / row["seconds"] if time is not None and row["seconds"] else None
+    return row
 
 
 def _by_op(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -81,17 +132,13 @@ def _by_op(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for step in steps:
         groups[step["op"]].append(step)
-    rows = [
-        {
-            "op": op,
-            "calls": len(group),
-            "seconds": sum(s["seconds"] for s in group),
-            "macs": sum(s["macs"] for s in group),
-        }
-        for op, group in groups.items()
-    ]
-    for row in rows:
-        row["gmacs"] = row["macs"] / row["seconds"] / 1e9 if row["seconds"] else 0.0
+    rows = []
+    for op, group in groups.items():
+        row: dict[str, Any] = {"op": op, "calls": len(group)}
+        for key in ("seconds", "macs", "bytes", "peak_seconds", "move_seconds"):
+            values = [s[key] for s in group]
+            row[key] = None if None in values else sum(values)
+        rows.append({**row, **_rates(row["seconds"], row["macs"], row["bytes"])})
     return sorted(rows, key=lambda row: -row["seconds"])
 
 
@@ -126,11 +173,24 @@ def print_profile(result: dict[str, Any], *, all_steps: bool) -> None:
     if all_steps:
         rows, first = result["steps"], "node"
     table = Table(title=f"{result['model']}, {shape}: {result['seconds'] * 1e3:.3f} ms")
-    for column in (first, "ms", "share", "GMAC/s", "calls" if first == "op" else "kernel"):
+    last = "calls" if first == "op" else "kernel"
+    for column in (first, "ms", "share", "GMAC/s", "of peak", "GB/s", "of bandwidth", last):
         table.add_column(column)
     for row in rows:
-        share = row["seconds"] / result["seconds"]
-        rate = f"{row['gmacs']:.1f}" if row["macs"] else ""
-        last = str(row["calls"]) if first == "op" else row["kernel"]
-        table.add_row(row[first], f"{row['seconds'] * 1e3:.4f}", f"{share:.1%}", rate, last)
+        table.add_row(
+            row[first],
+            f"{row['seconds'] * 1e3:.4f}",
+            f"{row['seconds'] / result['seconds']:.1%}",
+            f"{row['gmacs']:.1f}" if row["macs"] else "",
+            _percent(row["of_peak"]) if row["macs"] else "",
+            f"{row['gbytes']:.1f}",
+            _percent(row["of_bandwidth"]),
+            str(row[last]),
+        )
     out.print(table)
+    if rows and rows[0]["of_peak"] is None:
+        out.print(f"no shares of peak and bandwidth: {result['calibration']}", highlight=False)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"

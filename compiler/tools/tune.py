@@ -22,6 +22,7 @@ from sparsec.options import CompileOptions
 from sparsec.target import Target
 from sparsec.tools.console import console
 from sparsec.tuning.log import TuningLog
+from sparsec.tuning.rates_file import with_known_rates
 from sparsec.tuning.record import Trial
 from sparsec.tuning.search import Budget
 from sparsec.tuning.task import Task, task_of
@@ -63,9 +64,10 @@ def tune(
     log = TuningLog.read(options.log) if options.log.exists() else TuningLog()
     for broken in log.broken:
         console().print(f"[yellow]warning:[/] {broken}", highlight=False)
-    target = compile_options.target
-    if target != Target.host():
-        raise InvalidInput(f"tuning measures on this machine; it is not {target.name}")
+    if compile_options.target != Target.host():
+        name = compile_options.target.name
+        raise InvalidInput(f"tuning measures on this machine; it is not {name}")
+    target, _ = with_known_rates(compile_options.target, compile_options.rates)
     # A batch without padding has the same products, and no operands that must fit each other.
     graph = scheduled_graph(model, replace(compile_options, keep_padding=True))
     jobs = jobs_of(graph, target, options)

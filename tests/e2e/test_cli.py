@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from sparsec.cli import main
-from sparsec.models.tiny import tiny_model
+from sparsec.models.build import Pruning, build_model
+from sparsec.models.tiny import tiny_model, tiny_spec
+from sparsec.rates import default_rates
+from sparsec.target import Isa, Target
+from sparsec.tuning.rates_file import keep_rates
 
 Build = Callable[..., tuple[Path, Path]]
 
@@ -24,7 +29,12 @@ def test_compile_writes_library_loader_report_and_ir(tmp_path: Path) -> None:
     assert main([*words, "--report", str(report), "--dump-ir", str(ir)]) == 0
     assert library.exists()
     assert (tmp_path / "m.py").exists()
-    assert {layer["op"] for layer in json.loads(report.read_text())["layers"]} >= {"attention"}
+    written = json.loads(report.read_text())
+    assert {layer["op"] for layer in written["layers"]} >= {"attention"}
+    expected = {row["op"]: row for row in written["expected"]["layers"]}
+    assert expected["attention"]["basis"] == "ports"
+    assert expected["embedding"]["basis"] == "bytes"
+    assert all(row["expected_us"] > 0 for row in expected.values())
     assert len(list(ir.glob("*.txt"))) > 5
 
 
@@ -260,3 +270,47 @@ def test_profile_adds_up_and_writes_a_trace(
     assert len(events) == len(result["steps"])
     assert main(words) == 0
     assert main([*words, "--steps"]) == 0
+
+
+def test_profile_gives_shares_on_a_calibrated_machine(
+    build: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    _, library = build("tiny-bert")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    words = ["profile", str(library), "--seq", "9", "--runs", "3"]
+
+    def linear() -> dict[str, float | None]:
+        assert main([*words, "--json"]) == 0
+        rows = json.loads(capsys.readouterr().out)["ops"]
+        return next(row for row in rows if row["op"] == "linear")
+
+    without = linear()
+    assert without["of_peak"] is without["of_bandwidth"] is None
+    assert main(words) == 0
+    assert "run `sparsec calibrate`" in " ".join(capsys.readouterr().out.split())
+    rates = replace(default_rates(""), is_measured=True)
+    keep_rates(tmp_path / "sparsec", Target.host(), rates)
+    row = linear()
+    best = "f32.avx512" if Target.host().has(Isa.AVX512) else "f32.avx2"
+    assert row["of_peak"] == pytest.approx(row["macs"] / rates.peak(best) / row["seconds"])
+    # Weights and biases of two layers and the pooler at least, each read once.
+    assert row["bytes"] > 4 * (2 * (96 * 32 + 32 * 32 + 2 * 64 * 32) + 32 * 32)
+    assert row["of_bandwidth"] > 0
+    assert main(["calibrate", "--json"]) == 0  # it is calibrated: nothing is measured
+    assert json.loads(capsys.readouterr().out)["hertz"] == rates.hertz
+
+
+def test_report_compares_layouts_of_int8_weights(tmp_path: Path) -> None:
+    path, report = tmp_path / "m.onnx", tmp_path / "r.json"
+    onnx.save(build_model(tiny_spec(), pruning=Pruning(0.8, 4, 1)), path)
+    words = ["compile", str(path), "-o", str(tmp_path / "m.so"), "-q", "--report", str(report)]
+    words += ["--precision", "int8", "--calibration", "random", "--shape", "input_ids=2x40"]
+    assert main(words) == 0
+    expected = json.loads(report.read_text())["expected"]
+    assert (expected["batch"], expected["seq"]) == (2, 40)
+    layers = [row for row in expected["layers"] if row["op"] == "linear_int8"]
+    assert layers
+    for row in layers:
+        times = [c["expected_us"] for c in row["candidates"]]
+        assert times == sorted(times)
+        assert {"dense", "bsr4x1"} <= {c["layout"] for c in row["candidates"]}

@@ -18,6 +18,7 @@ def test_a_family_covers_its_instruction_sets_and_no_other_family() -> None:
     reached = _reached("sparsec.codegen.kernels.int8_family")
     assert {"sparsec.codegen.kernels.int8_gemm", "sparsec.codegen.isa.int8"} <= reached
     assert "sparsec.codegen.kernels.layer_norm" not in reached
+    assert "sparsec.codegen.kernels.int8_cost" not in reached  # it makes no kernel
 
 
 def test_what_does_not_run_does_not_count() -> None:
