@@ -60,6 +60,7 @@ def _compile(args: argparse.Namespace) -> int:
             shapes=dict(parse_shape(text) for text in args.shape),
             precision=args.precision,
             calibration=_calibration(args),
+            dynamic=args.dynamic,
             keep_fp32=args.keep_fp32,
             all_roundings=args.all_roundings,
             dump_ir=args.dump_ir,
@@ -245,6 +246,11 @@ def _add_compile(commands: Any) -> None:
         "--calibration-method",
         choices=["minmax", "percentile", "entropy", "mse"],
         default="minmax",
+    )
+    p.add_argument(
+        "--dynamic",
+        action="store_true",
+        help="int8: a scale per token, found when the model runs; needs no calibration",
     )
     p.add_argument(
         "--keep-fp32",

@@ -72,6 +72,7 @@ def compile_model(
     shapes: Mapping[str, Sequence[int | str]] | None = None,
     precision: str | None = None,
     calibration: Calibration | None = None,
+    dynamic: bool = False,
     keep_fp32: Sequence[str] = (),
     all_roundings: bool = False,
     dump_ir: str | os.PathLike[str] | None = None,
@@ -84,7 +85,8 @@ def compile_model(
     `target` is a Target or the name of one (default: this machine). `shapes` fixes input shapes:
     per input name the sizes, an int for a fixed one, a name for one that stays dynamic.
     `precision` is fp32 or int8; by default a quantised (QDQ) model is int8, any other fp32. int8
-    needs `calibration` unless the model is quantised, and leaves the layers whose names match a
+    needs `calibration` unless the model is quantised or `dynamic` asks for a scale per token, found
+    when the model runs; and it leaves the layers whose names match a
     pattern in `keep_fp32`. With `all_roundings` a quantised model rounds wherever its file does,
     which is slower, not only what its products read. `dump_ir` is a folder for the graph after
     each pass, `report` a JSON file. `progress` is told each stage.
@@ -98,6 +100,7 @@ def compile_model(
         shapes={name: tuple(sizes) for name, sizes in (shapes or {}).items()},
         precision=precision,
         calibration=calibration,
+        dynamic=dynamic,
         keep_fp32=tuple(keep_fp32),
         all_roundings=all_roundings,
         dump_ir=Path(dump_ir) if dump_ir is not None else None,
@@ -162,7 +165,7 @@ def _transform(
     int8 = options.is_int8(is_quantized(graph))
     if int8:
         clock.start("calibrate")
-        quantization = _quantization(graph, options.calibration, options.keep_fp32)
+        quantization = _quantization(graph, options)
         clock.start("quantise")
         pipeline = int8_pipeline(
             quantization, supported=lambda node: schedule_for(node, target) is not None
@@ -180,15 +183,14 @@ def _roundings(options: CompileOptions) -> Roundings:
     return Roundings.ALL if options.all_roundings else Roundings.PRODUCTS
 
 
-def _quantization(
-    graph: Graph, calibration: Calibration | None, keep_fp32: tuple[str, ...]
-) -> Quantization:
+def _quantization(graph: Graph, options: CompileOptions) -> Quantization:
     """The ranges of the values that int8 products read, by running the samples.
 
     A model that is quantised has its own: without calibration only those are used.
     """
+    calibration, keep_fp32 = options.calibration, options.keep_fp32
     if calibration is None:
-        return Quantization({}, keep_fp32)
+        return Quantization({}, keep_fp32, options.dynamic)
     names: list[str | Channels] = [*quantized_values(graph, keep_fp32)]
     names += attention_values(graph)
     observed = calibrate(graph, _samples(graph, calibration), names)

@@ -32,7 +32,8 @@ class Calibration:
             raise InvalidInput(
                 "int8 needs the ranges of the activations: give one of --calibration FILE.npz, "
                 "--calibration-text FILE with --tokenizer FILE, or --calibration random "
-                "(for benchmarks: the answers will be poor)"
+                "(for benchmarks: the answers will be poor); or --dynamic, which finds them when "
+                "the model runs"
             )
         if self.text is not None and self.tokenizer is None:
             raise InvalidInput("--calibration-text needs the model's --tokenizer tokenizer.json")
@@ -54,6 +55,7 @@ class CompileOptions:
     isa: Isa | None = None
     precision: str | None = None  # int8 for a quantised model, else fp32
     calibration: Calibration | None = None
+    dynamic: bool = False  # a scale per token, found when the model runs
     keep_fp32: tuple[str, ...] = ()
     all_roundings: bool = False  # of a quantised model
     shapes: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
@@ -68,6 +70,13 @@ class CompileOptions:
             )
         if self.precision != "int8" and self.calibration is not None:
             raise InvalidInput("calibration goes with --precision int8")
+        if self.precision != "int8" and self.dynamic:
+            raise InvalidInput("--dynamic goes with --precision int8")
+        if self.dynamic and self.calibration is not None:
+            raise InvalidInput(
+                "--dynamic finds the ranges of the activations when the model runs: leave out "
+                "either it or the calibration"
+            )
         if self.precision == "fp32" and self.all_roundings:
             raise InvalidInput("--all-roundings goes with --precision int8")
         if self.precision == "fp32" and self.keep_fp32:
@@ -83,7 +92,8 @@ class CompileOptions:
 
         Raises InvalidInput when the ranges of the activations are missing.
         """
-        if self.precision == "int8" and self.calibration is None and not quantized:
+        given = quantized or self.dynamic
+        if self.precision == "int8" and self.calibration is None and not given:
             Calibration()  # says what is missing
         if self.precision is None and self.keep_fp32 and not quantized:
             raise InvalidInput("--keep-fp32 goes with --precision int8")

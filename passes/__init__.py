@@ -88,7 +88,7 @@ def int8_pipeline(
     `supported` says whether a kernel computes a node on the target.
     """
     return [
-        Quantize(quantization.ranges, quantization.keep_fp32),
+        Quantize(quantization.ranges, quantization.keep_fp32, quantization.dynamic),
         FoldQuantize(),
         QuantizeAttention(quantization.ranges, supported),  # its operands are int8 by then
         ChooseWeightLayout(choose_layout),  # after Quantize: it counts int8 zeros

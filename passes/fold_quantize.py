@@ -65,6 +65,8 @@ def _fold(graph: Graph, node: Node) -> str | None:
 def _into_only_result(graph: Graph, source: Node, node: Node) -> str | None:
     if source.attrs.get("out_scale") is not None:
         return f"{source.name} stores u8 already"
+    if source.op == "linear_int8" and source.optional_input(5) is not None:
+        return f"{source.name} reads a scale per token: its kernels store fp32"
     if not read_once(node.input(0), graph.outputs):
         return f"%{node.input(0).name} is read elsewhere"
     new = replace_node(graph, source, source.op, source.inputs, {**source.attrs, **_stored(node)})

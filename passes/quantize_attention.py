@@ -97,6 +97,8 @@ def _refusal(graph: Graph, value: Value, reader: Node) -> str | None:
         return f"%{value.name} is not a product in int8"
     if source.attrs["out_scale"] is not None or source.optional_input(4) is not None:
         return f"{source.name} stores something else than plain fp32"
+    if source.optional_input(5) is not None:
+        return f"{source.name} reads a scale per token: its kernels store fp32"
     if source.attrs["activation"] != "none":
         return f"{source.name} has an activation"
     if value.users != [reader] or value in graph.outputs:

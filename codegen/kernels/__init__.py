@@ -12,6 +12,7 @@ from sparsec.codegen.kernels.layer_norm import LayerNormFamily
 from sparsec.codegen.kernels.layout_change import LayoutChangeFamily
 from sparsec.codegen.kernels.pointwise import PointwiseFamily
 from sparsec.codegen.kernels.quantize import QuantizeFamily
+from sparsec.codegen.kernels.quantize_tokens import QuantizeTokensFamily
 from sparsec.codegen.program import Kernel
 from sparsec.ir.graph import Node
 from sparsec.ir.schedule import Schedule
@@ -27,6 +28,7 @@ _ALL: tuple[KernelFamily, ...] = (
     LayoutChangeFamily(),
     PointwiseFamily(),
     QuantizeFamily(),
+    QuantizeTokensFamily(),
 )
 
 FAMILIES: dict[str, KernelFamily] = {op: family for family in _ALL for op in family.ops}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 
 from sparsec.codegen.isa.coarse import COARSE, MAX_ERROR
@@ -80,7 +82,8 @@ class Int8GemmFamily:
         assert isinstance(m, int), node
         assert isinstance(k, int), node
         epilogue = _epilogue(node)
-        end = " ".join([epilogue.activation, *["residual"] * epilogue.has_residual])
+        flags = [*["bytoken"] * epilogue.by_token, *["residual"] * epilogue.has_residual]
+        end = " ".join([epilogue.activation, *flags])
         layout, density = weight.type.layout, 1.0
         if isinstance(layout, Bsr):
             assert weight.data is not None, node
@@ -126,7 +129,7 @@ class Int8GemmFamily:
             binder.ref(x),
             *_weights(node, packed, form, isa, binder),
             *_rows(node, rows, binder),
-            *([binder.optional(node.optional_input(4))] if kernel.epilogue.has_residual else []),
+            *(binder.ref(v) for v in (node.optional_input(5), node.optional_input(4)) if v),
             binder.ref(y),
             *(tokens, m, k, group, *([rows // strip] if kernel.tall else [])),
         ]
@@ -166,7 +169,10 @@ def _distinct_forms(isa: Int8Isa) -> list[Form]:
 
 def _epilogues() -> list[Epilogue]:
     """All that `_epilogue` gives."""
-    found = [Epilogue(a, residual) for a in ACTIVATIONS for residual in (False, True)]
+    found = [
+        Epilogue(a, residual, by_token=by_token)
+        for a, residual, by_token in product(ACTIVATIONS, (False, True), (False, True))
+    ]
     for activation in ACTIVATIONS:
         for coarse in (False, True) if activation in COARSE else (False,):
             found += [
@@ -179,7 +185,7 @@ def _epilogues() -> list[Epilogue]:
 def _epilogue(node: Node) -> Epilogue:
     residual, activation = node.optional_input(4) is not None, str(node.attrs["activation"])
     if node.output.type.dtype is not DType.U8:
-        return Epilogue(activation, residual)
+        return Epilogue(activation, residual, by_token=node.optional_input(5) is not None)
     coarse = activation in COARSE and node.attrs["out_scale"] >= STEPS_OF_COARSE * MAX_ERROR
     bounded = not residual and _largest(node) / node.attrs["out_scale"] < 2**30
     return Epilogue(activation, residual, True, coarse, bounded)

@@ -279,11 +279,12 @@ class Int8Gemm:
     def _rows(self, s: tir.KernelScope, at: _Place, strip: _Strip) -> None:
         """The epilogue of a strip's rows."""
         n, size = self.hooks.lanes, self.hooks.chunk
+        convert = self.epilogue.sums(s, self.hooks, keep(at.panel * WIDTH + at.chunk * size))
         with loop(0, T.min(const(self._rows_together), s["m"] - strip.row0)) as r:
             row = keep(strip.row0 + r)
             sums = [keep(s.scratch[ramp(r * size + i * n, n)]) for i in range(self.hooks.tiles)]
             start = keep((at.panel * s["m"] + row) * WIDTH + at.chunk * size)
-            self.epilogue.emit(s, self.hooks, sums, row, start)
+            self.epilogue.emit(s, self.hooks, convert(sums), row, start)
 
     def _gathered(self, s: tir.KernelScope, at: _Place, step: Any) -> list[Any]:
         indices = [s["indices"][step * QUAD + i] for i in range(QUAD)]

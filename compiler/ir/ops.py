@@ -5,6 +5,7 @@ from __future__ import annotations
 from sparsec.ir.op_spec import OpSpec
 from sparsec.ir.ops_attention_int8 import ATTENTION_INT8_OPS
 from sparsec.ir.ops_core import CORE_OPS
+from sparsec.ir.ops_dynamic import DYNAMIC_OPS
 from sparsec.ir.ops_elementwise import ELEMENTWISE_OPS
 from sparsec.ir.ops_int8 import INT8_OPS
 from sparsec.ir.ops_reduce import REDUCE_OPS
@@ -17,4 +18,5 @@ OPS: dict[str, OpSpec] = {
     **CORE_OPS,
     **INT8_OPS,
     **ATTENTION_INT8_OPS,
+    **DYNAMIC_OPS,
 }

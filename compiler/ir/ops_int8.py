@@ -112,7 +112,7 @@ def _evaluate_dequantize(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
 
 def _infer_linear_int8(types: Types, attrs: Attrs) -> list[TensorType]:
     x, w, w_scale = operand(types, 0), operand(types, 1), operand(types, 2)
-    bias, residual = optional(types, 3), optional(types, 4)
+    bias, residual, token_scale = (optional(types, i) for i in (3, 4, 5))
     if attrs["activation"] not in ACTIVATIONS:
         raise InvalidGraph(f"there is no activation {attrs['activation']!r}")
     if (x.dtype, w.dtype) != (DType.U8, DType.I8):
@@ -127,6 +127,9 @@ def _infer_linear_int8(types: Types, attrs: Attrs) -> list[TensorType]:
     shape = (*x.shape[:-1], w.shape[0])
     if residual is not None and (residual.dtype, residual.shape) != (DType.F32, shape):
         raise InvalidGraph(f"residual {residual} is not f32{text(shape)}")
+    scales = (*x.shape[:-1], 1)
+    if token_scale is not None and (token_scale.dtype, token_scale.shape) != (DType.F32, scales):
+        raise InvalidGraph(f"the scales of tokens {token_scale} are not f32{text(scales)}")
     _require_quant(x, attrs["x_scale"], attrs["x_zero_point"])
     result = TensorType(DType.F32, shape, panel_layout([x, residual]))
     return [quantized_type(result, attrs) or result]
@@ -140,8 +143,10 @@ def _require_quant(x: TensorType, scale: float, zero_point: int) -> None:
 
 
 def _evaluate_linear_int8(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
+    """Where tokens have scales, f32(sum) is multiplied by them first, with a rounding."""
     x, w = array(arrays, 0), array(arrays, 1)
-    bias, residual = optional_array(arrays, 3), optional_array(arrays, 4)
+    bias, residual, token_scale = (optional_array(arrays, i) for i in (3, 4, 5))
+    by_token = None if token_scale is None else token_scale.reshape(-1, 1)
     scale = np.float32(attrs["x_scale"]) * array(arrays, 2)
     tokens = x.reshape(-1, x.shape[-1])
     result = np.empty((len(tokens), len(w)), np.float32)
@@ -152,6 +157,7 @@ def _evaluate_linear_int8(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]
         part = slice(first, first + step)
         centred = tokens[part].astype(np.float64) - attrs["x_zero_point"]
         sums = np.matmul(centred, wide).astype(np.float32)
+        sums = sums if by_token is None else sums * by_token[part]
         result[part] = fma_f32(sums, scale, np.float32(0) if bias is None else bias)
     y = result.reshape(*x.shape[:-1], len(w))
     with np.errstate(over="ignore"):
@@ -167,7 +173,11 @@ _ROWS = [
     OpSpec("quantize", _infer_quantize, _evaluate_quantize, ("scale", "zero_point", "dtype")),
     OpSpec("dequantize", _infer_dequantize, _evaluate_dequantize, ("scale", "zero_point")),
     OpSpec(
-        "linear_int8", _infer_linear_int8, _evaluate_linear_int8, _LINEAR, panels=PanelRule((0, 4))
+        "linear_int8",
+        _infer_linear_int8,
+        _evaluate_linear_int8,
+        _LINEAR,
+        panels=PanelRule((0, 4, 5)),
     ),
 ]
 INT8_OPS = {row.name: row for row in _ROWS}
