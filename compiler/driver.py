@@ -85,8 +85,8 @@ def compile_model(
     `target` is a Target or the name of one (default: this machine). `shapes` fixes input shapes:
     per input name the sizes, an int for a fixed one, a name for one that stays dynamic.
     `precision` is fp32 or int8; by default a quantised (QDQ) model is int8, any other fp32. int8
-    needs `calibration` unless the model is quantised or `dynamic` asks for a scale per token, found
-    when the model runs; and it leaves the layers whose names match a
+    needs `calibration` unless the model is quantised or `dynamic` asks for a scale per token,
+    found when the model runs; it leaves the layers whose names match a
     pattern in `keep_fp32`. With `all_roundings` a quantised model rounds wherever its file does,
     which is slower, not only what its products read. `dump_ir` is a folder for the graph after
     each pass, `report` a JSON file. `progress` is told each stage.

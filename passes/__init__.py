@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from sparsec.ir.graph import Node
+from sparsec.passes.absorb_dynamic import AbsorbDynamic
 from sparsec.passes.absorb_qdq import AbsorbQdq, DropQdq, Roundings
 from sparsec.passes.assign_layouts import AssignLayouts
 from sparsec.passes.assign_schedules import AssignSchedules, ScheduleLookup
@@ -65,6 +66,7 @@ def graph_pipeline(
     return [
         InferTypes(fixed_dims or {}),  # first: what is fixed can be folded
         AbsorbQdq(roundings),  # before all patterns: they have no roundings inside
+        AbsorbDynamic(roundings),
         Canonicalize(),
         FuseEmbedding(),  # before FuseLayerNorm, which would take the last sum as a residual
         FuseGelu(),

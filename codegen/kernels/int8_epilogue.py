@@ -65,7 +65,7 @@ class Epilogue:
     def sums(
         self, s: tir.KernelScope, isa: Int8Isa, token: Any
     ) -> Callable[[list[Any]], list[Any]]:
-        """Turns int32 sums of the chunk at `token` into fp32; scales are read once for all rows."""
+        """int32 sums of the chunk at `token` to fp32; scales are read once for all rows."""
         n, scales = isa.lanes, list[Any]()
         if self.by_token:
             places = [ramp(token + i * n, n) for i in range(isa.tiles)]
