@@ -62,6 +62,7 @@ def _compile(args: argparse.Namespace) -> int:
             calibration=_calibration(args),
             dynamic=args.dynamic,
             keep_fp32=args.keep_fp32,
+            max_error=args.max_error,
             all_roundings=args.all_roundings,
             dump_ir=args.dump_ir,
             report=args.report,
@@ -258,6 +259,13 @@ def _add_compile(commands: Any) -> None:
         default=[],
         metavar="PATTERN",
         help="int8: leave layers whose name matches in fp32; may be given more than once",
+    )
+    p.add_argument(
+        "--max-error",
+        type=float,
+        metavar="E",
+        help="int8: leave as many layers in fp32 as the outputs need to be within this relative "
+        "error on the calibration data, for example 0.02",
     )
     p.add_argument(
         "--all-roundings",

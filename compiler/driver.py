@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from sparsec.codegen.lower import lower, schedule_of
 from sparsec.codegen.program import Program
 from sparsec.codegen.toolchain import build_library
 from sparsec.errors import InvalidInput
+from sparsec.fallback import Accuracy, fall_back
 from sparsec.frontend.onnx_import import import_model
 from sparsec.ir.graph import Graph
 from sparsec.ir.memory_plan import MemoryPlan
@@ -74,6 +75,7 @@ def compile_model(
     calibration: Calibration | None = None,
     dynamic: bool = False,
     keep_fp32: Sequence[str] = (),
+    max_error: float | None = None,
     all_roundings: bool = False,
     dump_ir: str | os.PathLike[str] | None = None,
     report: str | os.PathLike[str] | None = None,
@@ -86,10 +88,11 @@ def compile_model(
     per input name the sizes, an int for a fixed one, a name for one that stays dynamic.
     `precision` is fp32 or int8; by default a quantised (QDQ) model is int8, any other fp32. int8
     needs `calibration` unless the model is quantised or `dynamic` asks for a scale per token,
-    found when the model runs; it leaves the layers whose names match a
-    pattern in `keep_fp32`. With `all_roundings` a quantised model rounds wherever its file does,
-    which is slower, not only what its products read. `dump_ir` is a folder for the graph after
-    each pass, `report` a JSON file. `progress` is told each stage.
+    found when the model runs. It leaves the layers whose names match a pattern in `keep_fp32`,
+    and as many others as the outputs on the calibration samples need to be within `max_error`,
+    relative, of fp32. With `all_roundings` a quantised model rounds wherever its file does, which
+    is slower, not only what its products read. `dump_ir` is a folder for the graph after each
+    pass, `report` a JSON file. `progress` is told each stage.
 
     Raises CompilerError: its subclasses say what was wrong with the model or the arguments.
     Nothing is left behind at `output` when it does.
@@ -102,6 +105,7 @@ def compile_model(
         calibration=calibration,
         dynamic=dynamic,
         keep_fp32=tuple(keep_fp32),
+        max_error=max_error,
         all_roundings=all_roundings,
         dump_ir=Path(dump_ir) if dump_ir is not None else None,
         report=Path(report) if report is not None else None,
@@ -120,7 +124,7 @@ def _compile(
     ranges = {value.name: rows for value, rows in table_rows(graph).items()}
 
     target = _limited(options.target, options.isa)
-    precision, records = _transform(graph, target, options, clock)
+    precision, records, accuracy = _transform(graph, target, options, clock)
 
     clock.start("lower")
     plan = plan_memory(graph)
@@ -145,6 +149,7 @@ def _compile(
     report = {
         "isa": isa.value,
         "precision": precision,
+        **({} if accuracy is None else {"accuracy": accuracy.described()}),
         **description,
         "passes": records,
         "seconds": clock.seconds,
@@ -156,9 +161,9 @@ def _compile(
 
 def _transform(
     graph: Graph, target: Target, options: CompileOptions, clock: _Clock
-) -> tuple[str, list[PassRecord]]:
-    """Runs all passes on `graph`; returns its precision and what each pass did."""
-    dump = _dumper(options.dump_ir)
+) -> tuple[str, list[PassRecord], Accuracy | None]:
+    """Runs all passes on `graph`; returns its precision, what each did, and what int8 loses."""
+    dump, accuracy = _dumper(options.dump_ir), None
     clock.start("passes")
     pipeline = graph_pipeline(roundings=_roundings(options))
     records = PassManager(pipeline, dump).run(graph)
@@ -166,6 +171,11 @@ def _transform(
     if int8:
         clock.start("calibrate")
         quantization = _quantization(graph, options)
+        if options.max_error is not None and options.calibration is not None:
+            clock.start("fall back")
+            samples = _samples(graph, options.calibration)
+            accuracy = fall_back(graph, quantization, samples, options.max_error)
+            quantization = replace(quantization, fallback=accuracy.fp32)
         clock.start("quantise")
         pipeline = int8_pipeline(
             quantization, supported=lambda node: schedule_for(node, target) is not None
@@ -174,7 +184,7 @@ def _transform(
     clock.start("schedule")
     pipeline = target_pipeline(lambda node: schedule_of(node, target))
     records += PassManager(pipeline, dump).run(graph)
-    return "int8" if int8 else "fp32", records
+    return "int8" if int8 else "fp32", records, accuracy
 
 
 def _roundings(options: CompileOptions) -> Roundings:

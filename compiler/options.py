@@ -57,6 +57,7 @@ class CompileOptions:
     calibration: Calibration | None = None
     dynamic: bool = False  # a scale per token, found when the model runs
     keep_fp32: tuple[str, ...] = ()
+    max_error: float | None = None  # of the outputs, relative: layers fall back to fp32 for it
     all_roundings: bool = False  # of a quantised model
     shapes: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
     dump_ir: Path | None = None
@@ -76,6 +77,12 @@ class CompileOptions:
             raise InvalidInput(
                 "--dynamic finds the ranges of the activations when the model runs: leave out "
                 "either it or the calibration"
+            )
+        if self.max_error is not None and self.calibration is None:
+            raise InvalidInput("--max-error is measured on calibration data: give --calibration")
+        if self.max_error is not None and not 0 < self.max_error < 1:
+            raise InvalidInput(
+                f"--max-error {self.max_error:g}: a relative error between 0 and 1 is wanted"
             )
         if self.precision == "fp32" and self.all_roundings:
             raise InvalidInput("--all-roundings goes with --precision int8")

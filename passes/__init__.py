@@ -21,8 +21,14 @@ from sparsec.passes.fuse_layer_norm import FuseLayerNorm
 from sparsec.passes.fuse_linear import FuseLinear
 from sparsec.passes.infer_types import InferTypes
 from sparsec.passes.merge_qkv import MergeQkv
-from sparsec.passes.quantize import Quantization, Quantize, is_quantized, quantized_values
-from sparsec.passes.quantize_attention import QuantizeAttention, attention_values
+from sparsec.passes.quantize import (
+    Quantization,
+    Quantize,
+    int8_candidates,
+    is_quantized,
+    quantized_values,
+)
+from sparsec.passes.quantize_attention import QuantizeAttention, attention_parts, attention_values
 
 __all__ = [
     "PASSES",
@@ -32,9 +38,11 @@ __all__ = [
     "Quantization",
     "Roundings",
     "ScheduleLookup",
+    "attention_parts",
     "attention_values",
     "default_pipeline",
     "graph_pipeline",
+    "int8_candidates",
     "int8_pipeline",
     "is_quantized",
     "quantized_values",
@@ -90,9 +98,16 @@ def int8_pipeline(
     `supported` says whether a kernel computes a node on the target.
     """
     return [
-        Quantize(quantization.ranges, quantization.keep_fp32, quantization.dynamic),
+        Quantize(
+            quantization.ranges,
+            quantization.keep_fp32,
+            quantization.dynamic,
+            quantization.fallback,
+        ),
         FoldQuantize(),
-        QuantizeAttention(quantization.ranges, supported),  # its operands are int8 by then
+        QuantizeAttention(
+            quantization.ranges, supported, quantization.fallback
+        ),  # its operands are int8 by then
         ChooseWeightLayout(choose_layout),  # after Quantize: it counts int8 zeros
     ]
 

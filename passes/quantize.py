@@ -27,6 +27,7 @@ from sparsec.ir.types import DType
 from sparsec.passes.base import PassResult
 from sparsec.passes.rewrite import replace_node
 
+LOSES = "in int8 it loses more than --max-error leaves"
 LEVELS = 255  # steps of u8
 WEIGHT_LEVELS = 127  # of each sign: -128 is not used, so -w is there for every w
 CENTRE = 128  # the zero point of tokens with either sign
@@ -40,12 +41,16 @@ SMALLEST = 1e-30  # a range or a row of weights below this is all zero: its scal
 class Quantization:
     """What to quantise: `(low, high)` per value, and patterns of node names that stay fp32.
 
+    `fallback` names nodes that stay fp32 because they lose too much. `dynamic` gives products
+    without a range a scale per token.
+
     Values are those of the graph that `graph_pipeline` leaves; `quantized_values` names them.
     """
 
     ranges: Mapping[str, tuple[float, float]]
     keep_fp32: tuple[str, ...] = ()
     dynamic: bool = False
+    fallback: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +60,17 @@ class Quantize:
     ranges: Mapping[str, tuple[float, float]]
     keep_fp32: tuple[str, ...] = ()
     dynamic: bool = False
+    fallback: frozenset[str] = frozenset()
     name: str = "quantize"
 
     def run(self, graph: Graph) -> PassResult:
         """Raises InvalidInput for a range that is none, and for a pattern that fits no node."""
         found, notes = _candidates(graph, self.keep_fp32)
         without = [] if self.dynamic else [n for n in found if not self._has_scale(n)]
+        losing = [n for n in found if n.name in self.fallback]
+        found = [n for n in found if n not in losing]
+        without = [n for n in without if n not in losing]
+        notes += [f"{n.name} stays fp32: {LOSES}" for n in losing]
         notes += [
             f"{n.name} stays fp32: no range was given for its input %{n.input(0).name}"
             for n in without
@@ -85,6 +95,11 @@ def quantized_values(graph: Graph, keep_fp32: tuple[str, ...] = ()) -> list[str]
     """The names of the values that Quantize wants a range of, in execution order."""
     found, _ = _candidates(graph, keep_fp32)
     return list(dict.fromkeys(n.input(0).name for n in found if not is_given(n)))
+
+
+def int8_candidates(graph: Graph, keep_fp32: tuple[str, ...] = ()) -> list[Node]:
+    """The products that int8 kernels compute, given the ranges of their operands."""
+    return _candidates(graph, keep_fp32)[0]
 
 
 def is_quantized(graph: Graph) -> bool:

@@ -27,6 +27,7 @@ from sparsec.ir.dims import ceildiv
 from sparsec.ir.graph import Node
 from sparsec.ir.layouts import Bsr, Panels
 from sparsec.ir.op_spec import Array
+from sparsec.ir.ops_int8 import row_scales
 from sparsec.ir.schedule import Schedule, Workload
 from sparsec.ir.types import DType
 from sparsec.sparse.bsr import block_zeros
@@ -134,7 +135,8 @@ class Int8GemmFamily:
             *(tokens, m, k, group, *([rows // strip] if kernel.tall else [])),
         ]
         if kernel.epilogue.to_u8:
-            inverse = np.float32(1) / np.float32(node.attrs["out_scale"])
+            _, stored_scale = _scales(node)
+            inverse = np.float32(1) / np.float32(stored_scale)
             args += [float(inverse), int(node.attrs["out_zero_point"])]
         blocks = -(-m // rows)
         density = 1.0 if packed.starts is None else packed.starts[-1] * QUAD / (k * blocks)
@@ -202,6 +204,13 @@ def _largest(node: Node) -> float:
     return max(1.0, float(rows.max(initial=0)))
 
 
+def _scales(node: Node) -> tuple[Array, float | None]:
+    """The multiplier of each row, and the scale that the result is stored with."""
+    scale = node.input(2).data
+    assert scale is not None, node
+    return row_scales(node.attrs, scale, all(node.optional_input(i) is None for i in (3, 4, 5)))
+
+
 def _block(layout: str) -> tuple[int, int] | None:
     """`bsr16x4` as (16, 4)."""
     if not layout.startswith("bsr"):
@@ -234,7 +243,7 @@ def _rows(node: Node, rows: int, binder: Binder) -> list[BufferRef]:
     assert start is not None, node
     values = {
         "offset": (-int(node.attrs["x_zero_point"]) * sums).astype(np.int32),
-        "multiplier": np.float32(node.attrs["x_scale"]) * scale.astype(np.float32),
+        "multiplier": _scales(node)[0].astype(np.float32),
         "bias": start.astype(np.float32),
     }
     return [binder.weight(f"{node.name}.{n}", pack_rows(v, rows)) for n, v in values.items()]

@@ -110,6 +110,19 @@ def _evaluate_dequantize(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
     return [dequantize_array(array(arrays, 0), attrs["scale"], attrs["zero_point"])]
 
 
+def row_scales(attrs: Attrs, w_scale: Array, is_plain: bool) -> tuple[Array, float | None]:
+    """What sums of each row are multiplied by, and the scale that the result is stored with.
+
+    A `is_plain` product, with no bias, activation or residual, that is stored multiplies by
+    f32(f32(x_scale * w_scale) / out_scale) alone, as ONNX Runtime's QLinearMatMul does: one
+    rounding less, and the same numbers. It is stored with scale 1 then.
+    """
+    scale = np.float32(attrs["x_scale"]) * w_scale.astype(np.float32)
+    if attrs["out_scale"] is None or not is_plain or attrs["activation"] != "none":
+        return scale, attrs["out_scale"]
+    return scale / np.float32(attrs["out_scale"]), 1.0
+
+
 def _infer_linear_int8(types: Types, attrs: Attrs) -> list[TensorType]:
     x, w, w_scale = operand(types, 0), operand(types, 1), operand(types, 2)
     bias, residual, token_scale = (optional(types, i) for i in (3, 4, 5))
@@ -147,7 +160,8 @@ def _evaluate_linear_int8(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]
     x, w = array(arrays, 0), array(arrays, 1)
     bias, residual, token_scale = (optional_array(arrays, i) for i in (3, 4, 5))
     by_token = None if token_scale is None else token_scale.reshape(-1, 1)
-    scale = np.float32(attrs["x_scale"]) * array(arrays, 2)
+    is_plain = bias is None and residual is None and token_scale is None
+    scale, stored_scale = row_scales(attrs, array(arrays, 2), is_plain)
     tokens = x.reshape(-1, x.shape[-1])
     result = np.empty((len(tokens), len(w)), np.float32)
     # float64 sums of these integers are exact: |sum| < 2**31. BLAS has no integer product.
@@ -164,7 +178,9 @@ def _evaluate_linear_int8(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]
         y = ACTIVATIONS[attrs["activation"]](y).astype(np.float32, copy=False)
     if residual is not None:
         y = y + residual
-    return [y if attrs["out_scale"] is None else quantized_result(y, attrs)]
+    return [
+        y if stored_scale is None else quantized_result(y, {**attrs, "out_scale": stored_scale})
+    ]
 
 
 _LINEAR = ("activation", "x_scale", "x_zero_point", "out_scale", "out_zero_point")
