@@ -19,7 +19,7 @@ from sparsec.passes.rewrite import read_once, replace_node
 
 @dataclass(frozen=True, slots=True)
 class FoldQuantize:
-    """After quantize. What is stored is rounded as before, but for plain products: see row_scales."""
+    """After quantize. Rounds as before; only plain products join their scales (row_scales)."""
 
     name: str = "fold_quantize"
 

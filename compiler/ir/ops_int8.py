@@ -120,7 +120,9 @@ def row_scales(attrs: Attrs, w_scale: Array, is_plain: bool) -> tuple[Array, flo
     scale = np.float32(attrs["x_scale"]) * w_scale.astype(np.float32)
     if attrs["out_scale"] is None or not is_plain or attrs["activation"] != "none":
         return scale, attrs["out_scale"]
-    return scale / np.float32(attrs["out_scale"]), 1.0
+    with np.errstate(over="ignore"):
+        joined = scale / np.float32(attrs["out_scale"])
+    return (joined, 1.0) if np.isfinite(joined).all() else (scale, attrs["out_scale"])
 
 
 def _infer_linear_int8(types: Types, attrs: Attrs) -> list[TensorType]:
