@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from sparsec.codegen.lower import lower, schedule_of
 from sparsec.codegen.program import Program
 from sparsec.codegen.toolchain import build_library
 from sparsec.errors import InvalidInput
+from sparsec.fallback import Accuracy, fall_back
 from sparsec.frontend.onnx_import import import_model
 from sparsec.ir.graph import Graph, Node
 from sparsec.ir.memory_plan import MemoryPlan
@@ -47,6 +48,7 @@ from sparsec.passes import (
 )
 from sparsec.passes.manager import PassManager, PassRecord
 from sparsec.passes.plan_memory import plan_memory
+from sparsec.passes.quantize_tables import QuantizeTables
 from sparsec.ranges import Channels
 from sparsec.target import Isa, Target
 
@@ -75,9 +77,11 @@ def compile_model(
     shapes: Mapping[str, Sequence[int | str]] | None = None,
     precision: str | None = None,
     calibration: Calibration | None = None,
+    dynamic: bool = False,
     keep_fp32: Sequence[str] = (),
     rest: str = "fp32",
     attention: str | None = None,
+    max_error: float | None = None,
     all_roundings: bool = False,
     dump_ir: str | os.PathLike[str] | None = None,
     report: str | os.PathLike[str] | None = None,
@@ -88,13 +92,15 @@ def compile_model(
 
     `target` is a Target or the name of one (default: this machine). `shapes` fixes input shapes:
     per input name the sizes, an int for a fixed one, a name for one that stays dynamic.
-    `precision` is fp32, bf16 or int8; by default a quantised (QDQ) model is int8, any other fp32.
-    int8 needs `calibration` unless the model is quantised. It and bf16 leave the layers whose
-    names match a pattern in `keep_fp32`; with `rest` bf16 those that int8 leaves are bf16.
-    `attention` is the precision of attention, by default that of the products. With
-    `all_roundings` a quantised model rounds wherever its file does, which is slower, not only what
-    its products read. `dump_ir` is a folder for the graph after each pass, `report` a JSON file.
-    `progress` is told each stage.
+    `precision` is fp32, bf16 or int8; by default a quantised model is int8, any other fp32. int8
+    needs `calibration` unless the model is quantised or `dynamic` asks for a scale per token,
+    found when the model runs. It and bf16 leave the layers whose names match a pattern in
+    `keep_fp32`, int8 as many others as the outputs on the calibration samples need to be within
+    `max_error`, relative, of fp32. With `rest` bf16 those that int8 leaves are bf16. `attention`
+    is the precision of attention, by default that of the products. With `all_roundings` a
+    quantised model rounds wherever its file does, which is slower, not only what its products
+    read. `dump_ir` is a folder for the graph after each pass, `report` a JSON file. `progress` is
+    told each stage.
 
     Raises CompilerError: its subclasses say what was wrong with the model or the arguments.
     Nothing is left behind at `output` when it does.
@@ -105,9 +111,11 @@ def compile_model(
         shapes={name: tuple(sizes) for name, sizes in (shapes or {}).items()},
         precision=precision,
         calibration=calibration,
+        dynamic=dynamic,
         keep_fp32=tuple(keep_fp32),
         rest=rest,
         attention=attention,
+        max_error=max_error,
         all_roundings=all_roundings,
         dump_ir=Path(dump_ir) if dump_ir is not None else None,
         report=Path(report) if report is not None else None,
@@ -126,7 +134,7 @@ def _compile(
     ranges = {value.name: rows for value, rows in table_rows(graph).items()}
 
     target = _limited(options.target, options.isa)
-    precision, records = _transform(graph, target, options, clock)
+    precision, records, accuracy = _transform(graph, target, options, clock)
 
     clock.start("lower")
     plan = plan_memory(graph)
@@ -151,6 +159,7 @@ def _compile(
     report = {
         "isa": isa.value,
         "precision": precision,
+        **({} if accuracy is None else {"accuracy": accuracy.described()}),
         **description,
         "arena": describe_arena(program),
         "passes": records,
@@ -163,9 +172,9 @@ def _compile(
 
 def _transform(
     graph: Graph, target: Target, options: CompileOptions, clock: _Clock
-) -> tuple[str, list[PassRecord]]:
-    """Runs all passes on `graph`; returns its precision and what each pass did."""
-    dump = _dumper(options.dump_ir)
+) -> tuple[str, list[PassRecord], Accuracy | None]:
+    """Runs all passes on `graph`; returns its precision, what each did, and what int8 loses."""
+    dump, accuracy = _dumper(options.dump_ir), None
     clock.start("passes")
     pipeline = graph_pipeline(roundings=_roundings(options))
     records = PassManager(pipeline, dump).run(graph)
@@ -175,12 +184,8 @@ def _transform(
         return schedule_for(node, target) is not None
 
     if int8:
-        clock.start("calibrate")
-        quantization = _quantization(graph, options.calibration, options.keep_fp32)
+        pipeline, accuracy = _int8(graph, options, supported, clock)
         clock.start("quantise")
-        pipeline = int8_pipeline(
-            quantization, supported, attention=options.attention in (None, "int8")
-        )
         records += PassManager(pipeline, dump).run(graph)
     if options.uses_bf16:
         clock.start("bf16")
@@ -188,7 +193,28 @@ def _transform(
     clock.start("schedule")
     pipeline = target_pipeline(lambda node: schedule_of(node, target))
     records += PassManager(pipeline, dump).run(graph)
-    return "int8" if int8 else options.precision or "fp32", records
+    return "int8" if int8 else options.precision or "fp32", records, accuracy
+
+
+def _int8(
+    graph: Graph, options: CompileOptions, supported: Callable[[Node], bool], clock: _Clock
+) -> tuple[list[Pass], Accuracy | None]:
+    """The passes, and what int8 loses by them where that is limited."""
+    clock.start("calibrate")
+    quantization, accuracy = _quantization(graph, options), None
+    attention = options.attention in (None, "int8")
+    if options.max_error is not None and options.calibration is not None:
+        clock.start("fall back")
+        accuracy = fall_back(
+            graph,
+            quantization,
+            _samples(graph, options.calibration),
+            options.max_error,
+            tables=QuantizeTables(quantization.keep_fp32, supported),
+            attention=attention,
+        )
+        quantization = replace(quantization, fallback=accuracy.fp32)
+    return int8_pipeline(quantization, supported, attention=attention), accuracy
 
 
 def _bf16(options: CompileOptions, supported: Callable[[Node], bool]) -> list[Pass]:
@@ -207,15 +233,14 @@ def _roundings(options: CompileOptions) -> Roundings:
     return Roundings.ALL if options.all_roundings else Roundings.PRODUCTS
 
 
-def _quantization(
-    graph: Graph, calibration: Calibration | None, keep_fp32: tuple[str, ...]
-) -> Quantization:
+def _quantization(graph: Graph, options: CompileOptions) -> Quantization:
     """The ranges of the values that int8 products read, by running the samples.
 
     A model that is quantised has its own: without calibration only those are used.
     """
+    calibration, keep_fp32 = options.calibration, options.keep_fp32
     if calibration is None:
-        return Quantization({}, keep_fp32)
+        return Quantization({}, keep_fp32, options.dynamic)
     names: list[str | Channels] = [*quantized_values(graph, keep_fp32)]
     names += attention_values(graph)
     observed = calibrate(graph, _samples(graph, calibration), names)

@@ -6,6 +6,7 @@ from sparsec.ir.op_spec import OpSpec
 from sparsec.ir.ops_attention_int8 import ATTENTION_INT8_OPS
 from sparsec.ir.ops_bf16 import BF16_OPS
 from sparsec.ir.ops_core import CORE_OPS
+from sparsec.ir.ops_dynamic import DYNAMIC_OPS
 from sparsec.ir.ops_elementwise import ELEMENTWISE_OPS
 from sparsec.ir.ops_int8 import INT8_OPS
 from sparsec.ir.ops_reduce import REDUCE_OPS
@@ -19,4 +20,5 @@ OPS: dict[str, OpSpec] = {
     **INT8_OPS,
     **ATTENTION_INT8_OPS,
     **BF16_OPS,
+    **DYNAMIC_OPS,
 }

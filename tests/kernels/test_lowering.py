@@ -111,6 +111,8 @@ def example(op: str, g: Graph, rng: np.random.Generator) -> tuple[Node, dict[str
             node = g.add_node(op, [panels("x", 40)])
         case "quantize":
             node = g.add_node(op, [panels("x", 40)], {**BYTES, "dtype": DType.U8})
+        case "quantize_tokens":
+            node = g.add_node(op, [panels("x", 40)], {"zero_point": 16})
         case "dequantize":
             x = g.add_input("x", DType.U8, (BATCH, SEQ, 40))
             node = g.add_node(op, [x], BYTES)
@@ -161,7 +163,8 @@ def _argument(arg: BufferRef | Dim | float | None, binder: ArrayBinder) -> Any:
 
 
 def cases() -> list[Any]:
-    others = sorted(FAMILIES.keys() - {"linear_int8", "attention_int8"} - BF16)
+    alone = {"linear_int8", "attention_int8", "quantize_tokens"}
+    others = sorted(FAMILIES.keys() - alone - BF16)
     pairs = [(op, level) for op in others for level in ("avx2", "avx512")]
     pairs += [(op, "avx512bf16") for op in sorted(BF16)]
     return [pytest.param(*p, marks=pytest.mark.isa(p[1]), id="-".join(p)) for p in pairs]
@@ -282,3 +285,26 @@ def test_kinds_of_masks(shape: tuple[Dim, ...], kind: str) -> None:
     assert family is not None
     assert family.workload(node).epilogue == f"mask {kind}"
     assert (schedule_for(node, TARGETS["avx2"]) is None) == (kind == "other")
+
+
+@pytest.mark.parametrize(
+    "level", [pytest.param(n, marks=pytest.mark.isa(n)) for n in ("avx2", "avx512")]
+)
+def test_bytes_and_scales_of_tokens(level: str, run: Any, rng: np.random.Generator) -> None:
+    node, logical = example("quantize_tokens", Graph("g"), rng)
+    family = family_for(node)
+    assert family is not None
+    x = node.input(0)
+    expected = OPS[node.op].evaluate([logical[x.name]], node.attrs, ENV)
+    results = [np.full_like(in_memory(run, v, np.asarray(y)), 99)
+               for v, y in zip(node.outputs, expected, strict=True)]  # fmt: skip
+    arrays = {x.name: in_memory(run, x, logical[x.name])}
+    arrays |= {v.name: y for v, y in zip(node.outputs, results, strict=True)}
+    binder = ArrayBinder(arrays)
+    schedule = family.schedules(family.workload(node), TARGETS[level])[0]
+    (call,) = family.lower(node, schedule, binder)
+    args = [_argument(a, binder) for a in call.args]
+    assert run(call.kernel, *args, output=results, items=evaluate(call.items, ENV)) == 0
+    for got, wanted in zip(results, expected, strict=True):
+        rows = run.from_panels(got, ENV["batch"] * ENV["seq"])
+        np.testing.assert_array_equal(rows.reshape(wanted.shape), wanted)
