@@ -164,6 +164,12 @@ CASES = [
     Case("attention_bf16", ((B, S, 24),) * 3 + ((B, 1, 1, S),), HEADS, (BF16, BF16, BF16, F32)),
     Case("layer_norm", ((B, S, 4), (4,)), {"epsilon": 1e-5, "out_bf16": True}),
     Case("embedding", ((B, S), (9, 4), (1, S), (5, 4)), dtypes=(I64, F32, I64, F32)),
+    Case(
+        "embedding_int8",
+        ((B, S), (9, 4), None, (1, S), (5, 4), (5,)),
+        {"zero_points": (0, 3)},
+        (I64, F32, F32, I64, I8, F32),
+    ),
     Case("to_panels", ((B, S, 8),), {"width": 64}),
     Case("from_panels", ((B, S, 8),)),
 ]
