@@ -183,6 +183,17 @@ def _kept(data: Array, real: Array | None) -> Array:
     return tokens[real] if real is not None and len(tokens) == len(real) else tokens
 
 
+def real_rows(graph: Graph, batch: Mapping[str, Array], data: Array) -> Array:
+    """What `data` says of the tokens of a batch that are none of padding: `[tokens, ...]`.
+
+    `data` has the tokens in its first axes; what has not as many comes back as it is.
+    """
+    real = _real_tokens(graph, batch)
+    if real is None or data.ndim < 2 or data.shape[0] * data.shape[1] != len(real):
+        return data
+    return np.asarray(data.reshape(len(real), -1)[real])
+
+
 def _part(data: Array, name: str | Channels) -> Array:
     return data if isinstance(name, str) else data[..., name.start : name.stop]
 

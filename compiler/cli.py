@@ -62,9 +62,11 @@ def _compile(args: argparse.Namespace) -> int:
             shapes=dict(parse_shape(text) for text in args.shape),
             precision=args.precision,
             calibration=_calibration(args),
+            dynamic=args.dynamic,
             keep_fp32=args.keep_fp32,
             rest=args.rest,
             attention=args.attention,
+            max_error=args.max_error,
             all_roundings=args.all_roundings,
             keep_padding=args.keep_padding,
             log=args.log,
@@ -290,6 +292,11 @@ def _add_compile(commands: Any) -> None:
         default="minmax",
     )
     p.add_argument(
+        "--dynamic",
+        action="store_true",
+        help="int8: a scale per token, found when the model runs; needs no calibration",
+    )
+    p.add_argument(
         "--keep-fp32",
         action="append",
         default=[],
@@ -306,6 +313,13 @@ def _add_compile(commands: Any) -> None:
         "--attention",
         choices=["fp32", "bf16", "int8"],
         help="precision of attention (default: that of the layers)",
+    )
+    p.add_argument(
+        "--max-error",
+        type=float,
+        metavar="E",
+        help="int8: leave as many layers in fp32 as the outputs need to be within this relative "
+        "error on the calibration data, for example 0.02",
     )
     p.add_argument(
         "--all-roundings",

@@ -28,6 +28,7 @@ from sparsec.codegen.lower import lower
 from sparsec.codegen.program import Program
 from sparsec.codegen.toolchain import build_library
 from sparsec.errors import InvalidInput
+from sparsec.fallback import Accuracy, fall_back
 from sparsec.frontend.onnx_import import import_model
 from sparsec.ir.graph import Graph, Node
 from sparsec.ir.memory_plan import MemoryPlan
@@ -49,6 +50,7 @@ from sparsec.passes.manager import PassManager, PassRecord
 from sparsec.passes.pack_tokens import NAME as PACK_TOKENS
 from sparsec.passes.pack_tokens import padded_ports
 from sparsec.passes.plan_memory import plan_memory
+from sparsec.passes.quantize_tables import QuantizeTables
 from sparsec.ranges import Channels
 from sparsec.target import Isa, Target
 from sparsec.tuning.cost import CheapestLayout, expected_layers, usual_shape
@@ -81,9 +83,11 @@ def compile_model(
     shapes: Mapping[str, Sequence[int | str]] | None = None,
     precision: str | None = None,
     calibration: Calibration | None = None,
+    dynamic: bool = False,
     keep_fp32: Sequence[str] = (),
     rest: str = "fp32",
     attention: str | None = None,
+    max_error: float | None = None,
     all_roundings: bool = False,
     keep_padding: bool = False,
     log: str | os.PathLike[str] | None = None,
@@ -97,16 +101,18 @@ def compile_model(
 
     `target` is a Target or the name of one (default: this machine). `shapes` fixes input shapes:
     per input name the sizes, an int for a fixed one, a name for one that stays dynamic.
-    `precision` is fp32, bf16 or int8; by default a quantised (QDQ) model is int8, any other fp32.
-    int8 needs `calibration` unless the model is quantised. It and bf16 leave the layers whose
-    names match a pattern in `keep_fp32`; with `rest` bf16 those that int8 leaves are bf16.
-    `attention` is the precision of attention, by default that of the products. With
-    `all_roundings` a quantised model rounds wherever its file does, which is slower, not only what
-    its products read. With `keep_padding` padding is computed even where it can not matter; else
-    the outputs of such tokens are 0. `log` is a tuning log: schedules come from it where it has
-    any. `rates` is the folder of what `sparsec calibrate` measured: for this machine, layouts and
-    schedules are chosen by that. `dump_ir` is a folder for the graph after each pass, `report` a
-    JSON file. `progress` is told each stage.
+    `precision` is fp32, bf16 or int8; by default a quantised model is int8, any other fp32. int8
+    needs `calibration` unless the model is quantised or `dynamic` asks for a scale per token,
+    found when the model runs. It and bf16 leave the layers whose names match a pattern in
+    `keep_fp32`, int8 as many others as the outputs on the calibration samples need to be within
+    `max_error`, relative, of fp32. With `rest` bf16 those that int8 leaves are bf16. `attention`
+    is the precision of attention, by default that of the products. With `all_roundings` a
+    quantised model rounds wherever its file does, which is slower, not only what its products
+    read. With `keep_padding` padding is computed even where it can not matter; else the outputs
+    of such tokens are 0. `log` is a tuning log: schedules come from it where it has any. `rates`
+    is the folder of what `sparsec calibrate` measured: for this machine, layouts and schedules
+    are chosen by that. `dump_ir` is a folder for the graph after each pass, `report` a JSON file.
+    `progress` is told each stage.
 
     Raises CompilerError: its subclasses say what was wrong with the model or the arguments.
     Nothing is left behind at `output` when it does.
@@ -117,9 +123,11 @@ def compile_model(
         shapes={name: tuple(sizes) for name, sizes in (shapes or {}).items()},
         precision=precision,
         calibration=calibration,
+        dynamic=dynamic,
         keep_fp32=tuple(keep_fp32),
         rest=rest,
         attention=attention,
+        max_error=max_error,
         all_roundings=all_roundings,
         keep_padding=keep_padding,
         log=Path(log) if log is not None else None,
@@ -143,7 +151,7 @@ def _compile(
 
     layouts, basis = _layouts(graph, options)
     target = layouts.target
-    precision, records = _transform(graph, layouts, options, log, clock)
+    precision, records, accuracy = _transform(graph, layouts, options, log, clock)
 
     clock.start("lower")
     plan = plan_memory(graph)
@@ -168,6 +176,7 @@ def _compile(
     report = {
         "isa": isa.value,
         "precision": precision,
+        **({} if accuracy is None else {"accuracy": accuracy.described()}),
         **description,
         "arena": describe_arena(program),
         "expected": _expected(graph, program, layouts, basis),
@@ -200,10 +209,9 @@ def _read_log(options: CompileOptions) -> TuningLog:
 
 def _transform(
     graph: Graph, layouts: CheapestLayout, options: CompileOptions, log: TuningLog, clock: _Clock
-) -> tuple[str, list[PassRecord]]:
-    """Runs all passes on `graph`; returns its precision and what each pass did."""
-    target = layouts.target
-    dump = _dumper(options.dump_ir)
+) -> tuple[str, list[PassRecord], Accuracy | None]:
+    """Runs all passes on `graph`; returns its precision, what each did, and what int8 loses."""
+    target, dump, accuracy = layouts.target, _dumper(options.dump_ir), None
     clock.start("passes")
     pipeline = graph_pipeline(roundings=_roundings(options))
     records = PassManager(pipeline, dump).run(graph)
@@ -213,12 +221,8 @@ def _transform(
         return schedule_for(node, target) is not None
 
     if int8:
-        clock.start("calibrate")
-        quantization = _quantization(graph, options.calibration, options.keep_fp32)
+        pipeline, accuracy = _int8(graph, options, supported, clock)
         clock.start("quantise")
-        pipeline = int8_pipeline(
-            quantization, supported, attention=options.attention in (None, "int8")
-        )
         records += PassManager(pipeline, dump).run(graph)
     if options.uses_bf16:
         clock.start("bf16")
@@ -230,7 +234,28 @@ def _transform(
         keep_padding=options.keep_padding,
     )
     records += PassManager(pipeline, dump).run(graph)
-    return "int8" if int8 else options.precision or "fp32", records
+    return "int8" if int8 else options.precision or "fp32", records, accuracy
+
+
+def _int8(
+    graph: Graph, options: CompileOptions, supported: Callable[[Node], bool], clock: _Clock
+) -> tuple[list[Pass], Accuracy | None]:
+    """The passes, and what int8 loses by them where that is limited."""
+    clock.start("calibrate")
+    quantization, accuracy = _quantization(graph, options), None
+    attention = options.attention in (None, "int8")
+    if options.max_error is not None and options.calibration is not None:
+        clock.start("fall back")
+        accuracy = fall_back(
+            graph,
+            quantization,
+            _samples(graph, options.calibration),
+            options.max_error,
+            tables=QuantizeTables(quantization.keep_fp32, supported),
+            attention=attention,
+        )
+        quantization = replace(quantization, fallback=accuracy.fp32)
+    return int8_pipeline(quantization, supported, attention=attention), accuracy
 
 
 def _bf16(options: CompileOptions, supported: Callable[[Node], bool]) -> list[Pass]:
@@ -249,15 +274,14 @@ def _roundings(options: CompileOptions) -> Roundings:
     return Roundings.ALL if options.all_roundings else Roundings.PRODUCTS
 
 
-def _quantization(
-    graph: Graph, calibration: Calibration | None, keep_fp32: tuple[str, ...]
-) -> Quantization:
+def _quantization(graph: Graph, options: CompileOptions) -> Quantization:
     """The ranges of the values that int8 products read, by running the samples.
 
     A model that is quantised has its own: without calibration only those are used.
     """
+    calibration, keep_fp32 = options.calibration, options.keep_fp32
     if calibration is None:
-        return Quantization({}, keep_fp32)
+        return Quantization({}, keep_fp32, options.dynamic)
     names: list[str | Channels] = [*quantized_values(graph, keep_fp32)]
     names += attention_values(graph)
     observed = calibrate(graph, _samples(graph, calibration), names)

@@ -32,7 +32,8 @@ class Calibration:
             raise InvalidInput(
                 "int8 needs the ranges of the activations: give one of --calibration FILE.npz, "
                 "--calibration-text FILE with --tokenizer FILE, or --calibration random "
-                "(for benchmarks: the answers will be poor)"
+                "(for benchmarks: the answers will be poor); or --dynamic, which finds them when "
+                "the model runs"
             )
         if self.text is not None and self.tokenizer is None:
             raise InvalidInput("--calibration-text needs the model's --tokenizer tokenizer.json")
@@ -56,7 +57,9 @@ class CompileOptions:
     rest: str = "fp32"  # precision of the products that int8 leaves
     attention: str | None = None  # by default that of the products
     calibration: Calibration | None = None
+    dynamic: bool = False  # a scale per token, found when the model runs
     keep_fp32: tuple[str, ...] = ()
+    max_error: float | None = None  # of the outputs, relative: layers fall back to fp32 for it
     all_roundings: bool = False  # of a quantised model
     keep_padding: bool = False  # compute padding even where it can not matter
     shapes: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
@@ -73,6 +76,14 @@ class CompileOptions:
             )
         if self.precision != "int8" and self.calibration is not None:
             raise InvalidInput("calibration goes with --precision int8")
+        if self.precision != "int8" and self.dynamic:
+            raise InvalidInput("--dynamic goes with --precision int8")
+        if self.dynamic and self.calibration is not None:
+            raise InvalidInput(
+                "--dynamic finds the ranges of the activations when the model runs: leave out "
+                "either it or the calibration"
+            )
+        self._check_max_error()
         if self.precision in ("fp32", "bf16") and self.all_roundings:
             raise InvalidInput("--all-roundings goes with --precision int8")
         if self.precision == "fp32" and self.keep_fp32:
@@ -82,6 +93,21 @@ class CompileOptions:
             have = ", ".join(i.value for i in self.target.isas)
             raise InvalidInput(
                 f"target {self.target.name} does not have {self.isa.value}; it has {have}"
+            )
+
+    def _check_max_error(self) -> None:
+        if self.max_error is None:
+            return
+        if self.calibration is None:
+            raise InvalidInput("--max-error is measured on calibration data: give --calibration")
+        if not 0 < self.max_error < 1:
+            raise InvalidInput(
+                f"--max-error {self.max_error:g}: a relative error between 0 and 1 is wanted"
+            )
+        if self.uses_bf16:
+            raise InvalidInput(
+                "--max-error is measured with fp32 for what int8 leaves: leave out either it or "
+                "--rest bf16 and --attention bf16"
             )
 
     def _check_mixture(self, quantized: bool = True) -> None:
@@ -97,6 +123,11 @@ class CompileOptions:
             raise InvalidInput("--rest goes with --precision int8: it is for what int8 leaves")
         if self.attention == "int8" and not int8:
             raise InvalidInput("--attention int8 goes with --precision int8")
+        if self.attention == "int8" and self.dynamic and not quantized:
+            raise InvalidInput(
+                "--attention int8 needs the ranges of queries, keys and values: give calibration "
+                "instead of --dynamic, or leave attention to fp32 or bf16"
+            )
         if self.uses_bf16 and not self._target_has_bf16:
             raise InvalidInput(
                 f"bf16 needs avx512bf16, which {self._machine} does not have; "
@@ -125,7 +156,8 @@ class CompileOptions:
 
         Raises InvalidInput when the ranges of the activations are missing.
         """
-        if self.precision == "int8" and self.calibration is None and not quantized:
+        given = quantized or self.dynamic
+        if self.precision == "int8" and self.calibration is None and not given:
             Calibration()  # says what is missing
         if self.precision is None and self.keep_fp32 and not quantized:
             raise InvalidInput("--keep-fp32 goes with --precision int8 or bf16")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from sparsec.ir.graph import Node
+from sparsec.passes.absorb_dynamic import AbsorbDynamic
 from sparsec.passes.absorb_qdq import AbsorbQdq, DropQdq, Roundings
 from sparsec.passes.assign_layouts import AssignLayouts
 from sparsec.passes.assign_schedules import AssignSchedules, ScheduleLookup
@@ -22,8 +23,14 @@ from sparsec.passes.fuse_linear import FuseLinear
 from sparsec.passes.infer_types import InferTypes
 from sparsec.passes.merge_qkv import MergeQkv
 from sparsec.passes.pack_tokens import PackTokens
-from sparsec.passes.quantize import Quantization, Quantize, is_quantized, quantized_values
-from sparsec.passes.quantize_attention import QuantizeAttention, attention_values
+from sparsec.passes.quantize import (
+    Quantization,
+    Quantize,
+    int8_candidates,
+    is_quantized,
+    quantized_values,
+)
+from sparsec.passes.quantize_attention import QuantizeAttention, attention_parts, attention_values
 from sparsec.passes.quantize_tables import QuantizeTables
 from sparsec.passes.use_bf16 import UseBf16
 
@@ -35,10 +42,12 @@ __all__ = [
     "Quantization",
     "Roundings",
     "ScheduleLookup",
+    "attention_parts",
     "attention_values",
     "bf16_pipeline",
     "default_pipeline",
     "graph_pipeline",
+    "int8_candidates",
     "int8_pipeline",
     "is_quantized",
     "quantized_values",
@@ -73,6 +82,7 @@ def graph_pipeline(
     return [
         InferTypes(fixed_dims or {}),  # first: what is fixed can be folded
         AbsorbQdq(roundings),  # before all patterns: they have no roundings inside
+        AbsorbDynamic(roundings),
         Canonicalize(),
         FuseEmbedding(),  # before FuseLayerNorm, which would take the last sum as a residual
         FuseGelu(),
@@ -100,12 +110,17 @@ def int8_pipeline(
     stays fp32.
     """
     # Its operands are int8 by then.
-    last = [QuantizeAttention(quantization.ranges, supported)] if attention else []
+    last = [QuantizeAttention(quantization.ranges, supported, quantization.fallback)]
     return [
-        Quantize(quantization.ranges, quantization.keep_fp32),
+        Quantize(
+            quantization.ranges,
+            quantization.keep_fp32,
+            quantization.dynamic,
+            quantization.fallback,
+        ),
         FoldQuantize(),
-        *last,
-        QuantizeTables(quantization.keep_fp32, supported),
+        *(last if attention else []),
+        QuantizeTables(quantization.keep_fp32, supported, fallback=quantization.fallback),
     ]
 
 

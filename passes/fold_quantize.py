@@ -23,7 +23,7 @@ from sparsec.passes.rewrite import read_once, replace_node
 class FoldQuantize:
     """After the pass that adds nodes of `op`, "quantize" or "to_bf16".
 
-    No result changes by a bit: what is stored is rounded as before.
+    Rounds as before; only plain products that are stored in u8 join their scales (row_scales).
     """
 
     op: str = "quantize"
@@ -74,6 +74,8 @@ def _fold(graph: Graph, node: Node) -> str | None:
 def _into_only_result(graph: Graph, source: Node, node: Node) -> str | None:
     if is_stored(source.attrs):
         return f"{source.name} stores {source.output.type.dtype} already"
+    if source.op == "linear_int8" and source.optional_input(5) is not None:
+        return f"{source.name} reads a scale per token: its kernels store fp32"
     if node.op == "to_bf16" and source.op == "linear_bf16" and source.optional_input(3):
         return f"{source.name} adds a residual, which stays fp32"
     if not read_once(node.input(0), graph.outputs):

@@ -1,6 +1,7 @@
 """Compute the products of constant weights with tokens in int8.
 
 linear(x, w, b, r)   ->   linear_int8(quantize(x), w in i8, scale per row of w, b, r)
+linear(x, w, b, r)   ->   linear_int8(quantize_tokens(x), ...)          dynamic: a scale per token
 
 Ranges come from calibration, or the model itself is quantised: a linear that reads a dequantize,
 with a weight that remembers its scales, keeps those of both. Other activations become u8 with one
@@ -26,8 +27,13 @@ from sparsec.passes.base import PassResult
 from sparsec.passes.keep_fp32 import check_patterns, kept
 from sparsec.passes.rewrite import replace_node
 
+LOSES = "in int8 it loses more than --max-error leaves"
 LEVELS = 255  # steps of u8
 WEIGHT_LEVELS = 127  # of each sign: -128 is not used, so -w is there for every w
+CENTRE = 128  # the zero point of tokens with either sign
+# One-sided values, by what made them. GELU and SiLU are above -0.17 and -0.28: 16 levels below
+# zero hold that at a step of 0.01 to 0.02, and finer steps are needed by no token that matters.
+ZERO_POINTS = {"relu": 0, "sigmoid": 0, "gelu": 16, "gelu_tanh": 16, "silu": 16}
 SMALLEST = 1e-30  # a range or a row of weights below this is all zero: its scale would underflow
 
 
@@ -35,11 +41,16 @@ SMALLEST = 1e-30  # a range or a row of weights below this is all zero: its scal
 class Quantization:
     """What to quantise: `(low, high)` per value, and patterns of node names that stay fp32.
 
+    `fallback` names nodes that stay fp32 because they lose too much. `dynamic` gives products
+    without a range a scale per token.
+
     Values are those of the graph that `graph_pipeline` leaves; `quantized_values` names them.
     """
 
     ranges: Mapping[str, tuple[float, float]]
     keep_fp32: tuple[str, ...] = ()
+    dynamic: bool = False
+    fallback: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +59,18 @@ class Quantize:
 
     ranges: Mapping[str, tuple[float, float]]
     keep_fp32: tuple[str, ...] = ()
+    dynamic: bool = False
+    fallback: frozenset[str] = frozenset()
     name: str = "quantize"
 
     def run(self, graph: Graph) -> PassResult:
         """Raises InvalidInput for a range that is none, and for a pattern that fits no node."""
         found, notes = _candidates(graph, self.keep_fp32)
-        without = [n for n in found if not is_given(n) and n.input(0).name not in self.ranges]
+        without = [] if self.dynamic else [n for n in found if not self._has_scale(n)]
+        losing = [n for n in found if n.name in self.fallback]
+        found = [n for n in found if n not in losing]
+        without = [n for n in without if n not in losing]
+        notes += [f"{n.name} stays fp32: {LOSES}" for n in losing]
         notes += [
             f"{n.name} stays fp32: no range was given for its input %{n.input(0).name}"
             for n in without
@@ -63,17 +80,26 @@ class Quantize:
             if node not in without:
                 rewriting.visit(node)
         for node in graph.nodes:
-            if node.op == "linear" and (rounding := rounding_of(node)) is not None:
+            rounding = node_rounding(node)
+            if rounding is not None:
                 graph.replace_input(node, 0, rounding.input(0))  # for nothing: it stays fp32
         graph.sort()
         graph.drop_dead_nodes()
         return PassResult(len(found) - len(without), tuple(notes))
+
+    def _has_scale(self, node: Node) -> bool:
+        return is_given(node) or node.input(0).name in self.ranges
 
 
 def quantized_values(graph: Graph, keep_fp32: tuple[str, ...] = ()) -> list[str]:
     """The names of the values that Quantize wants a range of, in execution order."""
     found, _ = _candidates(graph, keep_fp32)
     return list(dict.fromkeys(n.input(0).name for n in found if not is_given(n)))
+
+
+def int8_candidates(graph: Graph, keep_fp32: tuple[str, ...] = ()) -> list[Node]:
+    """The products that int8 kernels compute, given the ranges of their operands."""
+    return _candidates(graph, keep_fp32)[0]
 
 
 def is_quantized(graph: Graph) -> bool:
@@ -83,7 +109,15 @@ def is_quantized(graph: Graph) -> bool:
 
 def is_given(node: Node) -> bool:
     """Whether the model says how a linear is quantised: its input and its weight."""
-    return node.input(1).type.quant is not None and rounding_of(node) is not None
+    return node.input(1).type.quant is not None and node_rounding(node) is not None
+
+
+def node_rounding(node: Node) -> Node | None:
+    """The node whose operand a linear reads rounded to bytes: quantize or round_tokens."""
+    if node.op != "linear":
+        return None
+    source = node.input(0).producer
+    return source if source is not None and source.op == "round_tokens" else rounding_of(node)
 
 
 def rounding_of(node: Node) -> Node | None:
@@ -94,6 +128,16 @@ def rounding_of(node: Node) -> Node | None:
     stored = dequantize.input(0)
     fits = stored.producer is not None and stored.producer.op == "quantize"
     return stored.producer if fits and stored.type.dtype is DType.U8 else None
+
+
+def token_zero_point(x: Value) -> int:
+    """Where zero lies among the 256 levels of a token: what made `x` tells which sign it has."""
+    node = x.producer
+    while node is not None and node.op == "reshape":
+        node = node.input(0).producer
+    kind = "none" if node is None else node.attrs.get("activation", node.op)
+    summed = node is not None and node.op == "linear" and node.optional_input(3) is not None
+    return CENTRE if summed else ZERO_POINTS.get(kind, CENTRE)
 
 
 def affine_u8(low: float, high: float) -> tuple[float, int]:
@@ -173,11 +217,18 @@ class _Quantizing:
     ranges: Mapping[str, tuple[float, float]]
     values: dict[Value, tuple[Value, float, int]] = field(default_factory=dict)
     weights: dict[Value, tuple[Value, Value]] = field(default_factory=dict)
+    tokens: dict[Value, Node] = field(default_factory=dict)
 
     def visit(self, node: Node) -> None:
-        given = rounding_of(node) if is_given(node) else None
-        if given is None:
-            stored, scale, zero_point = self._value(node.input(0))
+        x = node.input(0)
+        given = node_rounding(node) if is_given(node) else None
+        token_scale: Value | None = None
+        if given is None and x.name in self.ranges:
+            stored, scale, zero_point = self._value(x)
+        elif given is None or given.op == "round_tokens":
+            tokens = self._tokens(x if given is None else given.input(0))
+            stored, token_scale = tokens.outputs
+            scale, zero_point = 1.0, tokens.attrs["zero_point"]
         else:
             stored, scale, zero_point = _stored(given)
         weight, weight_scale = self._weight(node.input(1))
@@ -190,7 +241,15 @@ class _Quantizing:
         }
         bias, residual = node.optional_input(2), node.optional_input(3)
         operands = [stored, weight, weight_scale, bias, residual]
+        operands += [] if token_scale is None else [token_scale]
         replace_node(self.graph, node, "linear_int8", operands, attrs)
+
+    def _tokens(self, x: Value) -> Node:
+        if x not in self.tokens:
+            attrs = {"zero_point": token_zero_point(x)}
+            name = f"{x.name}.quantize"
+            self.tokens[x] = self.graph.add_node("quantize_tokens", [x], attrs, name=name)
+        return self.tokens[x]
 
     def _value(self, x: Value) -> tuple[Value, float, int]:
         if x not in self.values:

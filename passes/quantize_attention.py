@@ -17,6 +17,7 @@ from sparsec.ir.graph import Graph, Node, Value
 from sparsec.ir.op_spec import Array
 from sparsec.ir.ops_attention_int8 import ZERO_POINT
 from sparsec.passes.base import PassResult
+from sparsec.passes.quantize import LOSES
 from sparsec.passes.rewrite import replace_node
 from sparsec.ranges import Channels
 
@@ -27,10 +28,14 @@ OPERANDS = "qkv"
 
 @dataclass(frozen=True, slots=True)
 class QuantizeAttention:
-    """After fold_quantize. `supported` says whether a kernel computes a node on the target."""
+    """After fold_quantize. `supported` says whether a kernel computes a node on the target.
+
+    `fallback` names attentions that stay fp32.
+    """
 
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     supported: Callable[[Node], bool] = lambda node: True
+    fallback: frozenset[str] = frozenset()
     name: str = "quantize_attention"
 
     def run(self, graph: Graph) -> PassResult:
@@ -45,7 +50,9 @@ class QuantizeAttention:
 
     def _visit(self, graph: Graph, node: Node) -> str | None:
         """Rewrites one attention, or says why not."""
-        parts = _parts(node)
+        if node.name in self.fallback:
+            return LOSES
+        parts = attention_parts(node)
         given = _given(node)
         missing = [p for p in parts if not given and str(p) not in self.ranges]
         if missing:
@@ -55,7 +62,7 @@ class QuantizeAttention:
             refusal = _refusal(graph, value, node)
             if refusal is not None:
                 return refusal
-        chosen = given or [_scale(*self.ranges[str(p)]) for p in parts]
+        chosen = given or [symmetric_scale(*self.ranges[str(p)]) for p in parts]
         scales = {str(p): scale for p, scale in zip(parts, chosen, strict=True)}
         stored = {v: _stored(graph, v, parts, scales) for v in sources}
         operands = [stored[node.input(i)] for i in range(len(OPERANDS))]
@@ -76,10 +83,10 @@ class QuantizeAttention:
 def attention_values(graph: Graph) -> list[Channels]:
     """The channels whose ranges QuantizeAttention wants, in execution order."""
     nodes = [n for n in graph.nodes if n.op == "attention" and not _given(n)]
-    return list(dict.fromkeys(part for node in nodes for part in _parts(node)))
+    return list(dict.fromkeys(part for node in nodes for part in attention_parts(node)))
 
 
-def _parts(node: Node) -> list[Channels]:
+def attention_parts(node: Node) -> list[Channels]:
     """Where the queries, keys and values of an attention are."""
     width = node.attrs["heads"] * node.attrs["head_size"]
     starts = [node.attrs[f"{x}_offset"] for x in OPERANDS]
@@ -97,6 +104,8 @@ def _refusal(graph: Graph, value: Value, reader: Node) -> str | None:
         return f"%{value.name} is not a product in int8"
     if source.attrs["out_scale"] is not None or source.optional_input(4) is not None:
         return f"{source.name} stores something else than plain fp32"
+    if source.optional_input(5) is not None:
+        return f"{source.name} reads a scale per token: its kernels store fp32"
     if source.attrs["activation"] != "none":
         return f"{source.name} has an activation"
     if value.users != [reader] or value in graph.outputs:
@@ -104,7 +113,8 @@ def _refusal(graph: Graph, value: Value, reader: Node) -> str | None:
     return None
 
 
-def _scale(low: float, high: float) -> float:
+def symmetric_scale(low: float, high: float) -> float:
+    """The step of u8 around 128 that holds `low..high`."""
     most = max(abs(low), abs(high))
     return 1.0 if most < SMALLEST else float(np.float32(most / STEPS))
 

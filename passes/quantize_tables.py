@@ -20,7 +20,7 @@ import numpy as np
 from sparsec.ir.graph import Graph, Node, Value
 from sparsec.ir.op_spec import Array
 from sparsec.passes.base import PassResult
-from sparsec.passes.quantize import quantize_weight
+from sparsec.passes.quantize import LOSES, quantize_weight
 from sparsec.passes.rewrite import replace_node
 
 LARGE_BYTES = 4 << 20  # of fp32: below, less than 3 MB could be saved
@@ -28,11 +28,15 @@ LARGE_BYTES = 4 << 20  # of fp32: below, less than 3 MB could be saved
 
 @dataclass(frozen=True, slots=True)
 class QuantizeTables:
-    """`supported` says whether a kernel computes an embedding on the target."""
+    """`supported` says whether a kernel computes an embedding on the target.
+
+    `fallback` names embeddings that stay fp32.
+    """
 
     keep_fp32: tuple[str, ...] = ()
     supported: Callable[[Node], bool] = lambda node: True
     large_bytes: int = LARGE_BYTES
+    fallback: frozenset[str] = frozenset()
     name: str = "quantize_tables"
 
     def run(self, graph: Graph) -> PassResult:
@@ -40,10 +44,8 @@ class QuantizeTables:
         notes: list[str] = []
         changed = 0
         for node in [n for n in graph.nodes if n.op == "embedding"]:
-            tables = [node.input(i) for i in range(1, len(node.inputs), 2)]
-            large = [t for t in dict.fromkeys(tables) if self._is_large(t)]
-            refusals = {t: self._refusal(node, t) for t in large}
-            chosen = [t for t in large if refusals[t] is None]
+            refusals = self.refusals(node)
+            chosen = [t for t, refusal in refusals.items() if refusal is None]
             notes += [f"%{t.name} stays fp32: {r}" for t, r in refusals.items() if r is not None]
             if chosen:
                 rewriting.visit(node, chosen)
@@ -53,10 +55,17 @@ class QuantizeTables:
         graph.drop_dead_nodes()
         return PassResult(changed, tuple(notes))
 
+    def refusals(self, node: Node) -> dict[Value, str | None]:
+        """The large tables of an embedding, and why they stay fp32; None for int8."""
+        tables = [node.input(i) for i in range(1, len(node.inputs), 2)]
+        return {t: self._refusal(node, t) for t in tables if self._is_large(t)}
+
     def _is_large(self, table: Value) -> bool:
         return table.data is not None and table.data.nbytes >= self.large_bytes
 
     def _refusal(self, node: Node, table: Value) -> str | None:
+        if node.name in self.fallback:
+            return LOSES
         for pattern in self.keep_fp32:
             if fnmatchcase(node.name, pattern):
                 return f"{node.name} matches {pattern!r}"

@@ -31,6 +31,7 @@ RANKS = {
     "runtime": 4,
     "calibration_text": 5,
     "tuning": 5,
+    "fallback": 5,
     "driver": 6,
     "tools": 7,
     "cli_tuning": 8,

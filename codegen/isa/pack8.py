@@ -47,6 +47,10 @@ class Packer:
 
     def bytes_of(self, values: list[Any]) -> Any:
         """1, 2 or 4 vectors of floats as one vector of bytes."""
+        return self.bytes_of_steps([keep(x * self.inverse) for x in values])
+
+    def bytes_of_steps(self, values: list[Any]) -> Any:
+        """The same of floats that are divided by the scale already."""
         count, lanes = len(values), self.vector.lanes
         whole = [self._integers(x) for x in values] * (4 // count)
         packed = keep(self._sixteen(whole[0], whole[1]))
@@ -64,7 +68,7 @@ class Packer:
     def _integers(self, x: Any) -> Any:
         """Rounded, and not above _ENOUGH: the conversion makes all that overflows negative."""
         v = self.vector
-        scaled = at_most(v, keep(x * self.inverse), _ENOUGH)
+        scaled = at_most(v, x, _ENOUGH)
         masked: tuple[Any, ...] = ()
         if v.lanes == 16:
             every, rounding = tirx.const(-1, "int16"), tirx.const(_CURRENT_ROUNDING, "int32")

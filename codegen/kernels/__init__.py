@@ -15,6 +15,7 @@ from sparsec.codegen.kernels.layout_change import LayoutChangeFamily
 from sparsec.codegen.kernels.packing import PackingFamily
 from sparsec.codegen.kernels.pointwise import PointwiseFamily
 from sparsec.codegen.kernels.quantize import QuantizeFamily
+from sparsec.codegen.kernels.quantize_tokens import QuantizeTokensFamily
 from sparsec.codegen.kernels.to_bf16 import ToBf16Family
 from sparsec.codegen.program import Kernel
 from sparsec.ir.graph import Node
@@ -34,6 +35,7 @@ _ALL: tuple[KernelFamily, ...] = (
     ChannelsFamily(),
     PackingFamily(),
     QuantizeFamily(),
+    QuantizeTokensFamily(),
     ToBf16Family(),
 )
 

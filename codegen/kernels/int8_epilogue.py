@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,8 @@ class Epilogue:
     """y = activation(sum * multiplier + bias) + residual, one rounding for `* +`.
 
     The result is fp32, or u8: clip(rint(y * inverse_scale) + zero_point). For u8 the activation
-    may be a `coarse` one, and `is_bounded` says that no y * inverse_scale is outside int32.
+    may be a `coarse` one, and `is_bounded` says that no y * inverse_scale is outside int32. With
+    scales `by_token` a sum is multiplied by its token's scale first.
     """
 
     activation: str = "none"
@@ -30,6 +32,7 @@ class Epilogue:
     to_u8: bool = False
     coarse: bool = False
     is_bounded: bool = False
+    by_token: bool = False
 
     @property
     def suffix(self) -> str:
@@ -38,6 +41,7 @@ class Epilogue:
             "coarse": self.coarse,
             "residual": self.has_residual,
             "bounded": self.is_bounded,
+            "bytoken": self.by_token,
         }
         return "".join(f"_{name}" for name, there in flags.items() if there)
 
@@ -47,7 +51,8 @@ class Epilogue:
 
     @property
     def pointers(self) -> tuple[Parameter, ...]:
-        names = ["multiplier", "bias", *["residual"] * self.has_residual]
+        names = ["multiplier", "bias", *["token_scale"] * self.by_token]
+        names += ["residual"] * self.has_residual
         y = Parameter("y", dtype="uint8" if self.to_u8 else "float32")
         return (*(Parameter(n) for n in names), y)
 
@@ -57,6 +62,21 @@ class Epilogue:
             return ()
         return (Parameter("inverse_scale", Kind.FLOAT), Parameter("zero_point", Kind.INT))
 
+    def sums(
+        self, s: tir.KernelScope, isa: Int8Isa, token: Any
+    ) -> Callable[[list[Any]], list[Any]]:
+        """int32 sums of the chunk at `token` to fp32; scales are read once for all rows."""
+        n, scales = isa.lanes, list[Any]()
+        if self.by_token:
+            places = [ramp(token + i * n, n) for i in range(isa.tiles)]
+            scales = isa.to_tiles([keep(s["token_scale"][place]) for place in places])
+
+        def convert(parts: list[Any]) -> list[Any]:
+            floats = [keep(T.cast(part, f"float32x{n}")) for part in parts]
+            return [keep(x * y) for x, y in zip(floats, scales, strict=True)] if scales else floats
+
+        return convert
+
     def emit(
         self, s: tir.KernelScope, isa: Int8Isa, sums: list[Any], row: Any, start: Any
     ) -> None:
@@ -64,10 +84,7 @@ class Epilogue:
         n = isa.lanes
         multiplier, bias = (keep(splat(s[name][row], n)) for name in ("multiplier", "bias"))
         activation = (COARSE if self.coarse else ACTIVATIONS)[self.activation]
-        values = [
-            keep(activation(isa.vector, keep(T.cast(part, f"float32x{n}") * multiplier + bias)))
-            for part in sums
-        ]
+        values = [keep(activation(isa.vector, keep(part * multiplier + bias))) for part in sums]
         places = [ramp(start + i * n, n) for i in range(isa.tiles)]
         if self.to_u8:
             self._store_u8(s, isa, values, start, places)

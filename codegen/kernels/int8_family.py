@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 
 from sparsec.codegen.isa.coarse import COARSE, MAX_ERROR
@@ -29,6 +31,7 @@ from sparsec.ir.dims import ceildiv
 from sparsec.ir.graph import Node
 from sparsec.ir.layouts import Panels
 from sparsec.ir.op_spec import Array
+from sparsec.ir.ops_int8 import row_scales
 from sparsec.ir.schedule import Schedule, Workload
 from sparsec.ir.types import DType
 from sparsec.target import Target
@@ -115,7 +118,8 @@ class Int8GemmFamily:
         assert isinstance(m, int), node
         assert isinstance(k, int), node
         epilogue = _epilogue(node)
-        end = " ".join([epilogue.activation, *["residual"] * epilogue.has_residual])
+        flags = [*["bytoken"] * epilogue.by_token, *["residual"] * epilogue.has_residual]
+        end = " ".join([epilogue.activation, *flags])
         name, density = layout_and_density(weight)
         sizes = (("m", m), ("k", k))
         return Workload(OP, sizes, "u8s8", name, f"{end} {epilogue.result}", density)
@@ -160,12 +164,13 @@ class Int8GemmFamily:
             binder.ref(x),
             *_weights(node, packed, form, isa, binder),
             *_rows(node, rows, binder),
-            *([binder.optional(node.optional_input(4))] if kernel.epilogue.has_residual else []),
+            *(binder.ref(v) for v in (node.optional_input(5), node.optional_input(4)) if v),
             binder.ref(y),
             *(tokens, m, k, group, *([rows // strip] if kernel.tall else [])),
         ]
         if kernel.epilogue.to_u8:
-            inverse = np.float32(1) / np.float32(node.attrs["out_scale"])
+            _, stored_scale = _scales(node)
+            inverse = np.float32(1) / np.float32(stored_scale)
             args += [float(inverse), int(node.attrs["out_zero_point"])]
         blocks = -(-m // rows)
         density = 1.0 if cols == 0 else packed.quads * QUAD / (k * blocks)
@@ -204,7 +209,10 @@ def _distinct_forms(isa: Int8Isa) -> list[Form]:
 
 def _epilogues() -> list[Epilogue]:
     """All that `_epilogue` gives."""
-    found = [Epilogue(a, residual) for a in ACTIVATIONS for residual in (False, True)]
+    found = [
+        Epilogue(a, residual, by_token=by_token)
+        for a, residual, by_token in product(ACTIVATIONS, (False, True), (False, True))
+    ]
     for activation in ACTIVATIONS:
         for coarse in (False, True) if activation in COARSE else (False,):
             found += [
@@ -217,7 +225,7 @@ def _epilogues() -> list[Epilogue]:
 def _epilogue(node: Node) -> Epilogue:
     residual, activation = node.optional_input(4) is not None, str(node.attrs["activation"])
     if node.output.type.dtype is not DType.U8:
-        return Epilogue(activation, residual)
+        return Epilogue(activation, residual, by_token=node.optional_input(5) is not None)
     coarse = activation in COARSE and node.attrs["out_scale"] >= STEPS_OF_COARSE * MAX_ERROR
     bounded = not residual and _largest(node) / node.attrs["out_scale"] < 2**30
     return Epilogue(activation, residual, True, coarse, bounded)
@@ -232,6 +240,13 @@ def _largest(node: Node) -> float:
     if bias is not None and bias.data is not None:
         rows = rows + np.abs(bias.data)
     return max(1.0, float(rows.max(initial=0)))
+
+
+def _scales(node: Node) -> tuple[Array, float | None]:
+    """The multiplier of each row, and the scale that the result is stored with."""
+    scale = node.input(2).data
+    assert scale is not None, node
+    return row_scales(node.attrs, scale, all(node.optional_input(i) is None for i in (3, 4, 5)))
 
 
 def _weights(
@@ -254,7 +269,7 @@ def _rows(node: Node, rows: int, binder: Binder) -> list[BufferRef]:
     assert start is not None, node
     values = {
         "offset": (-int(node.attrs["x_zero_point"]) * sums).astype(np.int32),
-        "multiplier": np.float32(node.attrs["x_scale"]) * scale.astype(np.float32),
+        "multiplier": _scales(node)[0].astype(np.float32),
         "bias": start.astype(np.float32),
     }
     return [binder.weight(f"{node.name}.{n}", pack_rows(v, rows)) for n, v in values.items()]

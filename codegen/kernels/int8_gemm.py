@@ -171,11 +171,12 @@ class Int8Gemm:
     def _rows(self, s: tir.KernelScope, at: Place, row0: Any, count: int) -> None:
         """The epilogue of the sums of `count` rows, at the start of scratch memory."""
         n, size = self.hooks.lanes, self.hooks.chunk
+        convert = self.epilogue.sums(s, self.hooks, keep(at.panel * WIDTH + at.chunk * size))
         with loop(0, T.min(const(count), s["m"] - row0)) as r:
             row = keep(row0 + r)
             sums = [keep(s.scratch[ramp(r * size + i * n, n)]) for i in range(self.hooks.tiles)]
             start = keep((at.panel * s["m"] + row) * WIDTH + at.chunk * size)
-            self.epilogue.emit(s, self.hooks, sums, row, start)
+            self.epilogue.emit(s, self.hooks, convert(sums), row, start)
 
     def _gathered(self, s: tir.KernelScope, at: Place, step: Any) -> list[Any]:
         indices = [s["indices"][step * QUAD + i] for i in range(QUAD)]

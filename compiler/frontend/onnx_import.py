@@ -1,7 +1,7 @@
 """ONNX model -> Graph.
 
 Every ONNX value becomes a Value of the Graph or, for shape arithmetic, known dims. The rows of
-CONVERTERS do the work; an op without a row is replaced by its function body: the model's own, or
+DOMAINS do the work; an op without a row is replaced by its function body: the model's own, or
 the one that the ONNX standard gives for it.
 """
 
@@ -20,7 +20,7 @@ from sparsec.frontend.builder import Builder, Operand
 from sparsec.frontend.call import Call
 from sparsec.frontend.inputs import Overrides, add_inputs
 from sparsec.frontend.onnx_load import load, ordered_nodes, reads_of, title
-from sparsec.frontend.onnx_ops import CONVERTERS
+from sparsec.frontend.onnx_ops import DOMAINS
 from sparsec.frontend.tensors import ONNX_TYPES, array_of, attribute
 from sparsec.ir.dims import Expr
 from sparsec.ir.graph import Graph
@@ -156,7 +156,7 @@ class _Importer:
 
         standard = node.domain in ("", "ai.onnx")
         opset = opsets.get("", 0) or opsets.get("ai.onnx", 0)
-        converter = CONVERTERS.get(node.op_type) if standard else None
+        converter = DOMAINS.get(node.domain, {}).get(node.op_type)
         if converter is None:
             body = _standard_body(node, opset, inputs, attributes) if standard else None
             if body is None:

@@ -203,7 +203,6 @@ MATH: dict[str, Converter] = {
     "CastLike": cast_like,
     "Clip": clip,
     "Dropout": dropout,
-    "DynamicQuantizeLinear": quantised,
     "Elu": with_attributes("elu", alpha=1.0),
     "Gelu": gelu,
     "HardSigmoid": with_attributes("hard_sigmoid", alpha=0.2, beta=0.5),

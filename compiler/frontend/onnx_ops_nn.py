@@ -83,7 +83,5 @@ NN: dict[str, Converter] = {
     "Gemm": gemm,
     "LayerNormalization": layer_norm,
     "MatMul": matmul,
-    "MatMulInteger": quantised,
     "QLinearConv": quantised,
-    "QLinearMatMul": quantised,
 }

@@ -8,6 +8,7 @@ from sparsec.ir.ops_bf16 import BF16_OPS
 from sparsec.ir.ops_channels import CHANNEL_OPS
 from sparsec.ir.ops_conv import CONV_OPS
 from sparsec.ir.ops_core import CORE_OPS
+from sparsec.ir.ops_dynamic import DYNAMIC_OPS
 from sparsec.ir.ops_elementwise import ELEMENTWISE_OPS
 from sparsec.ir.ops_int8 import INT8_OPS
 from sparsec.ir.ops_packing import PACKING_OPS
@@ -25,4 +26,5 @@ OPS: dict[str, OpSpec] = {
     **ATTENTION_INT8_OPS,
     **PACKING_OPS,
     **BF16_OPS,
+    **DYNAMIC_OPS,
 }

@@ -129,9 +129,24 @@ def _evaluate_dequantize(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
     return [dequantize_array(array(arrays, 0), attrs["scale"], attrs["zero_point"])]
 
 
+def row_scales(attrs: Attrs, w_scale: Array, is_plain: bool) -> tuple[Array, float | None]:
+    """What sums of each row are multiplied by, and the scale that the result is stored with.
+
+    A `is_plain` product, with no bias, activation or residual, that is stored multiplies by
+    f32(f32(x_scale * w_scale) / out_scale) alone, as ONNX Runtime's QLinearMatMul does: one
+    rounding less, and the same numbers. It is stored with scale 1 then.
+    """
+    scale = np.float32(attrs["x_scale"]) * w_scale.astype(np.float32)
+    if attrs["out_scale"] is None or not is_plain or attrs["activation"] != "none":
+        return scale, attrs["out_scale"]
+    with np.errstate(over="ignore"):
+        joined = scale / np.float32(attrs["out_scale"])
+    return (joined, 1.0) if np.isfinite(joined).all() else (scale, attrs["out_scale"])
+
+
 def _infer_linear_int8(types: Types, attrs: Attrs) -> list[TensorType]:
     x, w, w_scale = operand(types, 0), operand(types, 1), operand(types, 2)
-    bias, residual = optional(types, 3), optional(types, 4)
+    bias, residual, token_scale = (optional(types, i) for i in (3, 4, 5))
     if attrs["activation"] not in ACTIVATIONS:
         raise InvalidGraph(f"there is no activation {attrs['activation']!r}")
     if (x.dtype, w.dtype) != (DType.U8, DType.I8):
@@ -146,6 +161,9 @@ def _infer_linear_int8(types: Types, attrs: Attrs) -> list[TensorType]:
     shape = (*x.shape[:-1], w.shape[0])
     if residual is not None and (residual.dtype, residual.shape) != (DType.F32, shape):
         raise InvalidGraph(f"residual {residual} is not f32{text(shape)}")
+    scales = (*x.shape[:-1], 1)
+    if token_scale is not None and (token_scale.dtype, token_scale.shape) != (DType.F32, scales):
+        raise InvalidGraph(f"the scales of tokens {token_scale} are not f32{text(scales)}")
     _require_quant(x, attrs["x_scale"], attrs["x_zero_point"])
     result = TensorType(DType.F32, shape, panel_layout([x, residual]))
     return [stored_type(result, attrs) or result]
@@ -159,9 +177,12 @@ def _require_quant(x: TensorType, scale: float, zero_point: int) -> None:
 
 
 def _evaluate_linear_int8(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
+    """Where tokens have scales, f32(sum) is multiplied by them first, with a rounding."""
     x, w = array(arrays, 0), array(arrays, 1)
-    bias, residual = optional_array(arrays, 3), optional_array(arrays, 4)
-    scale = np.float32(attrs["x_scale"]) * array(arrays, 2)
+    bias, residual, token_scale = (optional_array(arrays, i) for i in (3, 4, 5))
+    by_token = None if token_scale is None else token_scale.reshape(-1, 1)
+    is_plain = bias is None and residual is None and token_scale is None
+    scale, stored_scale = row_scales(attrs, array(arrays, 2), is_plain)
     tokens = x.reshape(-1, x.shape[-1])
     result = np.empty((len(tokens), len(w)), np.float32)
     # float64 sums of these integers are exact: |sum| < 2**31. BLAS has no integer product.
@@ -171,13 +192,14 @@ def _evaluate_linear_int8(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]
         part = slice(first, first + step)
         centred = tokens[part].astype(np.float64) - attrs["x_zero_point"]
         sums = np.matmul(centred, wide).astype(np.float32)
+        sums = sums if by_token is None else sums * by_token[part]
         result[part] = fma_f32(sums, scale, np.float32(0) if bias is None else bias)
     y = result.reshape(*x.shape[:-1], len(w))
     with np.errstate(over="ignore"):
         y = ACTIVATIONS[attrs["activation"]](y).astype(np.float32, copy=False)
     if residual is not None:
         y = y + residual
-    return [y if attrs["out_scale"] is None else stored_result(y, attrs)]
+    return [y if stored_scale is None else stored_result(y, {**attrs, "out_scale": stored_scale})]
 
 
 def _infer_embedding_int8(types: Types, attrs: Attrs) -> list[TensorType]:
@@ -225,7 +247,11 @@ _ROWS = [
     OpSpec("quantize", _infer_quantize, _evaluate_quantize, ("scale", "zero_point", "dtype")),
     OpSpec("dequantize", _infer_dequantize, _evaluate_dequantize, ("scale", "zero_point")),
     OpSpec(
-        "linear_int8", _infer_linear_int8, _evaluate_linear_int8, _LINEAR, panels=PanelRule((0, 4))
+        "linear_int8",
+        _infer_linear_int8,
+        _evaluate_linear_int8,
+        _LINEAR,
+        panels=PanelRule((0, 4, 5)),
     ),
     OpSpec(
         "embedding_int8",

@@ -105,7 +105,10 @@ def test_mixed_with_int8_and_fp32(tmp_path: Path) -> None:
         ({"target": "znver4", "isa": Isa.AVX2}, "the target znver4 limited to avx2"),
         ({"target": "znver4", "attention": "int8"}, "--attention int8 goes with"),
         ({"target": "znver4", "rest": "bf16"}, "--rest goes with --precision int8"),
-        ({"target": "znver4", "keep_fp32": ["x*"]}, "no product is named like 'x\\*'"),
+        (
+            {"target": "znver4", "keep_fp32": ["x*"]},
+            "no product or embedding is named like 'x\\*'",
+        ),
     ],
 )
 def test_what_bf16_can_not_be(options: dict[str, object], message: str, tmp_path: Path) -> None:

@@ -141,6 +141,17 @@ CASES = [
     Case("linear_int8", ((B, S, 8), (3, 8), (3,), (3,), (B, S, 3)), PRODUCT, INT8),
     Case("linear_int8", ((B, 8), (3, 8), (3,), None, None), {**PRODUCT, "out_scale": None}, INT8),
     Case(
+        "linear_int8",
+        ((B, S, 8), (3, 8), (3,), (3,), None, (B, S, 1)),
+        {**PRODUCT, "out_scale": None},
+        (*INT8, F32),
+    ),
+    Case("quantize_tokens", ((B, S, 8),), {"zero_point": 128}),
+    Case("round_tokens", ((B, S, 8),), {"zero_point": 0}),
+    Case("dynamic_quantize", ((B, S, 8),)),
+    Case("matmul_integer", ((B, S, 8), (8, 3), (), (3,)), dtypes=(U8, I8, U8, I8)),
+    Case("matmul_integer", ((B, 1, S, 8), (3, 8, 4), None, None), dtypes=(I8, U8, F32, F32)),
+    Case(
         "attention_int8",
         ((B, S, 24),) * 3 + ((B, 1, 1, S),),
         {**HEADS, "q_scale": 0.1, "k_scale": 0.2, "v_scale": 0.3},

@@ -66,6 +66,48 @@ def product(rng: np.random.Generator, tokens: int = 7, k: int = 96, m: int = 5) 
     return [x, w, scale, bias, rng.standard_normal((tokens, m)).astype(np.float32)]
 
 
+def test_a_plain_product_joins_its_scales_before_it_is_stored(rng: np.random.Generator):
+    """As ONNX Runtime's QLinearMatMul: one rounding between the sum and the step."""
+    x, w, scale, *_ = product(rng)
+    attrs = {**PLAIN, "x_scale": 0.02, "x_zero_point": 130}
+    attrs |= {"out_scale": 0.05, "out_zero_point": 30}
+    sums = ((x.astype(np.int64) - 130) @ w.T.astype(np.int64)).astype(np.float32)
+    steps = sums * (np.float32(0.02) * scale / np.float32(0.05))
+    (got,) = evaluate("linear_int8", x, w, scale, None, None, **attrs)
+    np.testing.assert_array_equal(got, np.clip(np.rint(steps) + 30, 0, 255))
+    # Where the joined scale is too large for fp32 the result is scaled in two steps.
+    attrs |= {"out_scale": 2e-37, "x_scale": 1e3}
+    (got,) = evaluate("linear_int8", x, w, np.full_like(scale, 1e3), None, None, **attrs)
+    assert set(got[sums != 0]) <= {0, 255}
+    assert (got[sums == 0] == 30).all()
+
+
+def test_scales_of_tokens_multiply_sums_first(rng: np.random.Generator):
+    x, w, scale, bias, residual = product(rng)
+    attrs = {**PLAIN, "x_scale": 1.0, "x_zero_point": 130}
+    tokens = rng.random((len(x), 1)).astype(np.float32)
+    sums = ((x.astype(np.int64) - 130) @ w.T.astype(np.int64)).astype(np.float32)
+    (got,) = evaluate("linear_int8", x, w, scale, bias, residual, tokens, **attrs)
+    np.testing.assert_array_equal(got, fma_f32(sums * tokens, scale, bias) + residual)
+
+
+@pytest.mark.parametrize("zero_point", [0, 16, 128])
+def test_tokens_have_the_finest_scale_that_holds_them(rng: np.random.Generator, zero_point: int):
+    x = rng.standard_normal((50, 30)).astype(np.float32)
+    x = np.abs(x) if zero_point == 0 else x
+    stored, scale = evaluate("quantize_tokens", x, zero_point=zero_point)
+    real = (stored.astype(np.float32) - zero_point) * scale
+    assert (np.abs(real - x) <= 0.5001 * scale).all()
+    ends = (stored.max(axis=1) == 255) | (stored.min(axis=1) == 0)
+    assert ends.all()
+
+
+@pytest.mark.parametrize("zero_point", [-1, 255])
+def test_a_zero_point_of_tokens_leaves_levels_above_it(zero_point: int):
+    with pytest.raises(InvalidGraph, match=r"0\.\.254"):
+        OPS["quantize_tokens"].infer([TensorType(F32, (B, S, 8))], {"zero_point": zero_point})
+
+
 def test_linear_int8_is_an_exact_sum_and_one_fma(rng: np.random.Generator):
     x, w, scale, bias, residual = product(rng)
     attrs = {**PLAIN, "x_scale": 0.02, "x_zero_point": 130}

@@ -14,6 +14,7 @@ from sparsec.codegen.isa.coarse import COARSE, MAX_ERROR
 from sparsec.codegen.isa.int8 import INT8_ISAS
 from sparsec.codegen.isa.polynomials import ACTIVATIONS
 from sparsec.codegen.kernels.int8_cost import Form
+from sparsec.codegen.kernels.int8_dots import DotGemm
 from sparsec.codegen.kernels.int8_epilogue import Epilogue
 from sparsec.codegen.kernels.int8_family import Int8GemmFamily, forms, kernel_of, limits, pack
 from sparsec.codegen.kernels.int8_gemm import Int8Gemm
@@ -30,13 +31,21 @@ EXACT = [
     Epilogue(to_u8=True, is_bounded=True),
 ]
 VARIANTS = [k for k in ALL if k.epilogue in EXACT and k.isa != "amx"]
+# How scales by token are read depends on the instruction set and the height of a block alone.
+BY_TOKEN = Epilogue(by_token=True)
+VARIANTS += [
+    k for k in ALL
+    if isinstance(k, DotGemm) and k.epilogue == BY_TOKEN
+    and (k.form == "dense" or (k.tall and k._gathers))
+]  # fmt: skip
 # Emulated tiles are slow: every loop nest of AMX with one of these epilogues, in turn.
 NESTS = dict.fromkeys((k.form, k.strip, k.tall) for k in ALL if k.isa == "amx")
+TURNS = [*EXACT, BY_TOKEN]
 VARIANTS += [
     k
     for i, nest in enumerate(NESTS)
     for k in ALL
-    if (k.form, k.strip, k.tall, k.isa, k.epilogue) == (*nest, "amx", EXACT[i % len(EXACT)])
+    if (k.form, k.strip, k.tall, k.isa, k.epilogue) == (*nest, "amx", TURNS[i % len(TURNS)])
 ]
 # AMX shares the code of its epilogues with AVX512-VNNI.
 SOME = [k for k in ALL if k.form == "dense" and k.isa != "amx" and k.most_tokens is None]
@@ -70,6 +79,7 @@ class Layer:
             "multiplier": rng.uniform(0.001, 0.003, m).astype(np.float32),
             "bias": rng.standard_normal(m).astype(np.float32),
             "residual": (10 * rng.standard_normal((tokens, m))).astype(np.float32),
+            "token_scale": rng.uniform(0.1, 1.5, (tokens, 1)).astype(np.float32),
         }
 
     def sums(self) -> Array:
@@ -77,14 +87,16 @@ class Layer:
         total = (a["x"].astype(np.int64) - self.zero_point) @ a["w"].astype(np.int64).T
         return np.asarray(total)
 
-    def linear(self) -> Array:
+    def linear(self, by_token: bool = False) -> Array:
         """sum * multiplier + bias, rounded once: the 64 bits of a long double hold it all."""
-        wide = self.sums().astype(np.float32).astype(np.longdouble)
-        y = wide * self.arrays["multiplier"] + self.arrays["bias"]
+        sums = self.sums().astype(np.float32)
+        sums = sums * self.arrays["token_scale"] if by_token else sums
+        y = sums.astype(np.longdouble) * self.arrays["multiplier"] + self.arrays["bias"]
         return np.asarray(y.astype(np.float32))
 
     def result(self, epilogue: Epilogue) -> Array:
-        y = REFERENCES[epilogue.activation](self.linear().astype(np.float64)).astype(np.float32)
+        wide = self.linear(epilogue.by_token).astype(np.float64)
+        y = REFERENCES[epilogue.activation](wide).astype(np.float32)
         if epilogue.has_residual:
             y = y + self.arrays["residual"]
         return self.stored(y) if epilogue.to_u8 else np.asarray(y)
@@ -131,7 +143,8 @@ def call(run: Any, kernel: Int8Gemm, layer: Layer, *, group: int = 2, splits: in
     panels = -(-tokens // 64)
     y = np.full((panels, m, 64), 99, np.uint8 if kernel.epilogue.to_u8 else np.float32)
     per_row = [pack_rows(v, rows) for v in (offset, a["multiplier"], a["bias"])]
-    residual = [run.to_panels(a["residual"])] if kernel.epilogue.has_residual else []
+    residual = [run.to_panels(a["token_scale"])] if kernel.epilogue.by_token else []
+    residual += [run.to_panels(a["residual"])] if kernel.epilogue.has_residual else []
     sizes = [tokens, m, k, group, *([rows // kernel.strip] if kernel.tall else [])]
     numbers = [float(layer.inverse), layer.out_zero_point] if kernel.epilogue.to_u8 else []
     pointers = [run.to_panels(a["x"]), *packed.arrays.values(), *per_row, *residual, y]
@@ -141,7 +154,7 @@ def call(run: Any, kernel: Int8Gemm, layer: Layer, *, group: int = 2, splits: in
         scratch_bytes=kernel.scratch_bytes(k, group, packed.most_steps),
     )  # fmt: skip
     assert status == 0
-    if not kernel.epilogue.has_residual:
+    if not (kernel.epilogue.has_residual or kernel.epilogue.by_token):
         assert np.isfinite(y).all(), "lanes past the last token"
     return np.asarray(run.from_panels(y, tokens))
 
@@ -220,7 +233,8 @@ def test_every_epilogue(some_kernel: Int8Gemm, run: Any) -> None:
         assert (apart > 0).mean() < 0.01
         return
     # Activations are good to 1e-6 max(1, |x|); adding the residual rounds once more.
-    bound = 2e-6 * np.maximum(1, np.abs(layer.linear())) + 2e-7 * np.abs(expected)
+    size = np.abs(layer.linear(epilogue.by_token))
+    bound = 2e-6 * np.maximum(1, size) + 2e-7 * np.abs(expected)
     assert (np.abs(y - expected) <= bound).all()
 
 

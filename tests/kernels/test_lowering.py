@@ -20,8 +20,9 @@ from sparsec.target import Isa, Target
 Array = np.ndarray[Any, Any]
 BATCH, SEQ = symbol("batch"), symbol("seq")
 ENV = {"batch": 3, "seq": 43}
-# The first two have files of their own; whole models of tests/e2e lower the others.
-ELSEWHERE = {"linear_int8", "attention_int8", "pack_tokens", "unpack_tokens", "gated", "rotary"}
+# The first three have files of their own; whole models of tests/e2e lower the others.
+ELSEWHERE = {"linear_int8", "attention_int8", "quantize_tokens"}
+ELSEWHERE |= {"pack_tokens", "unpack_tokens", "gated", "rotary"}
 BYTES = {"scale": 0.02, "zero_point": 3}
 TARGETS = {
     name: Target(name, isas, 2, 32 * 1024, 1 << 20, 1 << 25)
@@ -113,6 +114,8 @@ def example(op: str, g: Graph, rng: np.random.Generator) -> tuple[Node, dict[str
             node = g.add_node(op, [panels("x", 40)])
         case "quantize":
             node = g.add_node(op, [panels("x", 40)], {**BYTES, "dtype": DType.U8})
+        case "quantize_tokens":
+            node = g.add_node(op, [panels("x", 40)], {"zero_point": 16})
         case "dequantize":
             x = g.add_input("x", DType.U8, (BATCH, SEQ, 40))
             node = g.add_node(op, [x], BYTES)
@@ -284,3 +287,26 @@ def test_kinds_of_masks(shape: tuple[Dim, ...], kind: str) -> None:
     assert family is not None
     assert family.workload(node).epilogue == f"mask {kind}"
     assert (schedule_for(node, TARGETS["avx2"]) is None) == (kind == "other")
+
+
+@pytest.mark.parametrize(
+    "level", [pytest.param(n, marks=pytest.mark.isa(n)) for n in ("avx2", "avx512")]
+)
+def test_bytes_and_scales_of_tokens(level: str, run: Any, rng: np.random.Generator) -> None:
+    node, logical = example("quantize_tokens", Graph("g"), rng)
+    family = family_for(node)
+    assert family is not None
+    x = node.input(0)
+    expected = OPS[node.op].evaluate([logical[x.name]], node.attrs, ENV)
+    results = [np.full_like(in_memory(run, v, np.asarray(y)), 99)
+               for v, y in zip(node.outputs, expected, strict=True)]  # fmt: skip
+    arrays = {x.name: in_memory(run, x, logical[x.name])}
+    arrays |= {v.name: y for v, y in zip(node.outputs, results, strict=True)}
+    binder = ArrayBinder(arrays)
+    schedule = family.schedules(family.workload(node), TARGETS[level])[0]
+    (call,) = family.lower(node, schedule, binder)
+    args = [_argument(a, binder) for a in call.args]
+    assert run(call.kernel, *args, output=results, items=evaluate(call.items, ENV)) == 0
+    for got, wanted in zip(results, expected, strict=True):
+        rows = run.from_panels(got, ENV["batch"] * ENV["seq"])
+        np.testing.assert_array_equal(rows.reshape(wanted.shape), wanted)

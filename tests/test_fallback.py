@@ -1,0 +1,190 @@
+"""Which layers fall back to fp32, and that the measured error is that of the int8 graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import sparsec
+from sparsec.calibration import calibrate, choose_range
+from sparsec.errors import InvalidInput
+from sparsec.fallback import Accuracy, fall_back
+from sparsec.frontend.onnx_import import import_model
+from sparsec.interpreter import run
+from sparsec.ir.graph import Graph
+from sparsec.models.tiny import tiny_model
+from sparsec.options import Calibration, CompileOptions
+from sparsec.passes import (
+    Quantization,
+    attention_values,
+    graph_pipeline,
+    int8_pipeline,
+    quantized_values,
+)
+from sparsec.passes.manager import PassManager
+from sparsec.passes.quantize_tables import QuantizeTables
+from sparsec.target import Target
+
+ALL_SMALL = QuantizeTables()  # tiny BERT has no table that is worth int8
+ALL_LARGE = QuantizeTables(large_bytes=1)
+LAYERS = 10  # of tiny BERT: four products and an attention in each of two layers
+
+
+def sample(seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    mask = np.ones((6, 12), np.int64)
+    mask[1, 7:] = 0
+    zeros = np.zeros((6, 12), np.int64)
+    ids = rng.integers(0, 100, (6, 12))
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": zeros}
+
+
+def fp32_graph() -> Graph:
+    graph = import_model(tiny_model())
+    PassManager(graph_pipeline()).run(graph)
+    return graph
+
+
+@pytest.fixture(scope="module")
+def quantization() -> Quantization:
+    graph = fp32_graph()
+    names = [*quantized_values(graph), *attention_values(graph)]
+    observed = calibrate(graph, [sample(1)], names)
+    return Quantization({name: choose_range(o, "minmax") for name, o in observed.items()})
+
+
+def measured(
+    quantization: Quantization,
+    max_error: float,
+    tables: QuantizeTables = ALL_SMALL,
+    attention: bool = True,
+) -> Accuracy:
+    graph, samples = fp32_graph(), [sample()]
+    return fall_back(graph, quantization, samples, max_error, tables=tables, attention=attention)
+
+
+def test_every_layer_is_listed_with_its_error_and_work(quantization: Quantization):
+    found = measured(quantization, 0.9)
+    assert len(found.layers) == LAYERS
+    assert not found.fp32
+    assert all(0 < x.error < 0.1 and x.macs_per_token > 0 for x in found.layers)
+    assert found.error > max(x.error for x in found.layers) / 2
+    assert {x.described()["precision"] for x in found.layers} == {"int8"}
+
+
+def test_layers_fall_back_until_the_error_is_small_enough(quantization: Quantization):
+    whole = measured(quantization, 0.9).error
+    counts = []
+    for share in (0.9, 0.6, 0.3):
+        found = measured(quantization, share * whole)
+        assert found.error <= share * whole
+        counts.append(len(found.fp32))
+    assert counts == sorted(counts)
+    assert 0 < counts[0] < counts[-1] < LAYERS
+
+
+def test_nothing_is_int8_when_no_error_is_allowed(quantization: Quantization):
+    found = measured(quantization, 1e-12)
+    assert (found.error, len(found.fp32)) == (0.0, LAYERS)
+
+
+def test_tables_count_and_are_the_last_to_leave(quantization: Quantization):
+    whole = measured(quantization, 0.9, ALL_LARGE)
+    (tables,) = (x for x in whole.layers if x.op == "embedding")
+    assert 0 < tables.error < whole.error
+    found = measured(quantization, 0.9 * whole.error, ALL_LARGE)
+    assert found.error <= 0.9 * whole.error
+    assert found.fp32
+    assert tables.node not in found.fp32
+
+
+def test_tables_that_alone_lose_too_much_leave_first(quantization: Quantization):
+    (tables,) = (x for x in measured(quantization, 0.9, ALL_LARGE).layers if x.op == "embedding")
+    found = measured(quantization, 0.9 * tables.error, ALL_LARGE)
+    assert found.error <= 0.9 * tables.error
+    assert tables.node in found.fp32
+
+
+def test_attention_that_stays_fp32_is_not_listed(quantization: Quantization):
+    layers = measured(quantization, 0.9, attention=False).layers
+    assert {x.op for x in layers} == {"linear"}
+
+
+def test_the_error_is_that_of_the_int8_graph(quantization: Quantization):
+    """But for what rounding to fp32 does on the way: a number on the edge goes the other way."""
+    error = measured(quantization, 0.9).error
+    graph = fp32_graph()
+    exact = run(graph, sample())
+    PassManager(int8_pipeline(quantization)).run(graph)
+    rounded = run(graph, sample())
+    real = sample()["attention_mask"] == 1
+    worst = 0.0
+    for name, y in exact.items():
+        a, b = (v[real] if v.ndim == 3 else v for v in (y, rounded[name]))
+        worst = max(worst, float(np.linalg.norm(a - b) / np.linalg.norm(a)))
+    assert worst == pytest.approx(error, rel=0.02)
+
+
+def test_the_library_has_the_layers_that_the_report_names(tmp_path: Path):
+    onnx.save(tiny_model(), tmp_path / "m.onnx")
+    np.savez(tmp_path / "samples.npz", **sample())
+    calibration = Calibration(data=tmp_path / "samples.npz")
+    result = sparsec.compile_model(
+        tmp_path / "m.onnx",
+        tmp_path / "m.so",
+        precision="int8",
+        calibration=calibration,
+        max_error=0.008,
+    )
+    accuracy = result.report["accuracy"]
+    assert accuracy["error"] <= 0.008
+    named = {x["node"] for x in accuracy["layers"] if x["precision"] == "fp32"}
+    made = {x["node"]: x["op"] for x in result.report["layers"]}
+    assert named
+    assert {made[n] for n in named} <= {"linear", "attention"}
+    outputs = sparsec.load(result.library)(sample())["last_hidden_state"]
+    exact = run(import_model(tiny_model()), sample())["last_hidden_state"]
+    real = sample()["attention_mask"] == 1
+    off = np.linalg.norm((outputs - exact)[real]) / np.linalg.norm(exact[real])
+    assert off < 1.1 * 0.008  # the library sums in another order than the oracle
+
+
+@pytest.mark.parametrize("options", [{"rest": "bf16"}, {"attention": "bf16"}])
+def test_bf16_is_not_measured(options: dict[str, str]):
+    with pytest.raises(InvalidInput, match="leave out either it or --rest bf16"):
+        CompileOptions(
+            Target.named("sapphirerapids"),
+            precision="int8",
+            calibration=Calibration(random=True),
+            max_error=0.1,
+            **options,
+        )
+
+
+@pytest.mark.parametrize("error", [0.0, -1.0, 1.5, float("nan")])
+def test_bad_bounds_are_refused(error: float, tmp_path: Path):
+    onnx.save(tiny_model(), tmp_path / "m.onnx")
+    with pytest.raises(InvalidInput, match="max-error"):
+        sparsec.compile_model(
+            tmp_path / "m.onnx",
+            tmp_path / "m.so",
+            precision="int8",
+            calibration=Calibration(random=True),
+            max_error=error,
+        )
+
+
+def test_a_bound_needs_samples(tmp_path: Path):
+    onnx.save(tiny_model(), tmp_path / "m.onnx")
+    for options in ({"dynamic": True}, {}):
+        with pytest.raises(InvalidInput, match="max-error"):
+            sparsec.compile_model(
+                tmp_path / "m.onnx",
+                tmp_path / "m.so",
+                precision="int8",
+                max_error=0.1,
+                **options,
+            )
