@@ -10,7 +10,13 @@ from typing import Any
 
 from sparsec.tools.inputs import Arrays
 from sparsec.tools.instances import Call, Engine, Places
-from sparsec.tools.peers import Run, onnxruntime_runner, openvino_compiled, openvino_version
+from sparsec.tools.peers import (
+    Run,
+    onnxruntime_runner,
+    openvino_compiled,
+    openvino_has_bf16,
+    openvino_version,
+)
 
 
 def onnxruntime_engine(path: Path) -> Engine:
@@ -33,9 +39,10 @@ def onnxruntime_engine(path: Path) -> Engine:
 def openvino_engine(path: Path) -> Engine:
     """A stream per instance, pinned by OpenVINO, of one model compiled for the arrays' shapes.
 
+    Where the CPU has bf16 it may compute in that what is not quantised; the name says so.
     Raises InvalidInput, as its calls do, when it is not installed or refuses the model.
     """
-    name = openvino_version()
+    name = openvino_version() + (", bf16 allowed" if openvino_has_bf16() else "")
     import openvino as ov
 
     core = ov.Core()
