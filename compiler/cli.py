@@ -1,7 +1,8 @@
 """The command line: arguments in, exit status out. The work is done in driver and tools.
 
-Exit status: 0 done; 1 a check that was asked for failed (`verify`); 2 the request or its input
-was wrong: one message on standard error, nothing written.
+Exit status: 0 done; 1 a check that was asked for failed (`verify`, the limit of `bench
+--latency-ms`); 2 the request or its input was wrong: one message on standard error, nothing
+written.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ EXAMPLES = """examples:
   sparsec compile model.onnx -o model.so
   sparsec verify model.so --onnx model.onnx
   sparsec bench model.so --batch 1 --seq 128 --threads 1 --onnx model.onnx
+  sparsec bench model.so --latency-ms 10 --seq 32 --onnx model.onnx
 """
 
 
