@@ -51,14 +51,10 @@ class Space:
 
     def grid(self, cores: int) -> list[tuple[int, int]]:
         """(instances, threads) that fit into the cores; raises InvalidInput when none does."""
-        if self.instances is not None and self.threads is not None:
-            places_of(Layout(self.instances, self.threads, 1), range(cores))
-            return [(self.instances, self.threads)]
         if self.instances is not None or self.threads is not None:
-            given = self.instances or self.threads or 1
-            places_of(Layout(given, 1, 1), range(cores))
-            both = (given, cores // given)
-            return [both if self.instances is not None else (both[1], both[0])]
+            places_of(Layout(self.instances or 1, self.threads or 1, 1), range(cores))
+            instances = self.instances or cores // (self.threads or 1)
+            return [(instances, self.threads or cores // instances)]
         # With a thread more or an instance more, these would not fit any more.
         pairs = [(count, cores // count) for count in range(cores, 0, -1)]
         return [(count, threads) for count, threads in pairs if cores // threads == count]
@@ -91,10 +87,7 @@ def throughput(
     batch = _batch(model.inputs, space.batch, seq)
     engines = {e.name: e for e in [sparsec_engine(library), *_peers(onnx, against)]}
     bench = _Bench(engines, model, cpus, seq, seconds, progress)
-    tried = {
-        name: [m for pair in grid for m in search(bench.trial, name, pair, batch, limit_ms)]
-        for name in engines
-    }
+    tried = {name: bench.search(name, grid, batch, limit_ms) for name in engines}
     found = confirm(tried, bench.turn, limit_ms)
     return {
         "model": str(library),
@@ -117,6 +110,11 @@ class _Bench:
     seq: int
     seconds: float
     progress: Tell
+
+    def search(
+        self, name: str, grid: Sequence[tuple[int, int]], batch: int | None, limit_ms: float
+    ) -> list[Measurement]:
+        return [m for pair in grid for m in search(self.trial, name, pair, batch, limit_ms)]
 
     def trial(self, name: str, layout: Layout) -> Measurement:
         self.progress(f"{name}: {_layout_text(layout)}")

@@ -80,9 +80,16 @@ def test_layouts_of_the_given_numbers() -> None:
     assert Space(instances=2, threads=2).grid(8) == [(2, 2)]
 
 
-@pytest.mark.parametrize("space", [Space(9), Space(None, 9), Space(3, 3)])
-def test_more_than_there_are_cores(space: Space) -> None:
-    with pytest.raises(InvalidInput, match=r"need 9 cores; this process may use 8"):
+@pytest.mark.parametrize(
+    ("space", "layout"),
+    [
+        (Space(9), "9 instances of 1 threads"),
+        (Space(None, 9), "1 instances of 9 threads"),
+        (Space(3, 3), "3 instances of 3 threads"),
+    ],
+)
+def test_more_than_there_are_cores(space: Space, layout: str) -> None:
+    with pytest.raises(InvalidInput, match=f"{layout} need 9 cores; this process may use 8"):
         space.grid(8)
 
 
