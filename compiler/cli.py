@@ -1,21 +1,21 @@
 """The command line: arguments in, exit status out. The work is done in driver and tools.
 
-Exit status: 0 done; 1 a check that was asked for failed (`verify`); 2 the request or its input
-was wrong: one message on standard error, nothing written.
+Exit status: 0 done; 1 a check that was asked for failed (`verify`, the limit of `bench
+--latency-ms`); 2 the request or its input was wrong: one message on standard error, nothing
+written.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsec import __version__
+from sparsec.cli_timing import add_commands as add_timing_commands
 from sparsec.cli_tuning import add_commands as add_tuning_commands
 from sparsec.errors import CompilerError, InvalidInput, MissingPackage
 
@@ -26,6 +26,7 @@ EXAMPLES = """examples:
   sparsec compile model.onnx -o model.so
   sparsec verify model.so --onnx model.onnx
   sparsec bench model.so --batch 1 --seq 128 --threads 1 --onnx model.onnx
+  sparsec bench model.so --latency-ms 10 --seq 32 --onnx model.onnx
 """
 
 
@@ -52,8 +53,10 @@ def _compile(args: argparse.Namespace) -> int:
     from sparsec.driver import compile_model
     from sparsec.options import parse_shape
     from sparsec.target import Isa
+    from sparsec.tools.console import progress
+    from sparsec.tuning.rates_file import cache_folder
 
-    with _progress(args.quiet) as tell:
+    with progress(args.quiet) as tell:
         result = compile_model(
             args.model,
             args.output,
@@ -73,7 +76,7 @@ def _compile(args: argparse.Namespace) -> int:
             dump_ir=args.dump_ir,
             report=args.report,
             cc=args.cc,
-            rates=_cache_folder(),
+            rates=cache_folder(),
             progress=tell,
         )
     for warning in result.report["warnings"]:
@@ -137,9 +140,10 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from sparsec.tools.console import progress
     from sparsec.tools.verify import print_verification, verify
 
-    with _progress(args.quiet or args.json) as tell:
+    with progress(args.quiet or args.json) as tell:
         result = verify(
             args.model,
             args.onnx,
@@ -156,92 +160,11 @@ def _verify(args: argparse.Namespace) -> int:
     return 0 if result["passed"] else 1
 
 
-def _bench(args: argparse.Namespace) -> int:
-    from sparsec.tools.bench import bench, print_bench
-
-    with _progress(args.quiet or args.json) as tell:
-        result = bench(
-            args.model,
-            batch=args.batch,
-            seq=args.seq,
-            threads=args.threads,
-            onnx=args.onnx,
-            against=args.against,
-            seconds=args.seconds,
-            pin=args.pin,
-            progress=tell,
-        )
-    if args.json:
-        print(json.dumps(result, indent=1))
-    else:
-        print_bench(result)
-    return 0
-
-
-def _profile(args: argparse.Namespace) -> int:
-    from sparsec.tools.profile import print_profile, profile, write_trace
-
-    with _progress(args.quiet or args.json) as tell:
-        result = profile(
-            args.model,
-            batch=args.batch,
-            seq=args.seq,
-            threads=args.threads,
-            runs=args.runs,
-            rates=_cache_folder(),
-            progress=tell,
-        )
-    if args.trace:
-        write_trace(result, args.trace)
-    if args.json:
-        print(json.dumps(result, indent=1))
-    else:
-        print_profile(result, all_steps=args.steps)
-    return 0
-
-
-def _calibrate(args: argparse.Namespace) -> int:
-    from dataclasses import asdict
-
-    from sparsec.tuning.machine import calibrate
-
-    with _progress(args.quiet or args.json) as tell:
-        known = calibrate(_cache_folder(), force=args.force, progress=tell)
-    assert known.rates is not None
-    if args.json:
-        print(json.dumps({"file": str(known.path), **asdict(known.rates)}, indent=1))
-    elif not args.quiet:
-        from sparsec.tools.rates import print_rates
-
-        print_rates(known.rates, known.path)
-    return 0
-
-
-def _cache_folder() -> Path:
-    """Where this user's caches lie: the XDG base directory specification."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    home = Path(given) if Path(given).is_absolute() else Path("~/.cache").expanduser()
-    return home / "sparsec"
-
-
 def _batch_seq(text: str) -> tuple[int, int]:
     parts = text.split("x")
     if len(parts) != 2 or not all(p.isdigit() and int(p) > 0 for p in parts):
         raise InvalidInput(f"shape {text!r}: wanted BATCHxSEQ, for example 1x128")
     return int(parts[0]), int(parts[1])
-
-
-@contextlib.contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """Tells the present stage on standard error; a spinner where that is a terminal."""
-    if quiet:
-        yield lambda stage: None
-        return
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    with console.status("starting") as status:
-        yield lambda stage: status.update(stage)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -253,8 +176,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sparsec {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in _COMMANDS:
+    for add in (_add_compile, _add_run, _add_inspect, _add_verify):
         add(commands)
+    add_timing_commands(commands)
     add_tuning_commands(commands)
     return parser
 
@@ -366,58 +290,3 @@ def _add_verify(commands: Any) -> None:
     p.add_argument("--json", action="store_true")
     p.add_argument("-q", "--quiet", action="store_true")
     p.set_defaults(command=_verify)
-
-
-def _add_bench(commands: Any) -> None:
-    p = commands.add_parser("bench", help="time a compiled model, interleaved with a peer")
-    p.add_argument("model", type=Path)
-    p.add_argument("--batch", type=_positive, default=1)
-    p.add_argument("--seq", type=_positive, default=128)
-    p.add_argument("--threads", type=_positive, default=1)
-    p.add_argument("--onnx", type=Path, help="the ONNX file, for the peer")
-    p.add_argument("--against", choices=["onnxruntime", "openvino"], help="default: onnxruntime")
-    p.add_argument("--seconds", type=float, default=5.0, help="how long to measure")
-    p.add_argument("--no-pin", dest="pin", action="store_false", help="leave threads to the OS")
-    p.add_argument("--json", action="store_true")
-    p.add_argument("-q", "--quiet", action="store_true")
-    p.set_defaults(command=_bench)
-
-
-def _add_profile(commands: Any) -> None:
-    p = commands.add_parser("profile", help="where the time of a compiled model goes")
-    p.add_argument("model", type=Path)
-    p.add_argument("--batch", type=_positive, default=1)
-    p.add_argument("--seq", type=_positive, default=128)
-    p.add_argument("--threads", type=_positive, default=1)
-    p.add_argument("--runs", type=_positive, default=50)
-    p.add_argument("--steps", action="store_true", help="every kernel call instead of every op")
-    p.add_argument("--trace", type=Path, metavar="FILE", help="write a Chrome trace (JSON)")
-    p.add_argument("--json", action="store_true")
-    p.add_argument("-q", "--quiet", action="store_true")
-    p.set_defaults(command=_profile)
-
-
-def _add_calibrate(commands: Any) -> None:
-    p = commands.add_parser("calibrate", help="measure this machine once, for better schedules")
-    p.add_argument("--force", action="store_true", help="measure again")
-    p.add_argument("--json", action="store_true")
-    p.add_argument("-q", "--quiet", action="store_true")
-    p.set_defaults(command=_calibrate)
-
-
-_COMMANDS = (
-    _add_compile,
-    _add_run,
-    _add_inspect,
-    _add_verify,
-    _add_bench,
-    _add_profile,
-    _add_calibrate,
-)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"wanted 1 or more, got {value}")
-    return value

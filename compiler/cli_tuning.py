@@ -1,15 +1,34 @@
-"""The commands around the tuner: `tune` and `log`."""
+"""The commands around the tuner: `calibrate`, `tune` and `log`."""
 
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 
 def add_commands(commands: Any) -> None:
+    _add_calibrate(commands)
     _add_tune(commands)
     _add_log(commands)
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from sparsec.tools.console import progress
+    from sparsec.tools.rates import print_rates
+    from sparsec.tuning.machine import calibrate
+    from sparsec.tuning.rates_file import cache_folder
+
+    with progress(args.quiet or args.json) as tell:
+        known = calibrate(cache_folder(), force=args.force, progress=tell)
+    assert known.rates is not None
+    if args.json:
+        print(json.dumps({"file": str(known.path), **asdict(known.rates)}, indent=1))
+    elif not args.quiet:
+        print_rates(known.rates, known.path)
+    return 0
 
 
 def _tune(args: argparse.Namespace) -> int:
@@ -65,6 +84,14 @@ def _check(args: argparse.Namespace) -> int:
     from sparsec.tools import tuning_log
 
     return 0 if tuning_log.check(args.logs) else 1
+
+
+def _add_calibrate(commands: Any) -> None:
+    p = commands.add_parser("calibrate", help="measure this machine once, for better schedules")
+    p.add_argument("--force", action="store_true", help="measure again")
+    p.add_argument("--json", action="store_true")
+    p.add_argument("-q", "--quiet", action="store_true")
+    p.set_defaults(command=_calibrate)
 
 
 def _add_tune(commands: Any) -> None:

@@ -15,7 +15,7 @@ from sparsec.ir.ops import OPS
 
 Array = np.ndarray[Any, Any]
 Observer = Callable[[Value, Array], None]
-Compute = Callable[[Node, list[Array | None], Mapping[str, int]], list[Array]]
+Compute = Callable[[Node, list[Array | None], dict[str, int]], list[Array]]
 
 
 def run(

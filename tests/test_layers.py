@@ -34,6 +34,7 @@ RANKS = {
     "fallback": 5,
     "driver": 6,
     "tools": 7,
+    "cli_timing": 8,
     "cli_tuning": 8,
     "cli": 9,
     "__main__": 10,

@@ -5,7 +5,7 @@ A runner takes (file, threads) and gives (name with version, function on arrays)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ Run = Callable[[Arrays], Arrays]
 Runner = Callable[[Path, int], tuple[str, Run]]
 
 
-def onnxruntime_runner(path: Path, threads: int) -> tuple[str, Run]:
+def onnxruntime_runner(path: Path, threads: int, *, cpus: Sequence[int] = ()) -> tuple[str, Run]:
     """(name with version, function) for ONNX Runtime on the CPU; 0 threads: its own choice.
 
-    Raises InvalidInput when it is not installed or refuses the model.
+    With `cpus`, one for each thread, its threads stay on all but the first, which is that of the
+    caller. Raises InvalidInput when it is not installed or refuses the model or the arrays.
     """
     try:
         import onnxruntime as ort
@@ -33,6 +34,10 @@ def onnxruntime_runner(path: Path, threads: int) -> tuple[str, Run]:
     options.log_severity_level = 3
     # Its threads spin while it runs, as always, but not while another engine is being timed.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if len(cpus) > 1:
+        # It counts CPUs from 1.
+        places = ";".join(str(cpu + 1) for cpu in cpus[1:])
+        options.add_session_config_entry("session.intra_op_thread_affinities", places)
     try:
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises its own classes, one per status
@@ -40,7 +45,11 @@ def onnxruntime_runner(path: Path, threads: int) -> tuple[str, Run]:
     names = [o.name for o in session.get_outputs()]
 
     def run(arrays: Arrays) -> Arrays:
-        return dict(zip(names, session.run(names, arrays), strict=True))
+        try:
+            results = session.run(names, arrays)
+        except Exception as error:
+            raise InvalidInput(f"{path}: ONNX Runtime refuses the inputs: {error}") from None
+        return dict(zip(names, results, strict=True))
 
     return f"onnxruntime {ort.__version__}", run
 
@@ -53,10 +62,9 @@ def openvino_runner(path: Path, threads: int, *, precision: str | None = None) -
     "f32", "bf16", or None for its own choice. Raises InvalidInput when it is not installed or
     refuses the model.
     """
-    try:
-        import openvino as ov
-    except ImportError:
-        raise _not_installed("openvino") from None
+    version = openvino_version()
+    import openvino as ov
+
     core = ov.Core()
     config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
     if threads:
@@ -69,23 +77,33 @@ def openvino_runner(path: Path, threads: int, *, precision: str | None = None) -
         raise InvalidInput(f"{path}: OpenVINO refuses the model: {error}") from None
     requests: dict[tuple[tuple[int, ...], ...], Any] = {}
 
-    def request_for(arrays: Arrays) -> Any:
+    def run(arrays: Arrays) -> Arrays:
         key = tuple(arrays[name].shape for name in sorted(arrays))
         if key not in requests:
-            model = core.read_model(str(path))
-            try:
-                model.reshape({name: list(array.shape) for name, array in arrays.items()})
-                compiled = core.compile_model(model, "CPU", config)
-            except RuntimeError as error:
-                raise InvalidInput(f"{path}: OpenVINO refuses the model: {error}") from None
-            requests[key] = compiled.create_infer_request()
-        return requests[key]
-
-    def run(arrays: Arrays) -> Arrays:
-        results = request_for(arrays).infer(arrays, share_inputs=True)
+            requests[key] = openvino_compiled(core, path, arrays, config).create_infer_request()
+        results = requests[key].infer(arrays, share_inputs=True)
         return dict(zip(names, results.values(), strict=True))
 
-    return f"openvino {ov.__version__.split('-')[0]}", run
+    return version, run
+
+
+def openvino_compiled(core: Any, path: Path, arrays: Arrays, config: dict[str, Any]) -> Any:
+    """The model of the file, compiled for the shapes of the arrays; raises InvalidInput."""
+    try:
+        model = core.read_model(str(path))
+        model.reshape({name: list(array.shape) for name, array in arrays.items()})
+        return core.compile_model(model, "CPU", config)
+    except RuntimeError as error:
+        raise InvalidInput(f"{path}: OpenVINO refuses the model: {error}") from None
+
+
+def openvino_version() -> str:
+    """Name and version; raises InvalidInput when it is not installed."""
+    try:
+        import openvino as ov
+    except ImportError:
+        raise _not_installed("openvino") from None
+    return f"openvino {ov.__version__.split('-')[0]}"
 
 
 # By the name that `bench --against` takes.

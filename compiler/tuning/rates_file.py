@@ -152,3 +152,10 @@ def _not_writable(folder: Path, error: OSError) -> InvalidInput:
         f"{folder}: cannot keep what was measured there ({error.strerror}); set XDG_CACHE_HOME to "
         "a folder that can be written to"
     )
+
+
+def cache_folder() -> Path:
+    """Where this user's caches lie: the XDG base directory specification."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    home = Path(given) if Path(given).is_absolute() else Path("~/.cache").expanduser()
+    return home / "sparsec"

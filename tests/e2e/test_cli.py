@@ -80,6 +80,46 @@ def test_bench(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
     assert result["arena"]["bytes_per_token"] > 0
 
 
+def test_bench_under_a_latency_limit(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
+    _, library = build("tiny-bert")
+    words = ["bench", str(library), "--seq", "8", "--seconds", "0.05", "--batch", "2", "--json"]
+    assert main([*words, "--latency-ms", "1e6", "--instances", "1", "--threads", "auto"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    found = result["engines"]["sparsec"]
+    assert found["met"] is True
+    assert found["best"]["instances"] == 1
+    assert found["best"]["threads"] == result["cores"]
+    assert found["best"]["batch"] == 2
+    assert 0 < found["best"]["p50_ms"] <= found["best"]["p99_ms"]
+    assert main([*words, "--latency-ms", "1e-6"]) == 1  # no call is that short
+    assert json.loads(capsys.readouterr().out)["engines"]["sparsec"]["met"] is False
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--instances", "2"], "for the search of --latency-ms"),
+        (["--batch", "auto"], "for the search of --latency-ms"),
+        (["--latency-ms", "5", "--no-pin"], "every instance has cores of its own"),
+        (["--latency-ms", "5", "--instances", "5000"], "need 5000 cores"),
+        (["--latency-ms", "5", "--against", "openvino"], "add --onnx FILE"),
+        (["--latency-ms", "5", "--seq", "4096"], "at most"),
+    ],
+)
+def test_bench_refuses(
+    words: list[str], message: str, build: Build, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, library = build("tiny-bert")
+    assert main(["bench", str(library), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "nan", "inf", "ten"])
+def test_a_latency_limit_is_a_number_above_zero(limit: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "m.so", "--latency-ms", limit])
+
+
 def one_op(op: str, domain: str = "") -> onnx.ModelProto:
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4])
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4])

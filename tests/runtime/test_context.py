@@ -201,6 +201,39 @@ def test_busy_context(model: ModelStruct, example: Callable[..., dict[str, Array
     context.destroy()
 
 
+def test_contexts_run_at_the_same_time(
+    model: ModelStruct, example: Callable[..., dict[str, Array]]
+) -> None:
+    """In every step each context waits inside `run` until the other one is there too."""
+    both = threading.Barrier(2)
+    statuses: list[int] = []
+
+    @PARALLEL_FOR
+    def hook(user: int, tasks: int, task: Any, argument: int) -> int:
+        try:
+            both.wait(timeout=30)
+        except threading.BrokenBarrierError:
+            return 5
+        return max(task(argument, i) for i in range(tasks))
+
+    def run(context: Context) -> None:
+        y, z = np.empty((2, 3, 4), np.float32), np.empty((2, 4), np.float32)
+        statuses.append(context.run(inputs, y, z))
+
+    pointer = ctypes.cast(hook, ctypes.c_void_p)
+    contexts = [Context(model, threads=2, parallel_for=pointer) for _ in range(2)]
+    inputs = example(2, 3)
+    assert [c.prepare((2, 3), (2, 3, 4)) for c in contexts] == [OK, OK]
+    threads = [threading.Thread(target=run, args=(c,)) for c in contexts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert statuses == [OK, OK]
+    for context in contexts:
+        context.destroy()
+
+
 def test_external_threads(
     model: ModelStruct,
     example: Callable[..., dict[str, Array]],

@@ -58,6 +58,19 @@ def test_exports_one_symbol(library: Path) -> None:
     assert [line.split()[-1] for line in shown.stdout.splitlines()] == ["sparsec_query"]
 
 
+def test_has_no_variables(library: Path) -> None:
+    """Contexts can share no lock and no state: all that can be written is for the dynamic linker,
+    which makes it read-only."""
+    shown = subprocess.run(
+        [_tool("readelf"), "-SW", library], capture_output=True, text=True, check=True
+    ).stdout
+    # "[ 14] .data.rel.ro PROGBITS address offset size entry-size flags ..."
+    rows = re.findall(r"\] (\.\S+) +[A-Z]\S*(?: +[0-9a-f]+){4} +([A-Za-z]*) ", shown)
+    assert (".text", "AX") in rows
+    writable = {name for name, flags in rows if "W" in flags}
+    assert writable <= {".data.rel.ro", ".dynamic", ".got", ".got.plt", ".relro_padding"}
+
+
 def test_needs_old_glibc_only(library: Path) -> None:
     shown = subprocess.run(
         [_tool("readelf"), "-dVW", library], capture_output=True, text=True, check=True

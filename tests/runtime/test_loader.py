@@ -162,6 +162,22 @@ def test_pinning(library: Path, example: Example) -> None:
     assert sorted(os.sched_getaffinity(0)) == cpus  # the caller's thread is left alone
 
 
+def test_every_worker_is_on_its_cpu(library: Path, example: Example) -> None:
+    cpus = sorted(os.sched_getaffinity(0))
+    before = set(os.listdir("/proc/self/task"))
+    models = [load(library, pin=[cpus[0], cpu]) for cpu in (cpus[0], cpus[-1])]
+    for model in models:
+        model(example(2, 40))
+        workers = set(os.listdir("/proc/self/task")) - before
+        assert [os.sched_getaffinity(int(worker)) for worker in workers] == [{model._cpus[1]}]
+        before |= workers
+
+
+def test_models_of_one_file_share_its_weights(library: Path) -> None:
+    first, second = load(library, threads=1), load(library, threads=2)
+    assert first._model.weights == second._model.weights
+
+
 def test_closed_model(library: Path, example: Example) -> None:
     model = load(library)
     model.close()

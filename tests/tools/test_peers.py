@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +15,10 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from sparsec.errors import InvalidInput
+from sparsec.tools.instances import Engine, Layout, core_cpus, places_of, run_together
+from sparsec.tools.peer_instances import PEER_ENGINES
 from sparsec.tools.peer_models import quantize_dynamic, quantize_static
-from sparsec.tools.peers import PEERS, Arrays, Runner, openvino_runner
+from sparsec.tools.peers import PEERS, Arrays, Runner, onnxruntime_runner, openvino_runner
 
 CHANNELS = 32
 SHAPES = [(1, 5), (3, 7)]
@@ -86,6 +92,56 @@ def test_peer_refuses_what_is_no_model(runner: Runner, tmp_path: Path) -> None:
     path.write_bytes(b"not a model")
     with pytest.raises(InvalidInput, match=r"broken\.onnx: .* refuses the model"):
         runner(path, 1)
+
+
+@pytest.fixture(params=sorted(PEER_ENGINES))
+def engine(request: pytest.FixtureRequest) -> Callable[[Path], Engine]:
+    pytest.importorskip(request.param, reason=f"{request.param} is not installed")
+    return PEER_ENGINES[request.param]
+
+
+def test_instances_of_a_peer(
+    engine: Callable[[Path], Engine], model: Path, rng: np.random.Generator
+) -> None:
+    cpus = core_cpus()
+    peer = engine(model)
+    layouts = [Layout(1, 1, 3), Layout(1, 1, 1), Layout(len(cpus), 1, 1), Layout(1, len(cpus), 2)]
+    for layout in layouts:
+        places = places_of(layout, cpus)
+        calls = peer.calls(places, feed(rng, (layout.batch, 5)))
+        assert len(calls) == layout.instances
+        pins = [own[0] for own in places] if peer.is_pinned_by_caller else None
+        assert all(run_together(calls, pins, 0))
+
+
+def test_threads_of_onnxruntime_stay_on_their_cpus(model: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    cpus = core_cpus()
+    if len(cpus) < 2:
+        pytest.skip("one core: there is no thread but the caller's")
+    before = set(os.listdir("/proc/self/task"))
+    _, run = onnxruntime_runner(model, len(cpus), cpus=cpus)
+    # A thread goes to its CPU when it first runs; one that is not for computing goes to none.
+    deadline = time.monotonic() + 20
+    while (pinned := _cpus_of_threads(before)) != cpus[1:] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert pinned == cpus[1:]
+    assert run is not None  # alive, and so are its threads
+
+
+def _cpus_of_threads(before: set[str]) -> list[int]:
+    """Of the threads that are new and may use one CPU only."""
+    places = []
+    for thread in set(os.listdir("/proc/self/task")) - before:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            places.append(os.sched_getaffinity(int(thread)))
+    return sorted(min(place) for place in places if len(place) == 1)
+
+
+def test_peer_refuses_inputs_it_does_not_know(runner: Runner, model: Path) -> None:
+    run = runner(model, 1)[1]
+    with pytest.raises(InvalidInput, match=r"model\.onnx: .* refuses the"):
+        run({"x": np.zeros((1, 5, CHANNELS + 1), np.float32)})
 
 
 @pytest.mark.parametrize("attention", [False, True])

@@ -1,0 +1,56 @@
+"""The benchmark of throughput under a limit: what it refuses, and what it puts beside what."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench_latency.py"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    return importlib.import_module("bench_latency")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seqs", "32,x"], "--seqs 32,x"),
+        (["--latency-ms", "0"], "wanted numbers above 0"),
+        (["--sparsity", "100"], "below 100 per cent"),
+        (["--model", "gpt-9"], "gpt-9"),
+    ],
+)
+def test_refusals(
+    words: list[str],
+    message: str,
+    script: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_latency.py", *words])
+    assert script.main() == 2
+    assert message in capsys.readouterr().err
+
+
+def test_published_figures_are_per_core(
+    script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = argparse.Namespace(model="distilbert", latency_ms=10.0, block="4x1", sparsity=80)
+    engines = {
+        "sparsec": {"met": True, "best": {"samples_per_s_per_core": 123.45}},
+        "peer": {"met": False, "best": {"samples_per_s_per_core": 67.8}},
+    }
+    results = [{"seq": seq, "cores": 2, "engines": engines} for seq in (32, 33)]
+    script.print_per_core(results, options)
+    rows = [line for line in capsys.readouterr().out.splitlines() if "123.5" in line]
+    assert "226.7" in rows[0]  # 5440 samples/s over 24 cores
+    assert "misses" in rows[0]
+    assert "226.7" not in rows[1]

@@ -1,0 +1,243 @@
+"""The search for the best throughput under a latency limit, with engines that are formulas."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sparsec.errors import InvalidInput
+from sparsec.runtime.loader import Port
+from sparsec.tools import throughput as tool
+from sparsec.tools.instances import (
+    MIN_CALLS,
+    Layout,
+    Measurement,
+    Windows,
+    core_cpus,
+    measurement,
+    places_of,
+    run_together,
+)
+from sparsec.tools.throughput import Space, confirm, print_throughput, search
+
+Pair = tuple[int, int]
+
+
+class Machine:
+    """Calls take 1 ms and `per_sample_ms` for each sample; keeps what was asked of it."""
+
+    def __init__(self, per_sample_ms: float) -> None:
+        self.per_sample_ms = per_sample_ms
+        self.asked: list[tuple[str, Layout]] = []
+
+    def call_ms(self, layout: Layout) -> float:
+        return 1 + self.per_sample_ms * layout.batch / layout.threads
+
+    def trial(self, name: str, layout: Layout) -> Measurement:
+        self.asked.append((name, layout))
+        ms = self.call_ms(layout)
+        return Measurement(layout, layout.instances * layout.batch / ms * 1e3, ms, ms, 100)
+
+    def turn(self, name: str, layout: Layout) -> Windows:
+        self.asked.append((name, layout))
+        return [[self.call_ms(layout) / 1e3] for _ in range(layout.instances)]
+
+    def batches(self) -> list[int]:
+        return [layout.batch for _, layout in self.asked]
+
+
+def test_percentiles_are_of_nearest_rank() -> None:
+    # 1 to 200 ms over two instances: 198 of 200 calls took at most 198 ms.
+    windows = [[i / 1e3 for i in range(1, 200, 2)], [i / 1e3 for i in range(2, 201, 2)]]
+    found = measurement(Layout(2, 1, 4), windows)
+    assert (found.p50_ms, found.p99_ms, found.calls) == (100, 198, 200)
+    # 100 calls of 4 samples in 10.0 s and in 10.1 s; an error of adding 100 numbers.
+    assert found.samples_per_s == pytest.approx(400 / 10.0 + 400 / 10.1, rel=1e-12)
+    assert measurement(Layout(1, 1, 1), [[0.001, 0.009, 0.002]]).p99_ms == 9
+
+
+@pytest.mark.parametrize(
+    ("cores", "pairs"),
+    [
+        (1, [(1, 1)]),
+        (2, [(2, 1), (1, 2)]),
+        (7, [(7, 1), (3, 2), (2, 3), (1, 7)]),
+        (24, [(24, 1), (12, 2), (8, 3), (6, 4), (4, 6), (3, 8), (2, 12), (1, 24)]),
+    ],
+)
+def test_layouts_of_all_cores(cores: int, pairs: list[Pair]) -> None:
+    assert Space().grid(cores) == pairs
+
+
+def test_layouts_of_the_given_numbers() -> None:
+    assert Space(instances=3).grid(8) == [(3, 2)]
+    assert Space(threads=3).grid(8) == [(2, 3)]
+    assert Space(instances=2, threads=2).grid(8) == [(2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("space", "layout"),
+    [
+        (Space(9), "9 instances of 1 threads"),
+        (Space(None, 9), "1 instances of 9 threads"),
+        (Space(3, 3), "3 instances of 3 threads"),
+    ],
+)
+def test_more_than_there_are_cores(space: Space, layout: str) -> None:
+    with pytest.raises(InvalidInput, match=f"{layout} need 9 cores; this process may use 8"):
+        space.grid(8)
+
+
+def test_places_do_not_overlap() -> None:
+    assert places_of(Layout(2, 3, 1), [0, 2, 4, 6, 8, 10, 12]) == ((0, 2, 4), (6, 8, 10))
+    assert set(core_cpus()) <= os.sched_getaffinity(0)
+
+
+def test_batch_doubles_then_narrows() -> None:
+    machine = Machine(per_sample_ms=1)
+    tried = search(machine.trial, "ours", (2, 1), None, 12.0)
+    assert machine.batches() == [1, 2, 4, 8, 16, 12, 10, 11]
+    assert max(m.layout.batch for m in tried if m.p99_ms <= 12) == 11
+
+
+def test_search_ends_at_the_first_batch_when_that_misses() -> None:
+    machine = Machine(per_sample_ms=1)
+    assert len(search(machine.trial, "ours", (2, 1), None, 1.5)) == 1
+
+
+def test_search_ends_past_the_peak() -> None:
+    rates = {1: 100.0, 2: 120.0, 4: 95.0}
+
+    def trial(name: str, layout: Layout) -> Measurement:
+        return Measurement(layout, rates[layout.batch], 1, 1, 100)
+
+    tried = search(trial, "ours", (1, 1), None, 10.0)
+    assert [m.layout.batch for m in tried] == [1, 2, 4]
+
+
+def test_search_ends_at_the_largest_batch() -> None:
+    machine = Machine(per_sample_ms=1)
+    search(machine.trial, "ours", (1, 1), None, 1e9)
+    assert machine.batches() == [1, 2, 4, 8, 16, 32, 64, 128]
+
+
+def test_a_given_batch_is_the_only_one() -> None:
+    machine = Machine(per_sample_ms=1)
+    search(machine.trial, "ours", (1, 1), 5, 1.0)
+    assert machine.batches() == [5]
+
+
+def trials(machine: Machine, batches: list[int]) -> list[Measurement]:
+    return [machine.trial("", Layout(1, 1, batch)) for batch in batches]
+
+
+def test_the_best_of_every_engine_is_measured_again_in_turns() -> None:
+    machine = Machine(per_sample_ms=1)
+    tried = {"ours": trials(machine, [1, 4, 8]), "peer": trials(machine, [1, 2])}
+    machine.asked.clear()
+    found = confirm(tried, machine.turn, 6.0)
+    assert {name: m.layout.batch for name, m in found.items()} == {"ours": 4, "peer": 2}
+    once = [("ours", Layout(1, 1, 4)), ("peer", Layout(1, 1, 2))]
+    assert machine.asked == once * tool.TURNS
+    assert found["ours"].calls == tool.TURNS
+
+
+def test_a_layout_that_misses_when_measured_again_gives_way() -> None:
+    machine = Machine(per_sample_ms=1)
+    tried = {"ours": trials(machine, [1, 2, 4, 7, 8])}
+    machine.asked.clear()
+    machine.per_sample_ms = 1.6  # the trials were lucky
+    found = confirm(tried, machine.turn, 9.0)
+    # 8 misses; 7 is more than 3/4 of it and is not tried.
+    assert machine.batches() == [8] * tool.TURNS + [4] * tool.TURNS
+    assert found["ours"].layout.batch == 4
+
+
+def test_nothing_meets_the_limit() -> None:
+    machine = Machine(per_sample_ms=1)
+    tried = {"ours": trials(machine, [4, 2, 3])}
+    assert confirm(tried, machine.turn, 0.5)["ours"].layout.batch == 2
+    machine.per_sample_ms = 100  # nor when measured again
+    found = confirm(tried, machine.turn, 6.0)["ours"]
+    assert found.p99_ms > 6.0
+    assert found.layout.batch == 2
+
+
+def ports(*shape: int | str) -> list[Port]:
+    return [Port("ids", np.dtype(np.int64), shape)]
+
+
+def test_sizes_that_are_compiled_in() -> None:
+    assert tool._batch(ports("batch", "seq"), None, 32) is None
+    assert tool._batch(ports("batch", 32), 4, 32) == 4
+    assert tool._batch(ports(8, "seq"), None, 32) == 8
+    with pytest.raises(InvalidInput, match=r"--batch 4: .* a batch of 8"):
+        tool._batch(ports(8, "seq"), 4, 32)
+    with pytest.raises(InvalidInput, match=r"--seq 32: ids is compiled for a length of 128"):
+        tool._batch(ports("batch", 128), None, 32)
+
+
+def engine(met: bool, rate: float, p99: float) -> dict[str, object]:
+    best = {
+        "instances": 2,
+        "threads": 1,
+        "batch": 3,
+        "samples_per_s": rate,
+        "samples_per_s_per_core": rate / 2,
+        "p50_ms": p99 / 2,
+        "p99_ms": p99,
+        "calls": 100,
+    }
+    return {"met": met, "best": best, "tried": []}
+
+
+def test_table_says_what_missed(capsys: pytest.CaptureFixture[str]) -> None:
+    engines = {"sparsec": engine(False, 200, 12.5), "peer 1.0": engine(True, 150, 9)}
+    result = {"model": "m.so", "seq": 32, "latency_ms": 10.0, "cores": 2, "load_before": 0.1}
+    print_throughput({**result, "engines": engines, "ratio": None})
+    printed = capsys.readouterr().out
+    assert (
+        "sparsec: nothing keeps the limit of 10 ms; the closest found is "
+        "2 x 1 threads, batch 3: p99 12.500 ms, 200 samples/s" in printed
+    )
+    assert "peer 1.0: nothing" not in printed
+    assert "idle machine" not in printed
+    print_throughput({**result, "load_before": 6.0, "engines": engines, "ratio": 1.5})
+    printed = capsys.readouterr().out
+    assert "load of the machine was 6.0" in printed
+    assert "1.50x" in printed
+
+
+def test_instances_run_at_the_same_time() -> None:
+    """Each call waits until the other instance is in a call too."""
+    both = threading.Barrier(2)
+    calls: list[Callable[[], object]] = [lambda: both.wait(timeout=20)] * 2
+    windows = run_together(calls, None, 0)
+    assert [len(window) for window in windows] == [MIN_CALLS] * 2
+
+
+def test_an_instance_that_fails_ends_all() -> None:
+    def fail() -> None:
+        raise InvalidInput("too long")
+
+    with pytest.raises(InvalidInput, match="too long"):
+        run_together([fail, lambda: None], None, 3600)
+
+
+def test_peer_without_a_file() -> None:
+    with pytest.raises(InvalidInput, match="--against openvino needs the ONNX file"):
+        tool.throughput(
+            Path("m.so"),
+            limit_ms=10,
+            seq=8,
+            space=Space(),
+            onnx=None,
+            against="openvino",
+            seconds=1,
+            progress=lambda stage: None,
+        )
