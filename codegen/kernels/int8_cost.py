@@ -30,9 +30,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparsec.codegen.isa.amx import ROWS
+from sparsec.codegen.isa.amx import ROWS, SUMS
 from sparsec.codegen.isa.int8 import AMX_INT8, TILES, Int8Isa
-from sparsec.codegen.kernels.int8_pack import QUAD, SUMS, TILE_QUADS
+from sparsec.codegen.kernels.int8_pack import QUAD, TILE_QUADS
 from sparsec.codegen.kernels.panels import WIDTH
 from sparsec.target import Target
 

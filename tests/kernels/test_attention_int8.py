@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sparsec.codegen.isa.amx import FULL, TILE_REGISTERS, configuration
+from sparsec.codegen.isa.int8 import AVX512_VNNI
 from sparsec.codegen.kernels.attention_int8 import AttentionInt8, AttentionInt8Family
-from sparsec.codegen.kernels.attention_int8_block import scratch_bytes
 from sparsec.codegen.kernels.quantize import inverse_of
 from sparsec.codegen.kernels.query_blocks import PACKED
 from sparsec.codegen.program import BufferRef, Region
@@ -22,8 +23,11 @@ from sparsec.target import Target
 
 Array = np.ndarray[Any, Any]
 ALL = [k for k in AttentionInt8Family().variants() if isinstance(k, AttentionInt8)]
-VARIANTS = [k for k in ALL if k.result == "f32" and k.mask != PACKED]
+# AMX equals AVX512-VNNI bit by bit: test_tiles_equal_vectors.
+VARIANTS = [k for k in ALL if k.result == "f32" and k.mask != PACKED and k.isa != "amx"]
 SOME = [k for k in VARIANTS if k.mask == "key"]
+ON_TILES = [pytest.param(k, marks=pytest.mark.isa("amx"), id=k.name) for k in ALL if k.has_tiles]
+SHAPES = configuration([FULL] * TILE_REGISTERS)
 EPS = float(np.finfo(np.float32).eps)
 V_SCALE = 0.013
 BATCH, SEQ = symbol("batch"), symbol("seq")
@@ -73,7 +77,8 @@ def call(run: Any, kernel: AttentionInt8, case: Case, qkv: Array, mask: Array | 
         batch, heads, _, keys = mask.shape
         args += [0 if batch == 1 else heads * keys, 0 if heads == 1 else keys]
     args += [case.factor, V_SCALE, *(() if out is None else (inverse_of(out[0]), out[1]))]
-    scratch = scratch_bytes(case.seq, case.head_size)
+    args += [SHAPES] if kernel.has_tiles else []
+    scratch = evaluate(kernel.block.scratch_bytes(case.seq, case.head_size), {})
     items = y.shape[0] * case.heads
     assert run(kernel, *args, output=y, items=items, scratch_bytes=scratch) == 0
     return np.asarray(run.from_panels(y, tokens))
@@ -189,6 +194,34 @@ def test_all_keys_masked(some_kernel: AttentionInt8, run: Any, rng: np.random.Ge
             mean = case.heads_of(qkv[2])[1, 0].mean(axis=0) * V_SCALE
             np.testing.assert_allclose(y[21:], np.tile(mean, (21, 1)), rtol=1e-5, atol=1e-6)
         assert (np.abs(y - want) <= bound)[:21].all()
+
+
+# Few heads and tokens, as emulated tiles are slow: every kind of block, with head sizes around
+# tiles of 16 channels and steps of 64, and sequences around tiles of 16 keys and panels of 64.
+TILE_CASES = [
+    Case(1, 1, 1, 16),
+    Case(3, 5, 1, 20),
+    Case(2, 15, 1, 28),
+    Case(1, 17, 3, 16),
+    Case(4, 16, 1, 32),
+    Case(3, 32, 1, 32),
+    Case(1, 64, 2, 64),
+    Case(1, 66, 1, 68),
+    Case(2, 48, 1, 36),
+    Case(2, 97, 1, 32),
+    Case(1, 130, 1, 132),
+]
+
+
+@pytest.mark.parametrize("case", TILE_CASES, ids=str)
+@pytest.mark.parametrize("on_tiles", ON_TILES)
+def test_tiles_equal_vectors(on_tiles: AttentionInt8, case: Case, run: Any) -> None:
+    rng = np.random.default_rng([case.batch, case.seq, case.head_size])
+    qkv, mask = case.qkv(rng), random_mask(on_tiles, case, rng)
+    out = (0.011, 100) if on_tiles.result == "u8" else None
+    vectors = replace(on_tiles, int8=AVX512_VNNI)
+    got, want = (call(run, kernel, case, qkv, mask, out) for kernel in (on_tiles, vectors))
+    np.testing.assert_array_equal(got, want)
 
 
 @dataclass
