@@ -18,7 +18,7 @@ from sparsec.ir.dims import Dim, evaluate, symbol
 from sparsec.ir.graph import Graph, Node, Value
 from sparsec.ir.layouts import Panels
 from sparsec.ir.ops import OPS
-from sparsec.ir.types import DType
+from sparsec.ir.types import DType, TensorType
 from sparsec.target import Target
 
 Array = np.ndarray[Any, Any]
@@ -31,7 +31,7 @@ SHAPES = configuration([FULL] * TILE_REGISTERS)
 EPS = float(np.finfo(np.float32).eps)
 V_SCALE = 0.013
 BATCH, SEQ = symbol("batch"), symbol("seq")
-TARGET = Target.named("icelake-server")
+TARGET = Target.named("sapphirerapids")
 
 
 @dataclass(frozen=True)
@@ -201,6 +201,7 @@ def test_all_keys_masked(some_kernel: AttentionInt8, run: Any, rng: np.random.Ge
 TILE_CASES = [
     Case(1, 1, 1, 16),
     Case(3, 5, 1, 20),
+    Case(14, 5, 1, 16),
     Case(2, 15, 1, 28),
     Case(1, 17, 3, 16),
     Case(4, 16, 1, 32),
@@ -236,37 +237,46 @@ class ArrayBinder:
         return BufferRef(Region.ARENA, len(self.bound) - 1, value.type, value.name)
 
     def weight(self, name: str, data: Array) -> BufferRef:
-        raise AssertionError(f"attention has no weights, got {name}")
+        self.bound.append(data)
+        type = TensorType(DType.of(data.dtype), data.shape)
+        return BufferRef(Region.WEIGHTS, len(self.bound) - 1, type, name)
 
     def optional(self, value: Value | None) -> BufferRef | None:
         return None if value is None else self.ref(value)
 
 
-def node_of(mask_shape: tuple[Dim, ...] | None, attrs: dict[str, Any]) -> Node:
-    graph = Graph("g")
-    x = graph.add_input("x", DType.U8, (BATCH, SEQ, 72))
+def node_of(mask_shape: tuple[Dim, ...] | None, attrs: dict[str, Any], head_size: int = 8) -> Node:
+    """Three heads; q, k and v are parts of one value."""
+    graph, width = Graph("g"), 3 * head_size
+    x = graph.add_input("x", DType.U8, (BATCH, SEQ, 3 * width))
     graph.set_type(x, x.type.with_layout(Panels()))
     mask = None if mask_shape is None else graph.add_input("mask", DType.F32, mask_shape)
-    sizes = {"heads": 3, "head_size": 8, "scale": 0.35, "q_offset": 0, "k_offset": 24,
-             "v_offset": 48, "q_scale": 0.01, "k_scale": 0.02, "v_scale": 0.03}  # fmt: skip
+    sizes = {"heads": 3, "head_size": head_size, "scale": 1 / head_size**0.5,
+             "q_offset": 0, "k_offset": width, "v_offset": 2 * width,
+             "q_scale": 0.01, "k_scale": 0.02, "v_scale": 0.03}  # fmt: skip
     return graph.add_node("attention_int8", [x, x, x, mask], {**sizes, **attrs})
 
 
-@pytest.mark.isa("avx512vnni")
+LEVELS = [pytest.param(n, marks=pytest.mark.isa(n)) for n in ("avx512vnni", "amx")]
+
+
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("attrs", [{}, {"out_scale": 0.02, "out_zero_point": 120}])
-def test_lowered_node(masked: bool, attrs: dict[str, Any], run: Any) -> None:
+def test_lowered_node(masked: bool, attrs: dict[str, Any], level: str, run: Any) -> None:
     rng = np.random.default_rng(7)
-    env = {"batch": 3, "seq": 43}
-    node = node_of((BATCH, 1, 1, SEQ) if masked else None, attrs)
-    x = rng.integers(0, 256, (3, 43, 72)).astype(np.uint8)
+    env, head_size = {"batch": 3, "seq": 43}, 20
+    width = 3 * head_size
+    node = node_of((BATCH, 1, 1, SEQ) if masked else None, attrs, head_size)
+    x = rng.integers(0, 256, (3, 43, 3 * width)).astype(np.uint8)
     mask = rng.standard_normal((3, 1, 1, 43)).astype(np.float32)
     (want,) = OPS[node.op].evaluate([x, x, x, mask if masked else None], node.attrs, env)
-    panels = run.to_panels(x.reshape(129, 72))
-    y = np.full((panels.shape[0], 24, 64), 99, want.dtype)
+    panels = run.to_panels(x.reshape(129, 3 * width))
+    y = np.full((panels.shape[0], width, 64), 99, want.dtype)
     binder = ArrayBinder({"x": panels, "mask": mask, node.output.name: y})
     family = AttentionInt8Family()
-    schedule = family.schedules(family.workload(node), TARGET)[0]
+    found = family.schedules(family.workload(node), TARGET)
+    schedule = next(s for s in found if s.isa == level)
     (call_,) = family.lower(node, schedule, binder)
     args = [binder.bound[a.index] if isinstance(a, BufferRef) else
             a if isinstance(a, float) else evaluate(a, env) for a in call_.args]  # fmt: skip
@@ -281,6 +291,21 @@ def test_lowered_node(masked: bool, attrs: dict[str, Any], run: Any) -> None:
         assert apart.mean() < 0.05
     else:
         np.testing.assert_allclose(got, want, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("head_size", "target", "isas"),
+    [
+        (32, "sapphirerapids", ["amx", "avx512vnni"]),
+        (16, "sapphirerapids", ["amx", "avx512vnni"]),
+        (12, "sapphirerapids", ["avx512vnni"]),  # less than a tile of values
+        (32, "icelake-server", ["avx512vnni"]),
+    ],
+)
+def test_order_of_kernels(head_size: int, target: str, isas: list[str]) -> None:
+    node, family = node_of(None, {}, head_size), AttentionInt8Family()
+    found = family.schedules(family.workload(node), Target.named(target))
+    assert [s.isa for s in found] == isas
 
 
 @pytest.mark.parametrize(
