@@ -2,8 +2,9 @@
 
     taskset -c 0 python benchmarks/bench_attention_int8.py
 
-Every round calls both in turn. Printed are the best and the median call, and the share of the
-instruction set's multiply-accumulate peak (four times the fp32 peak for VNNI) that the best is.
+Every round calls all in turn, the AMX kernel too where the system permits it. Printed are the
+best and the median call, and the share of the instruction set's multiply-accumulate peak (4 times
+the fp32 peak for VNNI, 32 times for AMX: Intel's numbers per cycle) that the best is.
 """
 
 from __future__ import annotations
@@ -16,15 +17,19 @@ from typing import Any
 import numpy as np
 from bench_kernels import ATTENTION_SHAPES, Candidate, Library, aligned, measure, peak, peak_of
 
-from sparsec.codegen.isa import AVX512, by_name
-from sparsec.codegen.isa.int8 import AVX512_VNNI
+from sparsec.codegen.isa import AVX512, amx, by_name
+from sparsec.codegen.isa.int8 import AMX_INT8, AVX512_VNNI
 from sparsec.codegen.kernels.attention import REGISTER_BLOCKS, Attention
 from sparsec.codegen.kernels.attention_int8 import AttentionInt8
-from sparsec.codegen.kernels.attention_int8_block import scratch_bytes
+from sparsec.codegen.kernels.attention_int8_block import Block
 from sparsec.codegen.kernels.panels import WIDTH
+from sparsec.ir.dims import evaluate
+from sparsec.target import Isa, Target
+from sparsec.tuning.machine import may_use_tiles
 
 SHAPES = [(1, 32, 4, 64), (1, 384, 4, 64), *ATTENTION_SHAPES]  # batch, seq, heads, head_size
 ROUNDS = 60
+PEAKS = {AVX512.name: 1, AVX512_VNNI.name: 4, AMX_INT8.name: 32}  # times that of fp32
 
 
 def candidate(library: Library, kernel: Any, shape: tuple[int, int, int, int]) -> Candidate:
@@ -43,10 +48,13 @@ def candidate(library: Library, kernel: Any, shape: tuple[int, int, int, int]) -
     mask, steps = np.zeros((batch, seq), np.float32), [seq, 0] if is_int8 else [seq, 0, 0]
     sizes = [tokens, seq, heads, head_size, *offsets, *steps]
     args = [merged, merged, merged, mask, y, *sizes, *scales, 50.0, 128]
-    scratch = aligned(scratch_bytes(seq, head_size) // 4)  # more than fp32 needs
+    if is_int8 and kernel.has_tiles:
+        args.append(amx.configuration([amx.FULL] * amx.TILE_REGISTERS))
+    block = kernel.block if is_int8 else Block  # which needs more than fp32 does
+    scratch = aligned(evaluate(block.scratch_bytes(seq, head_size), {}) // 4)
     call = library.bind(kernel, args, panels * heads, scratch)
-    name = "int8" if is_int8 else "fp32"
-    return Candidate(name, call, 2 * batch * heads * seq * seq * head_size, [])
+    name = f"{'int8' if is_int8 else 'fp32'} {kernel.isa}"
+    return Candidate(name.ljust(15), call, 2 * batch * heads * seq * seq * head_size, [])
 
 
 def main() -> None:
@@ -54,15 +62,20 @@ def main() -> None:
     kernels: list[Any] = [
         Attention(by_name(AVX512.name), groups, rows, "key", "u8"),
         AttentionInt8(AVX512_VNNI, "key", "u8"),
+        *(
+            [AttentionInt8(AMX_INT8, "key", "u8")]
+            if Target.host().has(Isa.AMX) and may_use_tiles()
+            else []
+        ),
     ]
     with tempfile.TemporaryDirectory() as folder:
-        library = Library([peak(AVX512.name), *kernels], AVX512_VNNI.name, Path(folder))
+        library = Library([peak(AVX512.name), *kernels], kernels[-1].isa, Path(folder))
         for shape in SHAPES:
             candidates = [candidate(library, k, shape) for k in kernels]
             measure(candidates, ROUNDS)
             fma = peak_of(library, AVX512.name)
-            for c, most in zip(candidates, (fma, 4 * fma), strict=True):
-                best = min(c.seconds)
+            for c, kernel in zip(candidates, kernels, strict=True):
+                best, most = min(c.seconds), PEAKS[kernel.isa] * fma
                 print(
                     "batch{} seq{} heads{} size{}".format(*shape).ljust(32),
                     f"{c.name}  best {best * 1e6:8.1f} us  median {median(c.seconds) * 1e6:8.1f}"

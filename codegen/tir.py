@@ -34,6 +34,7 @@ _STATUS = "sparsec_status"
 BF16_DOT = "sparsec_bf16_dot"
 BF16_PAIRS = "sparsec_bf16_pairs"
 _EMPTY_REGISTERS = "sparsec_empty_registers"
+_UNSPLIT = "sparsec_unsplit"
 # TVM has no vectors of LLVM's type bfloat: these take and give int32 vectors of pairs.
 _BF16 = f"""
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
@@ -57,6 +58,12 @@ _BARRIER = f"""
 define i32 @{_EMPTY_REGISTERS}() alwaysinline {{
   call void asm sideeffect "", "{_CLOBBERED}"()
   ret i32 0
+}}
+"""
+_WHOLE_VECTOR = f"""
+define <16 x i32> @{_UNSPLIT}(<16 x i32> %x) alwaysinline {{
+  %r = call <16 x i32> asm "", "=v,0"(<16 x i32> %x)
+  ret <16 x i32> %r
 }}
 """
 
@@ -127,6 +134,14 @@ def empty_registers() -> None:
     T.evaluate(T.call_extern("int32", _EMPTY_REGISTERS))
 
 
+def unsplit(vector: Any) -> Any:
+    """16 words, as one register; for AVX-512.
+
+    Where only parts of a vector are used, LLVM computes each of them by itself. Not past this.
+    """
+    return T.call_pure_extern("int32x16", _UNSPLIT, vector)
+
+
 def registers(dtype: str, lanes: int) -> Any:
     """A stack buffer of `lanes` elements, under 1 KB: above, TVM would call an allocator."""
     assert lanes * tvm.DataType(dtype).bits < 8 * 1024, (dtype, lanes)
@@ -168,7 +183,7 @@ def _helpers() -> Any:
     names = [_STATUS, *(f'"{_STATUS}.{i}"' for i in range(1, MAX_FAILURES))]
     signature = "(ptr %self, ptr %args, i32 %status, ptr %result)"
     status = [f"define i32 @{n}{signature} {{ ret i32 %status }}" for n in names]
-    code = "\n".join([*status, _BF16, _BARRIER])
+    code = "\n".join([*status, _BF16, _BARRIER, _WHOLE_VECTOR])
     nothing = tirx.Return(tirx.const(0, "int32"))
     body = tirx.AttrStmt(
         ir.StringImm("default"), "pragma_import_llvm", ir.StringImm(code), nothing

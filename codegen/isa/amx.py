@@ -17,7 +17,7 @@ instructions past other memory accesses.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ ROW_BYTES = 64
 TILE_BYTES = ROWS * ROW_BYTES
 CONFIG_BYTES = 64
 FULL = (ROWS, ROW_BYTES)
+SUMS = 4  # tiles of sums of a register block: the first registers
 AMX_FEATURES = ("+amx-tile", "+amx-int8", "+amx-bf16")
 
 _PALETTE = 1
@@ -99,6 +100,32 @@ def multiply(total: int, a: int, b: int, product: Product = Product.S8_U8) -> No
     not under 8 (measured on a Sapphire Rapids guest)."""
     assert len({total, a, b}) == 3, "tiles of a product are three"
     _emit(product.value, _tile(total), _tile(a), _tile(b))
+
+
+def multiply_block(
+    rows: int,
+    columns: int,
+    load_a: Callable[[int, int], None],
+    load_b: Callable[[int, int], None],
+    product: Product = Product.S8_U8,
+) -> None:
+    """Tiles `row * columns + column` += tile `row` of a times tile `column` of b.
+
+    `rows * columns` is at most SUMS. `load_a(register, row)` and `load_b(register, column)` load
+    each tile once, into the registers behind the sums, which take turns.
+    """
+    assert rows * columns <= SUMS, (rows, columns)
+    free = TILE_REGISTERS - SUMS - min(columns, 2 if rows > 1 else 3)
+    of_a = range(SUMS, SUMS + min(rows, free))
+    of_b = range(of_a.stop, TILE_REGISTERS)
+    for row in range(rows):
+        a = of_a[row % len(of_a)]
+        load_a(a, row)
+        for column in range(columns):
+            b = of_b[column % len(of_b)]
+            if row == 0:
+                load_b(b, column)
+            multiply(row * columns + column, a, b, product)
 
 
 def _emit(name: str, *args: Any) -> None:

@@ -100,13 +100,16 @@ def _lanes(vector: Any) -> int:
 
 def _unpack(a: Any, b: Any, unit: int, high: bool) -> Any:
     """Pieces of `unit` bytes of a and b in turns, from one half of each 128 bits."""
-    size = _lanes(a)
+    return shuffle(a, b, _unpack_order(_lanes(a), _LANE, unit, high))
+
+
+def _unpack_order(size: int, lane: int, unit: int, high: bool) -> list[int]:
+    """Of vectors of `size` elements, `lane` of them in 128 bits."""
     order = []
-    for lane in range(0, size, _LANE):
-        start = lane + _LANE // 2 * high
-        for piece in range(start, start + _LANE // 2, unit):
+    for start in range(lane // 2 * high, size, lane):
+        for piece in range(start, start + lane // 2, unit):
             order += [*range(piece, piece + unit), *range(size + piece, size + piece + unit)]
-    return shuffle(a, b, order)
+    return order
 
 
 def _interleave(channels: list[Any]) -> list[Any]:
@@ -168,6 +171,22 @@ def _transpose_4x4(v: list[Any]) -> list[Any]:
         for left, right in (low, high)
         for lanes in ([0, 2, 4, 6], [1, 3, 5, 7])
     ]
+
+
+def transpose_words(v: list[Any]) -> list[Any]:
+    """Words of four vectors transposed within 128 bits: 8 unpacks.
+
+    Part p of vector j of the result is word j of part p of each of the four.
+    """
+    low, high = (
+        [keep(_unpack_words(v[i], v[i + 1], 1, part)) for i in (0, 2)] for part in (False, True)
+    )
+    return [keep(_unpack_words(a, b, 2, part)) for a, b in (low, high) for part in (False, True)]
+
+
+def _unpack_words(a: Any, b: Any, unit: int, high: bool) -> Any:
+    """`_unpack` of vectors of words, in pieces of `unit` words."""
+    return shuffle(a, b, _unpack_order(_lanes(a), _LANE // 4, unit, high))
 
 
 def _interleave_32(channels: list[Any]) -> list[Any]:

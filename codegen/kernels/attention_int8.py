@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsec.codegen import tir
-from sparsec.codegen.isa.int8 import AVX512_VNNI, Int8Isa
+from sparsec.codegen.isa import amx
+from sparsec.codegen.isa.int8 import AMX_INT8, AVX512_VNNI, Int8Isa, int8_isa, int8_isas
 from sparsec.codegen.kernels.attention import mask_kind, mask_steps
-from sparsec.codegen.kernels.attention_int8_block import QUAD, Block, scratch_bytes
+from sparsec.codegen.kernels.attention_int8_block import QUAD, Block
+from sparsec.codegen.kernels.attention_int8_tiles import LEAST_HEAD_SIZE, TileBlock
 from sparsec.codegen.kernels.base import Binder
-from sparsec.codegen.kernels.panels import (
-    WIDTH,
-)
+from sparsec.codegen.kernels.panels import WIDTH
 from sparsec.codegen.kernels.quantize import inverse_of
 from sparsec.codegen.kernels.query_blocks import (
     PACKED,
@@ -36,6 +36,7 @@ from sparsec.target import Target
 
 MASKS = ("none", "key", PACKED)
 RESULTS = ("f32", "u8")
+ISAS = (AVX512_VNNI, AMX_INT8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ class AttentionInt8:
             Parameter("factor", Kind.FLOAT),
             Parameter("v_scale", Kind.FLOAT),
             *(quant if self.result == "u8" else ()),
+            *((Parameter("tiles", dtype="uint8"),) if self.has_tiles else ()),
         )
 
     @property
@@ -79,6 +81,16 @@ class AttentionInt8:
     def isa(self) -> str:
         return self.int8.name
 
+    @property
+    def has_tiles(self) -> bool:
+        """Whether it takes the shapes of tile registers, `tiles`."""
+        return self.int8 is AMX_INT8
+
+    @property
+    def block(self) -> type[Block]:
+        """What computes a run of queries."""
+        return TileBlock if self.has_tiles else Block
+
     def build(self) -> Any:
         return tir.kernel_function(self.name, self.parameters, self._body, scratch="int32")
 
@@ -87,13 +99,17 @@ class AttentionInt8:
 
         def compute(head: Any, first: Any, sequence: Any, groups: int) -> None:
             kinds = self.mask, self.result
-            Block(self.int8, *kinds, s, sequences, head, first, sequence, groups).compute()
+            self.block(self.int8, *kinds, s, sequences, head, first, sequence, groups).compute()
 
+        if self.has_tiles:
+            amx.configure(s["tiles"])
         over_query_blocks(s, sequences, (4, 2), compute)
+        if self.has_tiles:
+            amx.release()
 
 
 class AttentionInt8Family:
-    """`attention_int8` on AVX512-VNNI."""
+    """`attention_int8` on AVX512-VNNI, and on AMX where a head fills a tile."""
 
     ops = ("attention_int8",)
 
@@ -105,16 +121,19 @@ class AttentionInt8Family:
     def schedules(self, workload: Workload, target: Target) -> list[Schedule]:
         kind = workload.epilogue.split()[1]
         fits = kind in MASKS and workload.size("head_size") % QUAD == 0
-        if not target.has(AVX512_VNNI.isa) or not fits or workload.dtype != str(DType.U8):
+        if not fits or workload.dtype != str(DType.U8):
             return []
-        return [Schedule("attention_int8", AVX512_VNNI.name)]
+        found = [isa for isa in int8_isas(target) if isa in ISAS]
+        if workload.size("head_size") < LEAST_HEAD_SIZE:
+            found = [isa for isa in found if isa is not AMX_INT8]
+        return [Schedule("attention_int8", isa.name) for isa in found]
 
     def lower(self, node: Node, schedule: Schedule, binder: Binder) -> list[KernelCall]:
         q, mask = node.input(0).type, node.optional_input(3)
         assert all(v.type.layout == Panels() for v in (*map(node.input, range(3)), node.output))
         kind = mask_kind(node)
         pointers, lengths, longest = sequence_args(node, binder)
-        kernel = AttentionInt8(AVX512_VNNI, kind, _result(node))
+        kernel = AttentionInt8(int8_isa(schedule.isa), kind, _result(node))
         heads, head_size = int(node.attrs["heads"]), int(node.attrs["head_size"])
         tokens = q.tokens
         args: list[Arg] = [binder.ref(node.input(i)) for i in range(3)]
@@ -128,19 +147,22 @@ class AttentionInt8Family:
         args += [scale * q_scale * k_scale, float(node.attrs["v_scale"])]
         if kernel.result == "u8":
             args += [inverse_of(node.attrs["out_scale"]), node.attrs.get("out_zero_point", 0)]
+        if kernel.has_tiles:
+            shapes = amx.configuration([amx.FULL] * amx.TILE_REGISTERS)
+            args.append(binder.weight(f"{node.name}.tiles", shapes))
         return [
             KernelCall(
                 kernel,
                 tuple(args),
                 ceildiv(tokens, WIDTH) * heads,
                 f"{node.name}: {heads} heads of {head_size}, mask {kind}",
-                scratch_bytes=scratch_bytes(longest, head_size),
+                scratch_bytes=kernel.block.scratch_bytes(longest, head_size),
                 macs=tokens * longest * (2 * heads * head_size),
             )
         ]
 
     def variants(self) -> list[Kernel]:
-        return [AttentionInt8(AVX512_VNNI, mask, result) for mask in MASKS for result in RESULTS]
+        return [AttentionInt8(i, mask, to) for i in ISAS for mask in MASKS for to in RESULTS]
 
 
 def _result(node: Node) -> str:

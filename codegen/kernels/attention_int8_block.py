@@ -57,7 +57,6 @@ class Block:
         self.head, self.token, self.sequence = head, token, sequence
         self.start = keep(sequences.start(sequence))
         self.stop = keep(sequences.stop(sequence))
-        self.row0 = keep(div(self.start, QUAD) * QUAD)  # the key of the first row of scores
         self.first_panel = keep(div(self.start, WIDTH))
         self.lanes = self.v.lanes
         self.width = groups * GROUP
@@ -69,17 +68,32 @@ class Block:
         self.at = [ramp(i * self.lanes, self.lanes) for i in range(self.count)]
         self.highest = tir.registers("float32", self.width)
         self.total = tir.registers("int32", self.width)
-        size, rows = s["head_size"], (div(self.stop - self.start, QUAD) + 2) * QUAD
+        self._place_scratch()
+
+    def _place_scratch(self) -> None:
+        """Where the parts of scratch memory start; row 0 of the scores is key `row0`."""
+        size, rows = self.s["head_size"], (div(self.stop - self.start, QUAD) + 2) * QUAD
+        self.row0 = keep(div(self.start, QUAD) * QUAD)
         self.p0 = keep(rows * WIDTH)
         self.q0 = keep(self.p0 + rows * WORDS)
         self.k0 = keep(self.q0 + size * WORDS)
         self.sums0 = keep(self.k0 + size * WORDS)
         self.v0 = keep(self.sums0 + WIDTH)
 
+    @staticmethod
+    def scratch_bytes(seq: Dim, head_size: int) -> Dim:
+        """The memory of one worker: see the top of this file."""
+        rows = (floordiv(seq, QUAD) + 2) * QUAD
+        panels = floordiv(seq + (2 * WIDTH - 2), WIDTH)
+        words = rows * (WIDTH + WORDS) + 2 * head_size * WORDS + WIDTH
+        return (words + panels * (head_size * WORDS)) * 4
+
     def compute(self) -> None:
         """All of it."""
         self._prepare_queries()
         self._prepare_values()
+        for at in self.at:
+            T.buffer_store(self.highest, splat(float("-inf"), self.lanes), [at])
         self._compute_scores()
         self._exponentiate()
         self._compute_context()
@@ -88,9 +102,13 @@ class Block:
         """The panel's queries as quads of channels, in token order."""
         row = keep(self._row("q", div(self.token, WIDTH)))
         with loop(0, div(self.s["head_size"], QUAD)) as d:
-            tiles = self.int8.interleave(self._four_channels("q", row + d * (QUAD * WIDTH)))
+            tiles = self.int8.interleave(self._query_bytes(row + d * (QUAD * WIDTH)))
             for i, tile in enumerate(self.int8.to_tokens(tiles)):
                 self._store_words(self.q0 + d * WIDTH + i * self.lanes, tile)
+
+    def _query_bytes(self, row: Any) -> list[Any]:
+        """Four channels of the queries as the products take them."""
+        return self._four_channels("q", row)
 
     def _prepare_values(self) -> None:
         """v - 128, as s8, of all panels of the sequence."""
@@ -120,8 +138,6 @@ class Block:
             self._store_words(self.sums0 + i * self.lanes, self._zeros() - part[at])
 
     def _compute_scores(self) -> None:
-        for at in self.at:
-            T.buffer_store(self.highest, splat(float("-inf"), self.lanes), [at])
         with loop(self.first_panel, div(self.stop - 1, WIDTH) + 1) as panel:
             self._prepare_keys(panel)
             first, last = self._quads_of(panel)
@@ -144,12 +160,16 @@ class Block:
         queries = keep(self.q0 + mod(self.token, WIDTH))
         with loop(0, div(s["head_size"], QUAD)) as d:
             self._accumulate(acc, queries + d * WIDTH, [self.k0 + d * WIDTH + w for w in word])
-        key = keep(panel * WIDTH + lane)
-        factor = keep(splat(s["factor"] * T.float32(_LOG2_E), n))
-        for r in range(rows):
+        self._keep_scores(keep(panel * WIDTH + lane), [[row[at] for at in self.at] for row in acc])
+
+    def _keep_scores(self, key: Any, sums: list[list[Any]]) -> None:
+        """Scores from the products of keys from `key` on, to scratch memory and the maxima."""
+        n = self.lanes
+        factor = keep(splat(self.s["factor"] * T.float32(_LOG2_E), n))
+        for r, row in enumerate(sums):
             bias = keep(splat(self._bias(key + r), n))
-            for i, at in enumerate(self.at):
-                score = T.cast(acc[r][at], f"float32x{n}") * factor + bias
+            for i, (value, at) in enumerate(zip(row, self.at, strict=True)):
+                score = T.cast(value, f"float32x{n}") * factor + bias
                 score = keep(score)
                 where = (key + r - self.row0) * self.width + i * n
                 self._store_words(where, T.reinterpret(f"int32x{n}", score))
@@ -195,8 +215,7 @@ class Block:
         ones = (keep(T.broadcast(T.int32(0x01010101), n)),)
         for at in self.at:
             T.buffer_store(self.total, self._zeros(), [at])
-        rows = keep(div(self.stop + (QUAD - 1), QUAD) - div(self.start, QUAD))
-        with loop(0, rows) as quad:
+        with loop(*self._quads()) as quad:
             for i, at in enumerate(self.at):
                 word = self._zeros()
                 for j in range(QUAD):
@@ -209,6 +228,11 @@ class Block:
                 total = self.int8.dot(self.total[at], self.int8.operand(word), ones)
                 T.buffer_store(self.total, total, [at])
 
+    def _quads(self) -> tuple[Any, Any]:
+        """The quads of rows of scores that hold keys."""
+        first, last = self.start - self.row0, self.stop - self.row0 + (QUAD - 1)
+        return keep(div(first, QUAD)), keep(div(last, QUAD))
+
     def _probability(self, bits: Any, highest: Any) -> Any:
         """rint(255 * 2**(score - highest)) as int32; 0 for -inf."""
         power = keep(T.reinterpret(f"float32x{self.lanes}", bits) - highest)
@@ -216,7 +240,11 @@ class Block:
         return keep(self.int8.to_integer(keep(value)))
 
     def _compute_context(self) -> None:
-        """y; 0 where all scores are -inf."""
+        self._prepare_results()
+        in_steps(const(0), self.s["head_size"], self.steps, self._context_channels)
+
+    def _prepare_results(self) -> None:
+        """The factor of each query: 0 where all its scores are -inf."""
         s, n = self.s, self.lanes
         self.inverse = []
         for at in self.at:
@@ -227,10 +255,9 @@ class Block:
             )
         if self.result == "u8":
             self.packer = Packer.of(self.v, "uint8", s["inverse"], s["zero_point"])
-        in_steps(const(0), s["head_size"], self.steps, self._context_channels)
 
     def _context_channels(self, channel: Any, rows: int) -> None:
-        s, n = self.s, self.lanes
+        s = self.s
         acc = [tir.registers("int32", self.width) for _ in range(rows)]
         for row in acc:
             for at in self.at:
@@ -243,14 +270,19 @@ class Block:
             with loop(div(first, QUAD), div(last, QUAD)) as quad:
                 p = self.p0 + (quad0 + quad) * self.width
                 self._accumulate(acc, p, [values + r * WORDS + quad for r in range(rows)])
+        self._store_results(channel, [[row[at] for at in self.at] for row in acc])
+
+    def _store_results(self, channel: Any, sums: list[list[Any]]) -> None:
+        """y of the channels from `channel` on, from their sums of products."""
+        s, n = self.s, self.lanes
         y0 = (div(self.token, WIDTH) * s["heads"] + self.head) * s["head_size"] + channel
-        for r in range(rows):
-            row = (y0 + r) * WIDTH + mod(self.token, WIDTH)
+        for r, row in enumerate(sums):
+            where = (y0 + r) * WIDTH + mod(self.token, WIDTH)
             results = [
-                keep(T.cast(acc[r][at], f"float32x{n}") * inverse)
-                for at, inverse in zip(self.at, self.inverse, strict=True)
+                keep(T.cast(value, f"float32x{n}") * inverse)
+                for value, inverse in zip(row, self.inverse, strict=True)
             ]
-            store_context(s["y"], row, results, self.lanes, packer=self.packer, before=self.before)
+            store_context(s["y"], where, results, n, packer=self.packer, before=self.before)
 
     def _row(self, operand: str, panel: Any) -> Any:
         """Where this head's first channel of a panel of q, k or v starts."""
@@ -280,11 +312,3 @@ def fraction(x: Any) -> Any:
     return keep(
         T.call_llvm_pure_intrin("float32x16", name, x, mode, splat(0.0, 16), every, rounding)
     )
-
-
-def scratch_bytes(seq: Dim, head_size: int) -> Dim:
-    """The memory of one worker: see the top of this file."""
-    rows = (floordiv(seq, QUAD) + 2) * QUAD
-    panels = floordiv(seq + (2 * WIDTH - 2), WIDTH)
-    words = rows * (WIDTH + WORDS) + 2 * head_size * WORDS + WIDTH + panels * (head_size * WORDS)
-    return words * 4

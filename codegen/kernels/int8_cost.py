@@ -28,11 +28,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from sparsec.codegen.isa.amx import ROWS
+from sparsec.codegen.isa.amx import ROWS, SUMS
 from sparsec.codegen.isa.int8 import TILES, Int8Isa, int8_isa
 from sparsec.codegen.isa.work import activation_work
 from sparsec.codegen.kernels.counts import Counts, Loop, total_cycles
-from sparsec.codegen.kernels.int8_pack import QUAD, SUMS, TILE_QUADS
+from sparsec.codegen.kernels.int8_pack import QUAD, TILE_QUADS
 from sparsec.codegen.kernels.panels import LEAST_MACS, WIDTH, grain_at
 from sparsec.codegen.kernels.weight_blocks import block_of
 from sparsec.ir.schedule import Schedule, Workload

@@ -11,14 +11,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sparsec.codegen.isa.amx import FULL, ROW_BYTES, ROWS, TILE_REGISTERS, configuration
+from sparsec.codegen.isa.amx import (
+    FULL,
+    ROW_BYTES,
+    ROWS,
+    SUMS,
+    TILE_REGISTERS,
+    configuration,
+)
 from sparsec.ir.op_spec import Array
 from sparsec.sparse.bsr import BsrMatrix
 
 QUAD = 4
 TILE_QUADS = ROW_BYTES // QUAD
 FETCH = 4  # quads that int8_tiles fetches at a time
-SUMS = 4  # tile registers for sums; then come weights, then quads
 
 
 @dataclass(frozen=True, slots=True, eq=False)

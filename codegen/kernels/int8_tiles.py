@@ -24,11 +24,11 @@ from tvm.script.ir_builder import tirx as T
 
 from sparsec.codegen import tir
 from sparsec.codegen.isa import amx
-from sparsec.codegen.isa.amx import ROWS
+from sparsec.codegen.isa.amx import ROWS, SUMS
 from sparsec.codegen.isa.int8 import TILES
 from sparsec.codegen.isa.vector import keep, prefetch, ramp, splat
 from sparsec.codegen.kernels.int8_gemm import Int8Gemm, Place
-from sparsec.codegen.kernels.int8_pack import FETCH, QUAD, SUMS, TILE_QUADS
+from sparsec.codegen.kernels.int8_pack import FETCH, QUAD, TILE_QUADS
 from sparsec.codegen.kernels.panels import WIDTH, const, div, loop
 
 LANES = 16
@@ -46,14 +46,14 @@ class TileGemm(Int8Gemm):
         return True
 
     @property
-    def _weights(self) -> range:
-        """Tile registers of weights."""
-        return range(SUMS, SUMS + max(1, self.strip // ROWS))
+    def _tile_rows(self) -> int:
+        """Tiles of weights in a register block."""
+        return max(1, self.strip // ROWS)
 
     @property
     def _columns(self) -> int:
         """Tiles of a chunk in a register block."""
-        return min(self.hooks.tiles, SUMS // len(self._weights))
+        return min(self.hooks.tiles, SUMS // self._tile_rows)
 
     @property
     def _start(self) -> int:
@@ -105,9 +105,8 @@ class TileGemm(Int8Gemm):
 
     def _pass(self, s: tir.KernelScope, at: Place, block: _Block, part: _Pass) -> None:
         """All products of a strip and of `_columns` tiles, summed into scratch memory."""
-        for register in range(SUMS):
-            if register < len(self._weights) * self._columns:
-                amx.load(register, s.scratch, const(self._offsets(register)))
+        for register in range(self._tile_rows * self._columns):
+            amx.load(register, s.scratch, const(self._offsets(register)))
         if self.is_sparse and self.tall:
             with T.If(part.strip == 0):
                 with T.Then():
@@ -119,7 +118,7 @@ class TileGemm(Int8Gemm):
         else:
             with loop(0, block.steps) as step:
                 self._multiply(s, at, block, part, step)
-        for register in range(len(self._weights) * self._columns):
+        for register in range(self._tile_rows * self._columns):
             row, column = divmod(register, self._columns)
             place = row * ROWS * self.hooks.chunk + (part.tile + column) * LANES
             amx.store(register, s.scratch, const(place), 4 * self.hooks.chunk)
@@ -155,14 +154,14 @@ class TileGemm(Int8Gemm):
     ) -> None:
         words = keep(part.words + step * self._step_words)
         self._prefetch(s, at, block, part, words)
-        quads = range(self._weights.stop, amx.TILE_REGISTERS)
-        for row, weights in enumerate(self._weights):
-            amx.load(weights, s["words"], words + row * TILE)
-            for column in range(self._columns):
-                register = quads[column % len(quads)]
-                if row == 0:
-                    self._load_quads(s, block, register, step, part.tile + column)
-                amx.multiply(row * self._columns + column, weights, register)
+        amx.multiply_block(
+            self._tile_rows,
+            self._columns,
+            lambda register, row: amx.load(register, s["words"], words + row * TILE),
+            lambda register, column: self._load_quads(
+                s, block, register, step, part.tile + column
+            ),
+        )
 
     def _load_quads(
         self, s: tir.KernelScope, block: _Block, register: int, step: Any, tile: int

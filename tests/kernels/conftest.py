@@ -135,7 +135,8 @@ class Runner:
         guarded = {id(a): aligned(a, guard=GUARD) for a in outputs}
         kept = [guarded.get(id(a)) or aligned(a) if isinstance(a, np.ndarray) else a for a in args]
         pointers = [_argument(a) for a in kept]
-        scratch = aligned(np.zeros(scratch_bytes, np.uint8), guard=GUARD, fill=77)
+        # What a kernel has not written may be NaN, and as integers not 0.
+        scratch = aligned(np.full(scratch_bytes, 255, np.uint8), guard=GUARD, fill=77)
         extra = [scratch[0].ctypes.data] if kernel.has_scratch else []
         bounds = sorted(
             {0, items, *(items * (i * i + 1) // (splits * splits) for i in range(splits))}

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sparsec.codegen.isa.amx import FULL, TILE_REGISTERS, configuration
+from sparsec.codegen.isa.int8 import AVX512_VNNI
 from sparsec.codegen.kernels.attention_int8 import AttentionInt8, AttentionInt8Family
-from sparsec.codegen.kernels.attention_int8_block import scratch_bytes
 from sparsec.codegen.kernels.quantize import inverse_of
 from sparsec.codegen.kernels.query_blocks import PACKED
 from sparsec.codegen.program import BufferRef, Region
@@ -17,17 +18,24 @@ from sparsec.ir.dims import Dim, evaluate, symbol
 from sparsec.ir.graph import Graph, Node, Value
 from sparsec.ir.layouts import Panels
 from sparsec.ir.ops import OPS
-from sparsec.ir.types import DType
+from sparsec.ir.types import DType, TensorType
 from sparsec.target import Target
 
 Array = np.ndarray[Any, Any]
 ALL = [k for k in AttentionInt8Family().variants() if isinstance(k, AttentionInt8)]
-VARIANTS = [k for k in ALL if k.result == "f32" and k.mask != PACKED]
+# AMX equals AVX512-VNNI bit by bit: test_tiles_equal_vectors.
+VARIANTS = [k for k in ALL if k.result == "f32" and k.mask != PACKED and k.isa != "amx"]
 SOME = [k for k in VARIANTS if k.mask == "key"]
+ON_TILES = [
+    pytest.param(k, marks=pytest.mark.isa("amx"), id=k.name)
+    for k in ALL
+    if k.has_tiles and k.mask != PACKED
+]
+SHAPES = configuration([FULL] * TILE_REGISTERS)
 EPS = float(np.finfo(np.float32).eps)
 V_SCALE = 0.013
 BATCH, SEQ = symbol("batch"), symbol("seq")
-TARGET = Target.named("icelake-server")
+TARGET = Target.named("sapphirerapids")
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,8 @@ def call(run: Any, kernel: AttentionInt8, case: Case, qkv: Array, mask: Array | 
         batch, heads, _, keys = mask.shape
         args += [0 if batch == 1 else heads * keys, 0 if heads == 1 else keys]
     args += [case.factor, V_SCALE, *(() if out is None else (inverse_of(out[0]), out[1]))]
-    scratch = scratch_bytes(case.seq, case.head_size)
+    args += [SHAPES] if kernel.has_tiles else []
+    scratch = evaluate(kernel.block.scratch_bytes(case.seq, case.head_size), {})
     items = y.shape[0] * case.heads
     assert run(kernel, *args, output=y, items=items, scratch_bytes=scratch) == 0
     return np.asarray(run.from_panels(y, tokens))
@@ -191,6 +200,35 @@ def test_all_keys_masked(some_kernel: AttentionInt8, run: Any, rng: np.random.Ge
         assert (np.abs(y - want) <= bound)[:21].all()
 
 
+# Few heads and tokens, as emulated tiles are slow: every kind of block, with head sizes around
+# tiles of 16 channels and steps of 64, and sequences around tiles of 16 keys and panels of 64.
+TILE_CASES = [
+    Case(1, 1, 1, 16),
+    Case(3, 5, 1, 20),
+    Case(14, 5, 1, 16),
+    Case(2, 15, 1, 28),
+    Case(1, 17, 3, 16),
+    Case(4, 16, 1, 32),
+    Case(3, 32, 1, 32),
+    Case(1, 64, 2, 64),
+    Case(1, 66, 1, 68),
+    Case(2, 48, 1, 36),
+    Case(2, 97, 1, 32),
+    Case(1, 130, 1, 132),
+]
+
+
+@pytest.mark.parametrize("case", TILE_CASES, ids=str)
+@pytest.mark.parametrize("on_tiles", ON_TILES)
+def test_tiles_equal_vectors(on_tiles: AttentionInt8, case: Case, run: Any) -> None:
+    rng = np.random.default_rng([case.batch, case.seq, case.head_size])
+    qkv, mask = case.qkv(rng), random_mask(on_tiles, case, rng)
+    out = (0.011, 100) if on_tiles.result == "u8" else None
+    vectors = replace(on_tiles, int8=AVX512_VNNI)
+    got, want = (call(run, kernel, case, qkv, mask, out) for kernel in (on_tiles, vectors))
+    np.testing.assert_array_equal(got, want)
+
+
 @dataclass
 class ArrayBinder:
     """Binds values to the arrays that stand for them."""
@@ -203,37 +241,46 @@ class ArrayBinder:
         return BufferRef(Region.ARENA, len(self.bound) - 1, value.type, value.name)
 
     def weight(self, name: str, data: Array) -> BufferRef:
-        raise AssertionError(f"attention has no weights, got {name}")
+        self.bound.append(data)
+        type = TensorType(DType.of(data.dtype), data.shape)
+        return BufferRef(Region.WEIGHTS, len(self.bound) - 1, type, name)
 
     def optional(self, value: Value | None) -> BufferRef | None:
         return None if value is None else self.ref(value)
 
 
-def node_of(mask_shape: tuple[Dim, ...] | None, attrs: dict[str, Any]) -> Node:
-    graph = Graph("g")
-    x = graph.add_input("x", DType.U8, (BATCH, SEQ, 72))
+def node_of(mask_shape: tuple[Dim, ...] | None, attrs: dict[str, Any], head_size: int = 8) -> Node:
+    """Three heads; q, k and v are parts of one value."""
+    graph, width = Graph("g"), 3 * head_size
+    x = graph.add_input("x", DType.U8, (BATCH, SEQ, 3 * width))
     graph.set_type(x, x.type.with_layout(Panels()))
     mask = None if mask_shape is None else graph.add_input("mask", DType.F32, mask_shape)
-    sizes = {"heads": 3, "head_size": 8, "scale": 0.35, "q_offset": 0, "k_offset": 24,
-             "v_offset": 48, "q_scale": 0.01, "k_scale": 0.02, "v_scale": 0.03}  # fmt: skip
+    sizes = {"heads": 3, "head_size": head_size, "scale": 1 / head_size**0.5,
+             "q_offset": 0, "k_offset": width, "v_offset": 2 * width,
+             "q_scale": 0.01, "k_scale": 0.02, "v_scale": 0.03}  # fmt: skip
     return graph.add_node("attention_int8", [x, x, x, mask], {**sizes, **attrs})
 
 
-@pytest.mark.isa("avx512vnni")
+LEVELS = [pytest.param(n, marks=pytest.mark.isa(n)) for n in ("avx512vnni", "amx")]
+
+
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("attrs", [{}, {"out_scale": 0.02, "out_zero_point": 120}])
-def test_lowered_node(masked: bool, attrs: dict[str, Any], run: Any) -> None:
+def test_lowered_node(masked: bool, attrs: dict[str, Any], level: str, run: Any) -> None:
     rng = np.random.default_rng(7)
-    env = {"batch": 3, "seq": 43}
-    node = node_of((BATCH, 1, 1, SEQ) if masked else None, attrs)
-    x = rng.integers(0, 256, (3, 43, 72)).astype(np.uint8)
+    env, head_size = {"batch": 3, "seq": 43}, 20
+    width = 3 * head_size
+    node = node_of((BATCH, 1, 1, SEQ) if masked else None, attrs, head_size)
+    x = rng.integers(0, 256, (3, 43, 3 * width)).astype(np.uint8)
     mask = rng.standard_normal((3, 1, 1, 43)).astype(np.float32)
     (want,) = OPS[node.op].evaluate([x, x, x, mask if masked else None], node.attrs, env)
-    panels = run.to_panels(x.reshape(129, 72))
-    y = np.full((panels.shape[0], 24, 64), 99, want.dtype)
+    panels = run.to_panels(x.reshape(129, 3 * width))
+    y = np.full((panels.shape[0], width, 64), 99, want.dtype)
     binder = ArrayBinder({"x": panels, "mask": mask, node.output.name: y})
     family = AttentionInt8Family()
-    schedule = family.schedules(family.workload(node), TARGET)[0]
+    found = family.schedules(family.workload(node), TARGET)
+    schedule = next(s for s in found if s.isa == level)
     (call_,) = family.lower(node, schedule, binder)
     args = [binder.bound[a.index] if isinstance(a, BufferRef) else
             a if isinstance(a, float) else evaluate(a, env) for a in call_.args]  # fmt: skip
@@ -248,6 +295,21 @@ def test_lowered_node(masked: bool, attrs: dict[str, Any], run: Any) -> None:
         assert apart.mean() < 0.05
     else:
         np.testing.assert_allclose(got, want, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("head_size", "target", "isas"),
+    [
+        (32, "sapphirerapids", ["amx", "avx512vnni"]),
+        (16, "sapphirerapids", ["amx", "avx512vnni"]),
+        (12, "sapphirerapids", ["avx512vnni"]),  # less than a tile of values
+        (32, "icelake-server", ["avx512vnni"]),
+    ],
+)
+def test_order_of_kernels(head_size: int, target: str, isas: list[str]) -> None:
+    node, family = node_of(None, {}, head_size), AttentionInt8Family()
+    found = family.schedules(family.workload(node), Target.named(target))
+    assert [s.isa for s in found] == isas
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sparsec.codegen.isa.amx import FULL, TILE_REGISTERS, configuration
 from sparsec.codegen.kernels.attention import Attention, AttentionFamily
 from sparsec.codegen.kernels.attention_int8 import AttentionInt8, AttentionInt8Family
-from sparsec.codegen.kernels.attention_int8_block import scratch_bytes
+from sparsec.codegen.kernels.attention_int8_tiles import LEAST_HEAD_SIZE
 from sparsec.codegen.kernels.quantize import inverse_of
 from sparsec.codegen.kernels.query_blocks import PACKED
+from sparsec.ir.dims import evaluate
 
 Array = np.ndarray[Any, Any]
 Kernel = Attention | AttentionInt8
@@ -40,7 +42,7 @@ def run_kernel(
     longest: int,
 ) -> Array:  # fmt: skip
     """`x` is [tokens, 3 * channels]; `between` are the arguments around y and tokens."""
-    int8, tokens, channels = isinstance(kernel, AttentionInt8), len(x), HEADS * size
+    tokens, channels = len(x), HEADS * size
     panels = run.to_panels(x)
     fill, dtype = (np.nan, np.float32) if kernel.result == "f32" else (99, np.uint8)
     y = np.full((panels.shape[0], channels, 64), fill, dtype)
@@ -48,10 +50,14 @@ def run_kernel(
     lengths, steps = sizes[:-3] or [], sizes[-3:] if len(sizes) > 3 else []
     args = [panels, panels, panels, *pointers, y, tokens, *lengths, HEADS, size]
     args += [n for i in range(3) for n in (3 * channels, i * channels)]
-    args += steps[: 2 if int8 else 3]
-    args += [3.0 / (74 * 74 * size**0.5), V_SCALE] if int8 else [size**-0.5]
-    args += [inverse_of(OUT[0]), OUT[1]] if kernel.result == "u8" else []
-    scratch = scratch_bytes(longest, size) if int8 else -(-longest // 16) * 16 * 256
+    quant = [inverse_of(OUT[0]), OUT[1]] if kernel.result == "u8" else []
+    if isinstance(kernel, AttentionInt8):
+        args += [*steps[:2], 3.0 / (74 * 74 * size**0.5), V_SCALE, *quant]
+        args += [configuration([FULL] * TILE_REGISTERS)] if kernel.has_tiles else []
+        scratch = evaluate(kernel.block.scratch_bytes(longest, size), {})
+    else:
+        args += [*steps[:3], size**-0.5, *quant]
+        scratch = -(-longest // 16) * 16 * 256
     items = y.shape[0] * HEADS
     assert run(kernel, *args, output=y, items=items, scratch_bytes=scratch) == 0
     return np.asarray(run.from_panels(y, tokens))
@@ -80,6 +86,8 @@ def padded(run: Any, kernel: Kernel, x: Array, mask: Array, lengths: list[int]) 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=lambda n: "-".join(map(str, n[:4])))
 @pytest.mark.parametrize("size", [4, 20])
 def test_ragged_sequences(kernel: Kernel, run: Any, lengths: list[int], size: int) -> None:
+    if kernel.isa == "amx":
+        size = max(size, LEAST_HEAD_SIZE)
     rng = np.random.default_rng([size, *lengths])
     int8, shape = isinstance(kernel, AttentionInt8), (sum(lengths), 3 * HEADS * size)
     x = rng.integers(0, 256, shape).astype(np.uint8)
