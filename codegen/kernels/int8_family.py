@@ -101,10 +101,26 @@ def _tile_forms(block: tuple[int, int] | None) -> list[Form]:
     return found + [Form(r, c, min(r, TILE_STRIP)) for c in widths for r in sizes]
 
 
+def _limits_of(isa: Int8Isa, tokens: int | None) -> list[int]:
+    """The `limits` that are not below the tokens, and 0: the kernel for any number."""
+    return [*(n for n in limits(isa) if tokens is not None and tokens <= n), 0]
+
+
 def _most(isa: Int8Isa, tokens: int | None) -> int:
-    """The least of `limits` that is not below the tokens, or 0: the kernel for any number."""
-    fitting = [n for n in limits(isa) if tokens is not None and tokens <= n]
-    return min(fitting, default=0)
+    """The heuristic's choice of `_limits_of`: the least, which has the smallest code."""
+    return min((n for n in _limits_of(isa, tokens) if n), default=0)
+
+
+def _groups(usual: int, tokens: int | None) -> list[int]:
+    """Numbers of panels in a group that differ for so many tokens, the heuristic's first."""
+    panels = MOST_PANELS * 2 if tokens is None else -(-tokens // WIDTH)
+    others = [n for n in (1, 2, 4, 8, 16) if n < panels]
+    return [usual, *others]
+
+
+def _schedule(form: Form, isa: Int8Isa, group: int, most: int) -> Schedule:
+    values = (form.rows, form.cols, form.strip, group, most)
+    return Schedule("int8_gemm", isa.name, tuple(zip(PARAMS, values, strict=True)))
 
 
 class Int8GemmFamily:
@@ -139,16 +155,15 @@ class Int8GemmFamily:
         found = [(form, isa) for isa in int8_isas(target) for form in forms(block, isa)]
         # Half of L2 for the group's activations; the rest is for weights and results.
         group = min(MOST_PANELS, max(1, target.l2_bytes // 2 // (sizes[1] * WIDTH)))
-        return [
-            Schedule(
-                "int8_gemm",
-                isa.name,
-                tuple(
-                    zip(PARAMS, (f.rows, f.cols, f.strip, group, _most(isa, tokens)), strict=True)
-                ),
-            )
-            for f, isa in sorted(found, key=cost)
+        ordered = sorted(found, key=cost)
+        usual = [_schedule(form, isa, group, _most(isa, tokens)) for form, isa in ordered]
+        others = [
+            _schedule(form, isa, panels, most)
+            for form, isa in ordered
+            for panels in _groups(group, tokens)
+            for most in _limits_of(isa, tokens)
         ]
+        return list(dict.fromkeys([*usual, *others]))
 
     def lower(self, node: Node, schedule: Schedule, binder: Binder) -> list[KernelCall]:
         x, weight, y = node.input(0), node.input(1), node.output
