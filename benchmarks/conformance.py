@@ -118,7 +118,7 @@ def _prepare(case: Case, target: Target, dynamic: bool) -> Prepared:
         try:
             graph = import_model(_opened(model, case.name) if dynamic else model)
             PassManager(graph_pipeline(roundings=Roundings.NONE)).run(graph)
-            PassManager(target_pipeline(lambda node: schedule_of(node, target))).run(graph)
+            PassManager(target_pipeline(lambda node, b: schedule_of(node, target, b))).run(graph)
             lower(graph, plan_memory(graph), target)  # says what it does not support
             return Prepared(case, graph, kind)
         except UnsupportedOp:
