@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from sparsec.driver import scheduled_graph
 from sparsec.ir.schedule import Schedule
 from sparsec.models.build import build_file
 from sparsec.models.registry import find_model
 from sparsec.models.weights import Pruning
 from sparsec.options import Calibration, CompileOptions
+from sparsec.stages import scheduled_graph
 from sparsec.target import Target
 from sparsec.tools.console import console, progress
 from sparsec.tools.tune import TuneOptions, jobs_of

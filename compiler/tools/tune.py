@@ -14,11 +14,11 @@ from rich.table import Table
 
 from sparsec.codegen.kernels import FAMILIES
 from sparsec.codegen.lower import family_of, schedules_of
-from sparsec.driver import scheduled_graph
 from sparsec.errors import InvalidInput
 from sparsec.ir.graph import Graph
 from sparsec.ir.schedule import Bucket, buckets
 from sparsec.options import CompileOptions
+from sparsec.stages import scheduled_graph
 from sparsec.target import Target
 from sparsec.tools.console import console
 from sparsec.tuning.log import TuningLog
