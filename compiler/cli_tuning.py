@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,15 @@ def _tune(args: argparse.Namespace) -> int:
     options = TuneOptions(
         args.log, _numbers(args.tokens), args.threads, args.trials, args.minutes, args.layers
     )
-    results = tune(args.model, compile_options, options, quiet=args.quiet)
+    try:
+        results = tune(args.model, compile_options, options, quiet=args.quiet)
+    except KeyboardInterrupt:
+        print(
+            f"sparsec: interrupted; every trial that ended is in {args.log}, "
+            "and the same command goes on from there",
+            file=sys.stderr,
+        )
+        return 130
     if not args.quiet:
         print_results(results, options)
     return 0

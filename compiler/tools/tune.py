@@ -23,7 +23,7 @@ from sparsec.target import Target
 from sparsec.tools.console import console
 from sparsec.tuning.log import TuningLog
 from sparsec.tuning.rates_file import with_known_rates
-from sparsec.tuning.record import Trial
+from sparsec.tuning.record import Machine, Trial
 from sparsec.tuning.search import Budget
 from sparsec.tuning.task import Task, task_of
 from sparsec.tuning.tuner import Job, Result, Tell, Tuner
@@ -73,7 +73,8 @@ def tune(
     jobs = jobs_of(graph, target, options)
     budget = Budget(options.trials, options.minutes)
     with _progress(len(jobs), quiet) as tell:
-        return Tuner(target, options.log, log, budget, tell).run(jobs)
+        tuner = Tuner(Machine.of(target), options.log, log, budget, tell)
+        return tuner.run(jobs, target)
 
 
 def jobs_of(graph: Graph, target: Target, options: TuneOptions) -> list[Job]:
