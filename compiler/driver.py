@@ -55,7 +55,7 @@ from sparsec.ranges import Channels
 from sparsec.target import Isa, Target
 from sparsec.tuning.cost import CheapestLayout, expected_layers, usual_shape
 from sparsec.tuning.log import TuningLog
-from sparsec.tuning.lookup import schedule_from
+from sparsec.tuning.lookup import default_log, schedule_from
 from sparsec.tuning.rates_file import with_known_rates
 
 Progress = Callable[[str], None]
@@ -113,6 +113,17 @@ def compile_model(
     is the folder of what `sparsec calibrate` measured: for this machine, layouts and schedules
     are chosen by that. `dump_ir` is a folder for the graph after each pass, `report` a JSON file.
     `progress` is told each stage.
+    `precision` is fp32, bf16 or int8; by default a quantised (QDQ) model is int8, any other fp32.
+    int8 needs `calibration` unless the model is quantised. It and bf16 leave the layers whose
+    names match a pattern in `keep_fp32`; with `rest` bf16 those that int8 leaves are bf16.
+    `attention` is the precision of attention, by default that of the products. With
+    `all_roundings` a quantised model rounds wherever its file does, which is slower, not only what
+    its products read. With `keep_padding` padding is computed even where it can not matter; else
+    the outputs of such tokens are 0. `log` is a tuning log: schedules come from it where it has
+    any. By default it is the one of the package; "none" is no log. `rates` is the folder of what
+    `sparsec calibrate` measured: for this machine, layouts and schedules are chosen by that.
+    `dump_ir` is a folder for the graph after each pass, `report` a JSON file. `progress` is told
+    each stage.
 
     Raises CompilerError: its subclasses say what was wrong with the model or the arguments.
     Nothing is left behind at `output` when it does.
@@ -130,7 +141,7 @@ def compile_model(
         max_error=max_error,
         all_roundings=all_roundings,
         keep_padding=keep_padding,
-        log=Path(log) if log is not None else None,
+        log="none" if log == "none" else Path(log) if log is not None else None,
         dump_ir=Path(dump_ir) if dump_ir is not None else None,
         report=Path(report) if report is not None else None,
         cc=cc,
@@ -200,11 +211,13 @@ def scheduled_graph(model: Path, options: CompileOptions) -> Graph:
 def _layouts(graph: Graph, options: CompileOptions) -> tuple[CheapestLayout, str]:
     """For the target that the options leave, by the best rates that are known; and which."""
     target, basis = with_known_rates(options.target, options.rates)
-    return CheapestLayout(_limited(target, options.isa), usual_shape(graph)), basis
+    return CheapestLayout(limited(target, options.isa), usual_shape(graph)), basis
 
 
 def _read_log(options: CompileOptions) -> TuningLog:
-    return TuningLog() if options.log is None else TuningLog.read(options.log)
+    if options.log is None:
+        return default_log()
+    return TuningLog() if options.log == "none" else TuningLog.read(options.log)
 
 
 def _transform(
@@ -311,7 +324,8 @@ def build_kernels(program: Program) -> dict[str, bytes]:
     }
 
 
-def _limited(target: Target, isa: Isa | None) -> Target:
+def limited(target: Target, isa: Isa | None) -> Target:
+    """The target without what is better than `isa`."""
     if isa is None:
         return target
     levels = list(Isa)

@@ -69,7 +69,7 @@ def tune(
         raise InvalidInput(f"tuning measures on this machine; it is not {name}")
     target, _ = with_known_rates(compile_options.target, compile_options.rates)
     # A batch without padding has the same products, and no operands that must fit each other.
-    graph = scheduled_graph(model, replace(compile_options, keep_padding=True))
+    graph = scheduled_graph(model, replace(compile_options, keep_padding=True, log="none"))
     jobs = jobs_of(graph, target, options)
     budget = Budget(options.trials, options.minutes)
     with _progress(len(jobs), quiet) as tell:

@@ -18,6 +18,7 @@ from statistics import median
 
 from sparsec.errors import InvalidInput
 from sparsec.ir.schedule import Schedule, Workload
+from sparsec.target import Isa
 from sparsec.tuning.record import Machine, Outcome, TuningRecord
 
 # A record of another size of input still tells which schedule is good, up to these factors.
@@ -56,9 +57,15 @@ class Query:
 
 
 class TuningLog:
-    """Records in the order in which they were read."""
+    """Records in the order in which they were read; `name` is what reports call the log."""
 
-    def __init__(self, records: Iterable[TuningRecord] = (), broken: Iterable[BrokenLine] = ()):
+    def __init__(
+        self,
+        records: Iterable[TuningRecord] = (),
+        broken: Iterable[BrokenLine] = (),
+        name: str = "log",
+    ):
+        self.name = name
         self.records = list(records)
         self.broken = list(broken)
         self._by_key: dict[Key, list[TuningRecord]] = {}
@@ -66,7 +73,7 @@ class TuningLog:
             self._by_key.setdefault(_key(record.workload), []).append(record)
 
     @staticmethod
-    def read(*paths: str | os.PathLike[str]) -> TuningLog:
+    def read(*paths: str | os.PathLike[str], name: str = "log") -> TuningLog:
         """Raises InvalidInput when a file cannot be read; broken lines are only reported."""
         records: list[TuningRecord] = []
         broken: list[BrokenLine] = []
@@ -76,7 +83,7 @@ class TuningLog:
                     records.append(TuningRecord.from_json(line))
                 except ValueError as error:
                     broken.append(BrokenLine(path, number, str(error)))
-        return TuningLog(records, broken)
+        return TuningLog(records, broken, name)
 
     def add(self, record: TuningRecord) -> None:
         self.records.append(record)
@@ -109,7 +116,7 @@ class TuningLog:
         """
         for schedule in self.ranking(query):
             if allowed(schedule):
-                return replace(schedule, source="log exact")
+                return replace(schedule, source=f"{self.name} exact")
         groups: dict[tuple[float, str], list[TuningRecord]] = {}
         for record in self._by_key.get(_key(query.workload), []):
             distance = _distance(record, query)
@@ -118,7 +125,7 @@ class TuningLog:
         for (_, difference), records in sorted(groups.items(), key=lambda item: item[0]):
             for schedule, _ in ranking(records):
                 if allowed(schedule):
-                    return replace(schedule, source=f"log nearest {difference}")
+                    return replace(schedule, source=f"{self.name} nearest {difference}")
         return None
 
 
@@ -194,8 +201,15 @@ def _is_valid(record: TuningRecord, query: Query) -> bool:
         record.revision == query.revision
         and record.schedule.isa in query.machine.isas
         # A machine with a better instruction set would not use what was best without it.
-        and record.machine.isas[-1:] == query.machine.isas[-1:]
+        and _level(record.machine, query.workload) == _level(query.machine, query.workload)
     )
+
+
+def _level(machine: Machine, workload: Workload) -> str | None:
+    """The best instruction set that is of use for the workload."""
+    has_bf16 = "bf16" in f"{workload.op} {workload.dtype} {workload.epilogue}"
+    useful = [isa for isa in machine.isas if has_bf16 or isa != Isa.AVX512_BF16.value]
+    return useful[-1] if useful else None
 
 
 def _is_exact(record: TuningRecord, query: Query) -> bool:
