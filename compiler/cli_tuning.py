@@ -1,19 +1,31 @@
 """The commands around the tuner: `calibrate`, `tune` and `log`."""
+"""The commands around the tuner: `tune`, `log` and `advise`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from dataclasses import asdict
+import os
 import sys
 from pathlib import Path
 from typing import Any
+
+LEVELS = ("avx2", "avx512", "avx512vnni", "avx512bf16", "amx")
 
 
 def add_commands(commands: Any) -> None:
     _add_calibrate(commands)
     _add_tune(commands)
     _add_log(commands)
+    _add_advise(commands)
+
+
+def cache_folder() -> Path:
+    """Where this user's caches lie: the XDG base directory specification."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    home = Path(given) if Path(given).is_absolute() else Path("~/.cache").expanduser()
+    return home / "sparsec"
 
 
 def _calibrate(args: argparse.Namespace) -> int:
@@ -44,6 +56,7 @@ def _tune(args: argparse.Namespace) -> int:
         precision=args.precision,
         # Ranges have no influence on speed, so any will do.
         calibration=Calibration(random=True) if is_int8 else None,
+        rates=cache_folder(),
     )
     options = TuneOptions(
         args.log, _numbers(args.tokens), args.threads, args.trials, args.minutes, args.layers
@@ -65,6 +78,43 @@ def _tune(args: argparse.Namespace) -> int:
 def _numbers(text: str) -> tuple[int, ...]:
     parts = text.split(",")
     return tuple(int(part) for part in parts) if all(p.isdigit() for p in parts) else ()
+
+
+def _advise(args: argparse.Namespace) -> int:
+    from sparsec.options import Calibration, CompileOptions
+    from sparsec.target import Isa, Target
+    from sparsec.tools.advise import AdviseOptions, advise, print_advice
+
+    compile_options = CompileOptions(
+        target=Target.named(args.target),
+        isa=Isa(args.isa) if args.isa else None,
+        precision=args.precision,
+        # Ranges have no influence on speed, so any will do.
+        calibration=Calibration(random=True) if args.precision == "int8" else None,
+        log="none" if args.log == "none" else Path(args.log) if args.log else None,
+        rates=cache_folder(),
+    )
+    options = AdviseOptions(
+        args.tokens, args.threads, _blocks(args.blocks), _shares(args.sparsities), args.latency_ms
+    )
+    advice = advise(args.model, compile_options, options)
+    if args.json:
+        print(json.dumps(advice, indent=1))
+    else:
+        print_advice(advice)
+    return 0
+
+
+def _blocks(text: str) -> tuple[tuple[int, int], ...]:
+    found = [_numbers(part.replace("x", ",")) for part in text.split(",")]
+    return tuple((f[0], f[1]) for f in found) if all(len(f) == 2 for f in found) else ()
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        return ()
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -114,8 +164,8 @@ def _add_tune(commands: Any) -> None:
     p.add_argument("--trials", type=int, help="of all layers together (default: no limit)")
     p.add_argument("--minutes", type=float, help="default: no limit")
     p.add_argument("--layers", default="", metavar="PATTERN", help="names to tune (default: all)")
-    p.add_argument("--precision", choices=["fp32", "int8"])
-    p.add_argument("--isa", choices=["avx2", "avx512", "avx512vnni", "amx"], help="use no better")
+    p.add_argument("--precision", choices=["fp32", "bf16", "int8"])
+    p.add_argument("--isa", choices=LEVELS, help="use no better")
     p.add_argument("-q", "--quiet", action="store_true")
     p.set_defaults(command=_tune)
 
@@ -138,3 +188,19 @@ def _add_log(commands: Any) -> None:
     action = actions.add_parser("check", help="count what is stale or broken; status 1 if broken")
     action.add_argument("logs", type=Path, nargs="+")
     action.set_defaults(command=_check)
+
+
+def _add_advise(commands: Any) -> None:
+    p = commands.add_parser("advise", help="which block shape and sparsity meets a latency")
+    p.add_argument("model", type=Path, help="the ONNX file, dense or pruned")
+    p.add_argument("--target", default="native", help="machine to ask for (default: this one)")
+    p.add_argument("--isa", choices=LEVELS, help="use no better")
+    p.add_argument("--precision", choices=["fp32", "bf16", "int8"], default="int8")
+    p.add_argument("--latency-ms", type=float, metavar="L", help="the budget of one run")
+    p.add_argument("--tokens", type=int, default=128, help="batch x seq of a run (default 128)")
+    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--sparsities", default="0.7,0.8,0.9", metavar="S,...")
+    p.add_argument("--blocks", default="4x1,16x1,32x1,16x4", metavar="RxC,...")
+    p.add_argument("--log", metavar="FILE|none", help="measured times (default: the package's)")
+    p.add_argument("--json", action="store_true", help="for pruning recipes: docs/advise.md")
+    p.set_defaults(command=_advise)

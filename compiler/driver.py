@@ -154,7 +154,7 @@ def _compile(
     model: Path, output: Path, options: CompileOptions, progress: Progress
 ) -> CompileResult:
     _check_output(output)
-    log = _read_log(options)
+    log = read_log(options)
     clock = _Clock(progress)
     clock.start("import")
     graph = import_model(model, overrides=options.shapes)
@@ -204,7 +204,7 @@ def scheduled_graph(model: Path, options: CompileOptions) -> Graph:
     """The model as it is lowered: after all passes. Raises CompilerError."""
     graph = import_model(model, overrides=options.shapes)
     layouts, _ = _layouts(graph, options)
-    _transform(graph, layouts, options, _read_log(options), _Clock(lambda stage: None))
+    _transform(graph, layouts, options, read_log(options), _Clock(lambda stage: None))
     return graph
 
 
@@ -214,7 +214,8 @@ def _layouts(graph: Graph, options: CompileOptions) -> tuple[CheapestLayout, str
     return CheapestLayout(limited(target, options.isa), usual_shape(graph)), basis
 
 
-def _read_log(options: CompileOptions) -> TuningLog:
+def read_log(options: CompileOptions) -> TuningLog:
+    """The log that the options name, or the one of the package."""
     if options.log is None:
         return default_log()
     return TuningLog() if options.log == "none" else TuningLog.read(options.log)

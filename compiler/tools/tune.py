@@ -14,7 +14,7 @@ from rich.table import Table
 
 from sparsec.codegen.kernels import FAMILIES
 from sparsec.codegen.lower import family_of, schedules_of
-from sparsec.driver import scheduled_graph
+from sparsec.driver import limited, scheduled_graph
 from sparsec.errors import InvalidInput
 from sparsec.ir.graph import Graph
 from sparsec.ir.schedule import Bucket, buckets
@@ -68,6 +68,7 @@ def tune(
         name = compile_options.target.name
         raise InvalidInput(f"tuning measures on this machine; it is not {name}")
     target, _ = with_known_rates(compile_options.target, compile_options.rates)
+    target = limited(target, compile_options.isa)
     # A batch without padding has the same products, and no operands that must fit each other.
     graph = scheduled_graph(model, replace(compile_options, keep_padding=True, log="none"))
     jobs = jobs_of(graph, target, options)
