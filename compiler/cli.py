@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from sparsec import __version__
 from sparsec.cli_timing import add_commands as add_timing_commands
 from sparsec.cli_tuning import add_commands as add_tuning_commands
-from sparsec.cli_tuning import cache_folder
 from sparsec.errors import CompilerError, InvalidInput, MissingPackage
 
 if TYPE_CHECKING:
@@ -159,67 +158,6 @@ def _verify(args: argparse.Namespace) -> int:
     else:
         print_verification(result)
     return 0 if result["passed"] else 1
-
-
-def _bench(args: argparse.Namespace) -> int:
-    from sparsec.tools.bench import bench, print_bench
-
-    with _progress(args.quiet or args.json) as tell:
-        result = bench(
-            args.model,
-            batch=args.batch,
-            seq=args.seq,
-            threads=args.threads,
-            onnx=args.onnx,
-            against=args.against,
-            seconds=args.seconds,
-            pin=args.pin,
-            progress=tell,
-        )
-    if args.json:
-        print(json.dumps(result, indent=1))
-    else:
-        print_bench(result)
-    return 0
-
-
-def _profile(args: argparse.Namespace) -> int:
-    from sparsec.tools.profile import print_profile, profile, write_trace
-
-    with _progress(args.quiet or args.json) as tell:
-        result = profile(
-            args.model,
-            batch=args.batch,
-            seq=args.seq,
-            threads=args.threads,
-            runs=args.runs,
-            rates=cache_folder(),
-            progress=tell,
-        )
-    if args.trace:
-        write_trace(result, args.trace)
-    if args.json:
-        print(json.dumps(result, indent=1))
-    else:
-        print_profile(result, all_steps=args.steps)
-    return 0
-
-
-def _calibrate(args: argparse.Namespace) -> int:
-    from dataclasses import asdict
-
-    from sparsec.tuning.machine import calibrate
-
-    with _progress(args.quiet or args.json) as tell:
-        known = calibrate(cache_folder(), force=args.force, progress=tell)
-    assert known.rates is not None
-    if args.json:
-        print(json.dumps({"file": str(known.path), **asdict(known.rates)}, indent=1))
-    elif not args.quiet:
-        from sparsec.tools.rates import print_rates
-
-        print_rates(known.rates, known.path)
-    return 0
 
 
 def _batch_seq(text: str) -> tuple[int, int]:

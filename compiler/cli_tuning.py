@@ -1,13 +1,11 @@
-"""The commands around the tuner: `calibrate`, `tune` and `log`."""
-"""The commands around the tuner: `tune`, `log` and `advise`."""
+"""The commands around the tuner: `calibrate`, `tune`, `log` and `advise`."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
-import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,6 @@ def add_commands(commands: Any) -> None:
     _add_tune(commands)
     _add_log(commands)
     _add_advise(commands)
-
-
-def cache_folder() -> Path:
-    """Where this user's caches lie: the XDG base directory specification."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    home = Path(given) if Path(given).is_absolute() else Path("~/.cache").expanduser()
-    return home / "sparsec"
 
 
 def _calibrate(args: argparse.Namespace) -> int:
@@ -48,6 +39,7 @@ def _tune(args: argparse.Namespace) -> int:
     from sparsec.options import Calibration, CompileOptions
     from sparsec.target import Isa, Target
     from sparsec.tools.tune import TuneOptions, print_results, tune
+    from sparsec.tuning.rates_file import cache_folder
 
     is_int8 = args.precision == "int8"
     compile_options = CompileOptions(
@@ -84,6 +76,7 @@ def _advise(args: argparse.Namespace) -> int:
     from sparsec.options import Calibration, CompileOptions
     from sparsec.target import Isa, Target
     from sparsec.tools.advise import AdviseOptions, advise, print_advice
+    from sparsec.tuning.rates_file import cache_folder
 
     compile_options = CompileOptions(
         target=Target.named(args.target),

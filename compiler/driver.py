@@ -109,18 +109,8 @@ def compile_model(
     is the precision of attention, by default that of the products. With `all_roundings` a
     quantised model rounds wherever its file does, which is slower, not only what its products
     read. With `keep_padding` padding is computed even where it can not matter; else the outputs
-    of such tokens are 0. `log` is a tuning log: schedules come from it where it has any. `rates`
-    is the folder of what `sparsec calibrate` measured: for this machine, layouts and schedules
-    are chosen by that. `dump_ir` is a folder for the graph after each pass, `report` a JSON file.
-    `progress` is told each stage.
-    `precision` is fp32, bf16 or int8; by default a quantised (QDQ) model is int8, any other fp32.
-    int8 needs `calibration` unless the model is quantised. It and bf16 leave the layers whose
-    names match a pattern in `keep_fp32`; with `rest` bf16 those that int8 leaves are bf16.
-    `attention` is the precision of attention, by default that of the products. With
-    `all_roundings` a quantised model rounds wherever its file does, which is slower, not only what
-    its products read. With `keep_padding` padding is computed even where it can not matter; else
-    the outputs of such tokens are 0. `log` is a tuning log: schedules come from it where it has
-    any. By default it is the one of the package; "none" is no log. `rates` is the folder of what
+    of such tokens are 0. `log` is a tuning log: schedules come from it where it has any. By
+    default it is the one of the package; "none" is no log. `rates` is the folder of what
     `sparsec calibrate` measured: for this machine, layouts and schedules are chosen by that.
     `dump_ir` is a folder for the graph after each pass, `report` a JSON file. `progress` is told
     each stage.
