@@ -138,6 +138,15 @@ def _check(args: argparse.Namespace) -> int:
     return 0 if tuning_log.check(args.logs) else 1
 
 
+def _plot(args: argparse.Namespace) -> int:
+    from sparsec.tools import tuning_log
+    from sparsec.tuning.rates_file import cache_folder
+
+    tuning_log.plot(args.logs, args.output, cache_folder())
+    print(args.output)
+    return 0
+
+
 def _add_calibrate(commands: Any) -> None:
     p = commands.add_parser("calibrate", help="measure this machine once, for better schedules")
     p.add_argument("--force", action="store_true", help="measure again")
@@ -164,7 +173,7 @@ def _add_tune(commands: Any) -> None:
 
 
 def _add_log(commands: Any) -> None:
-    p = commands.add_parser("log", help="show, merge, prune and check tuning logs")
+    p = commands.add_parser("log", help="show, merge, prune, check and plot tuning logs")
     actions = p.add_subparsers(required=True, metavar="ACTION", dest="subcommand")
     for name, text in (("show", "all records"), ("best", "the fastest schedule per workload")):
         action = actions.add_parser(name, help=text)
@@ -181,6 +190,10 @@ def _add_log(commands: Any) -> None:
     action = actions.add_parser("check", help="count what is stale or broken; status 1 if broken")
     action.add_argument("logs", type=Path, nargs="+")
     action.set_defaults(command=_check)
+    action = actions.add_parser("plot", help="how tuning went, and times by the roofline")
+    action.add_argument("logs", type=Path, nargs="+")
+    action.add_argument("-o", "--output", type=Path, required=True, help="a .png, .svg or .pdf")
+    action.set_defaults(command=_plot)
 
 
 def _add_advise(commands: Any) -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import onnx
 import pytest
 
-import sparsec
 from sparsec.cli import main
+from sparsec.driver import scheduled_graph
 from sparsec.models.build import Pruning, build_model
 from sparsec.models.tiny import tiny_spec
+from sparsec.options import Calibration, CompileOptions
+from sparsec.target import Target
 from sparsec.tuning import lookup
 from sparsec.tuning.log import TuningLog, append
 from sparsec.tuning.log_files import best, condensed
@@ -38,12 +41,13 @@ def records(model: Path) -> Path:
     return shipped
 
 
-def sources(model: Path, output: Path, *options: str) -> str:
-    command = ["compile", str(model), "-o", str(output), "--precision", "int8", "--calibration",
-               "random", "--report", str(output.with_suffix(".json")), "-q"]  # fmt: skip
-    assert main([*command, *options]) == 0
-    layers = json.loads(output.with_suffix(".json").read_text())["layers"]
-    return "; ".join(layer["source"] for layer in layers)
+def sources(model: Path, log: Path | Literal["none"] | None) -> set[str]:
+    calibration = Calibration(random=True)
+    options = CompileOptions(
+        target=Target.host(), precision="int8", calibration=calibration, log=log
+    )
+    graph = scheduled_graph(model, options)
+    return {choice.schedule.source for node in graph.nodes for choice in node.schedules}
 
 
 def test_the_shipped_log_can_be_read() -> None:
@@ -52,29 +56,29 @@ def test_the_shipped_log_can_be_read() -> None:
 
 
 def test_it_is_used_unless_another_log_or_none_is_named(
+    model: Path, records: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lookup, "DEFAULT_LOG", records)
+    assert "default log exact" in sources(model, None)
+    assert sources(model, "none") == {"heuristic"}
+    given = sources(model, records)
+    assert "log exact" in given
+    assert "default log exact" not in given
+
+
+def test_the_same_log_gives_the_same_bytes_and_the_report_names_it(
     model: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lookup, "DEFAULT_LOG", records)
-    assert "default log exact" in sources(model, tmp_path / "a.so")
-    assert "log" not in sources(model, tmp_path / "b.so", "--log", "none")
-    given = sources(model, tmp_path / "c.so", "--log", str(records))
-    assert "log exact" in given
-    assert "default" not in given
-    assert "default log exact" in sources(model, tmp_path / "d.so")
-    assert (tmp_path / "a.so").read_bytes() == (tmp_path / "d.so").read_bytes()
-
-
-def test_from_python(model: Path, records: Path, tmp_path: Path) -> None:
-    for log, wanted in (("none", False), (records, True)):
-        result = sparsec.compile_model(
-            model,
-            tmp_path / "m.so",
-            precision="int8",
-            calibration=sparsec.options.Calibration(random=True),
-            log=log,
-        )
-        found = [layer["source"] for layer in result.report["layers"]]
-        assert any("log exact" in source for source in found) is wanted
+    made = []
+    for name in ("a", "b"):
+        output, report = tmp_path / f"{name}.so", tmp_path / f"{name}.json"
+        command = ["compile", str(model), "-o", str(output), "--precision", "int8", "-q"]
+        assert main([*command, "--calibration", "random", "--report", str(report)]) == 0
+        made.append(output.read_bytes())
+        layers = json.loads(report.read_text())["layers"]
+        assert any("default log exact" in layer["source"] for layer in layers)
+    assert made[0] == made[1]
 
 
 def test_instructions_that_a_workload_has_no_use_for_are_no_difference(records: Path) -> None:
