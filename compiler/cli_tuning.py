@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -51,8 +52,10 @@ def _tune(args: argparse.Namespace) -> int:
         rates=cache_folder(),
     )
     options = TuneOptions(
-        args.log, _numbers(args.tokens), args.threads, args.trials, args.minutes, args.layers
-    )
+        args.log, _numbers(args.tokens), args.threads, args.trials, args.minutes, args.layers,
+        args.ray,
+    )  # fmt: skip
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent without being asked
     try:
         results = tune(args.model, compile_options, options, quiet=args.quiet)
     except KeyboardInterrupt:
@@ -166,6 +169,7 @@ def _add_tune(commands: Any) -> None:
     p.add_argument("--trials", type=int, help="of all layers together (default: no limit)")
     p.add_argument("--minutes", type=float, help="default: no limit")
     p.add_argument("--layers", default="", metavar="PATTERN", help="names to tune (default: all)")
+    p.add_argument("--ray", metavar="ADDRESS", help="measure on a Ray cluster; local: start one")
     p.add_argument("--precision", choices=["fp32", "bf16", "int8"])
     p.add_argument("--isa", choices=LEVELS, help="use no better")
     p.add_argument("-q", "--quiet", action="store_true")

@@ -40,6 +40,11 @@ class Budget:
         )
         return Budget(trials, minutes)
 
+    def share(self, jobs: int, of: int) -> Budget:
+        """For `jobs` of so many jobs, when all have the same time: their part of the trials."""
+        trials = None if self.trials is None else -(-self.trials * jobs // max(1, of))
+        return Budget(trials, self.minutes)
+
     @property
     def is_spent(self) -> bool:
         return self.share_used >= 1.0

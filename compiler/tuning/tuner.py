@@ -97,7 +97,8 @@ class Tuner:
         except CompilerError as error:
             return Result(job.task, None, 1.0, count, str(error))
         finally:
-            self.budget.spend(count)
+            with self.lock:
+                self.budget.spend(count)
         best = self.log.best(query)
         return Result(job.task, best and best[0], best[1] if best else 1.0, count)
 
