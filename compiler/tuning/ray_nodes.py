@@ -24,6 +24,7 @@ from sparsec.tuning.tuner import Job, open_measurer
 
 Limit = Callable[[Target], Target]
 LOCAL = "local"
+END_SECONDS = 5.0  # a trial that runs is not waited for any longer
 SLACK_SECONDS = 60.0  # for the network, and a child that starts again
 
 
@@ -69,6 +70,11 @@ class Worker:
         if self._measurer is not None:
             self._measurer.__exit__(None, None, None)
             self._measurer = None
+
+    def end(self) -> None:
+        """Removes its files: Ray ends the process without asking it."""
+        self.close()
+        self._folder.cleanup()
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +133,13 @@ def ray_nodes(address: str, limit: Limit) -> Iterator[list[RayNode]]:
             f"--ray {address}: no cluster answers there ({reason}); "
             "start one with `ray start --head`, or give `local`"
         ) from None
+    nodes: list[RayNode] = []
     try:
-        yield _found_nodes(limit)
+        nodes = _found_nodes(limit)
+        yield nodes
     finally:
+        if ending := [node.actor.end.remote() for node in nodes]:
+            ray.wait(ending, num_returns=len(ending), timeout=END_SECONDS)
         ray.shutdown()
 
 
