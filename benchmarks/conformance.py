@@ -213,7 +213,7 @@ def merged(graphs: Sequence[Graph]) -> Graph:
         for node in graph.nodes:
             operands = [None if v is None else values[v] for v in node.inputs]
             copy = result.add_node(node.op, operands, node.attrs, name=f"n{index}.{node.name}")
-            copy.schedule = node.schedule
+            result.set_schedules(copy, node.schedules)
             for old, new in zip(node.outputs, copy.outputs, strict=True):
                 result.set_type(new, old.type)
                 values[old] = new

@@ -284,7 +284,11 @@ def _add_compile(commands: Any) -> None:
         action="store_true",
         help="compute padding tokens even where they can not matter",
     )
-    p.add_argument("--log", type=Path, metavar="FILE", help="schedules from a tuning log")
+    p.add_argument(
+        "--log",
+        metavar="FILE|none",
+        help="schedules from a tuning log (default: the one of the package)",
+    )
     p.add_argument("--dump-ir", type=Path, metavar="DIR", help="write the graph after each pass")
     p.add_argument("--report", type=Path, metavar="FILE", help="write what was done, as JSON")
     p.add_argument("--cc", help="a C compiler to use instead of the packaged one")

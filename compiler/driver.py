@@ -68,10 +68,11 @@ def compile_model(
     is the precision of attention, by default that of the products. With `all_roundings` a
     quantised model rounds wherever its file does, which is slower, not only what its products
     read. With `keep_padding` padding is computed even where it can not matter; else the outputs
-    of such tokens are 0. `log` is a tuning log: schedules come from it where it has any. `rates`
-    is the folder of what `sparsec calibrate` measured: for this machine, layouts and schedules
-    are chosen by that. `dump_ir` is a folder for the graph after each pass, `report` a JSON file.
-    `progress` is told each stage.
+    of such tokens are 0. `log` is a tuning log: schedules come from it where it has any. By
+    default it is the one of the package; "none" is no log. `rates` is the folder of what
+    `sparsec calibrate` measured: for this machine, layouts and schedules are chosen by that.
+    `dump_ir` is a folder for the graph after each pass, `report` a JSON file. `progress` is told
+    each stage.
 
     Raises CompilerError: its subclasses say what was wrong with the model or the arguments.
     Nothing is left behind at `output` when it does.
@@ -94,7 +95,7 @@ def compile_model(
         max_error=max_error,
         all_roundings=all_roundings,
         keep_padding=keep_padding,
-        log=Path(log) if log is not None else None,
+        log="none" if log == "none" else Path(log) if log is not None else None,
         dump_ir=Path(dump_ir) if dump_ir is not None else None,
         report=Path(report) if report is not None else None,
         cc=cc,

@@ -49,7 +49,7 @@ from sparsec.ranges import Channels
 from sparsec.target import Isa, Target
 from sparsec.tuning.cost import CheapestLayout, expected_layers, usual_shape
 from sparsec.tuning.log import TuningLog
-from sparsec.tuning.lookup import schedule_from
+from sparsec.tuning.lookup import default_log, schedule_from
 from sparsec.tuning.rates_file import with_known_rates
 
 Progress = Callable[[str], None]
@@ -133,11 +133,14 @@ def scheduled_graph(model: Path, options: CompileOptions) -> Graph:
 def _layouts(graph: Graph, options: CompileOptions) -> tuple[CheapestLayout, str]:
     """For the target that the options leave, by the best rates that are known; and which."""
     target, basis = with_known_rates(options.target, options.rates)
-    return CheapestLayout(_limited(target, options.isa), usual_shape(graph)), basis
+    return CheapestLayout(limited(target, options.isa), usual_shape(graph)), basis
 
 
 def read_log(options: CompileOptions) -> TuningLog:
-    return TuningLog() if options.log is None else TuningLog.read(options.log)
+    """The log that the options name, or the one of the package."""
+    if options.log is None:
+        return default_log()
+    return TuningLog() if options.log == "none" else TuningLog.read(options.log)
 
 
 def _transform(
@@ -234,7 +237,8 @@ def _samples(graph: Graph, calibration: Calibration) -> Iterable[Feed]:
     return random_batches(graph, RANDOM_SAMPLES, RANDOM_TOKENS)
 
 
-def _limited(target: Target, isa: Isa | None) -> Target:
+def limited(target: Target, isa: Isa | None) -> Target:
+    """The target without what is better than `isa`."""
     if isa is None:
         return target
     levels = list(Isa)

@@ -92,6 +92,10 @@ def test_heavy_packages_have_a_home(module: str, path: Path) -> None:
             assert part(module) in ONNX_HOMES, f"{module} imports onnx"
         if top == "tvm":
             assert part(module) == TVM_HOME, f"{module} imports TVM"
+        if top == "matplotlib":
+            assert part(module) == "tools", f"{module} imports matplotlib"
+        if top == "ray":
+            assert module == "sparsec.tuning.ray_nodes", f"{module} imports Ray"
         if top in {"torch", "transformers"}:
             assert part(module) == "models", f"{module} imports {top}"
         if top == "tokenizers":
