@@ -18,6 +18,7 @@ from statistics import median
 
 from sparsec.errors import InvalidInput
 from sparsec.ir.schedule import Schedule, Workload
+from sparsec.target import Isa
 from sparsec.tuning.record import Machine, Outcome, TuningRecord
 
 # A record of another size of input still tells which schedule is good, up to these factors.
@@ -194,8 +195,14 @@ def _is_valid(record: TuningRecord, query: Query) -> bool:
         record.revision == query.revision
         and record.schedule.isa in query.machine.isas
         # A machine with a better instruction set would not use what was best without it.
-        and record.machine.isas[-1:] == query.machine.isas[-1:]
+        and _best_isa(record.machine, query.workload) == _best_isa(query.machine, query.workload)
     )
+
+
+def _best_isa(machine: Machine, workload: Workload) -> str:
+    """The best level that kernels of the workload's type may use."""
+    levels = [i for i in machine.isas if i != Isa.AVX512_BF16.value or workload.dtype == "bf16"]
+    return levels[-1]
 
 
 def _is_exact(record: TuningRecord, query: Query) -> bool:

@@ -174,6 +174,17 @@ def test_the_nearest_record_helps_out(
     assert (found.param("rows"), found.source) == (8, f"log nearest {source}")
 
 
+def test_bf16_makes_no_difference_to_int8() -> None:
+    zen = replace(VNNI, cpu="AuthenticAMD 25-17-1", isas=(*VNNI.isas, "avx512bf16"))
+    found = TuningLog([record(8, machine=zen)]).lookup(QUERY)
+    assert found is not None
+    assert found.source == "log nearest (AuthenticAMD 25-17-1)"
+    floats = replace(WORKLOAD, dtype="bf16")
+    assert TuningLog([record(8, machine=zen, workload=floats)]).lookup(
+        replace(QUERY, workload=floats)
+    ) is None  # fmt: skip
+
+
 def test_a_schedule_that_is_not_allowed_gives_way_to_the_next() -> None:
     log = TuningLog([record(4, 1e-3), record(8, 2e-3)])
     found = log.lookup(QUERY, allowed=lambda schedule: schedule.param("rows") != 4)
