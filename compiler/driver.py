@@ -14,6 +14,7 @@ from typing import Any
 from sparsec.calibration import (
     Feed,
     calibrate,
+    channel_maxima,
     choose_range,
     load_calibration,
     random_batches,
@@ -35,10 +36,13 @@ from sparsec.ir.memory_plan import MemoryPlan
 from sparsec.ir.printer import print_graph
 from sparsec.options import Calibration, CompileOptions
 from sparsec.passes import (
+    Balance,
     Pass,
     Quantization,
     Roundings,
+    Unbalance,
     attention_values,
+    balanced_values,
     bf16_pipeline,
     graph_pipeline,
     int8_pipeline,
@@ -87,6 +91,7 @@ def compile_model(
     keep_fp32: Sequence[str] = (),
     rest: str = "fp32",
     attention: str | None = None,
+    balance: float | None = None,
     max_error: float | None = None,
     all_roundings: bool = False,
     keep_padding: bool = False,
@@ -106,13 +111,14 @@ def compile_model(
     found when the model runs. It and bf16 leave the layers whose names match a pattern in
     `keep_fp32`, int8 as many others as the outputs on the calibration samples need to be within
     `max_error`, relative, of fp32. With `rest` bf16 those that int8 leaves are bf16. `attention`
-    is the precision of attention, by default that of the products. With `all_roundings` a
-    quantised model rounds wherever its file does, which is slower, not only what its products
-    read. With `keep_padding` padding is computed even where it can not matter; else the outputs
-    of such tokens are 0. `log` is a tuning log: schedules come from it where it has any. `rates`
-    is the folder of what `sparsec calibrate` measured: for this machine, layouts and schedules
-    are chosen by that. `dump_ir` is a folder for the graph after each pass, `report` a JSON file.
-    `progress` is told each stage.
+    is the precision of attention, by default that of the products. `balance`, 0 to 1, says how
+    much of the channels' differences int8 products move from inputs to weights. With
+    `all_roundings` a quantised model rounds wherever its file does, which is slower, not only
+    what its products read. With `keep_padding` padding is computed even where it can not matter;
+    else the outputs of such tokens are 0. `log` is a tuning log: schedules come from it where it
+    has any. `rates` is the folder of what `sparsec calibrate` measured: for this machine, layouts
+    and schedules are chosen by that. `dump_ir` is a folder for the graph after each pass,
+    `report` a JSON file. `progress` is told each stage.
 
     Raises CompilerError: its subclasses say what was wrong with the model or the arguments.
     Nothing is left behind at `output` when it does.
@@ -127,6 +133,7 @@ def compile_model(
         keep_fp32=tuple(keep_fp32),
         rest=rest,
         attention=attention,
+        balance=balance,
         max_error=max_error,
         all_roundings=all_roundings,
         keep_padding=keep_padding,
@@ -221,6 +228,9 @@ def _transform(
         return schedule_for(node, target) is not None
 
     if int8:
+        if options.balance is not None and options.calibration is not None:
+            clock.start("balance")
+            records += PassManager([_balance(graph, options.balance, options)], dump).run(graph)
         pipeline, accuracy = _int8(graph, options, supported, clock)
         clock.start("quantise")
         records += PassManager(pipeline, dump).run(graph)
@@ -255,7 +265,15 @@ def _int8(
             attention=attention,
         )
         quantization = replace(quantization, fallback=accuracy.fp32)
-    return int8_pipeline(quantization, supported, attention=attention), accuracy
+    undo = [] if options.balance is None else [Unbalance(quantization.fallback)]
+    return [*undo, *int8_pipeline(quantization, supported, attention=attention)], accuracy
+
+
+def _balance(graph: Graph, alpha: float, options: CompileOptions) -> Balance:
+    assert options.calibration is not None
+    names = balanced_values(graph, options.keep_fp32)
+    maxima = channel_maxima(graph, _samples(graph, options.calibration), names)
+    return Balance(maxima, alpha, options.keep_fp32)
 
 
 def _bf16(options: CompileOptions, supported: Callable[[Node], bool]) -> list[Pass]:
