@@ -52,25 +52,21 @@ def record(report: Any, name: str) -> Any:
 
 
 def test_a_balanced_library_answers_as_fp32_does(tmp_path: Path):
-    exact = fp32_answers()
-    report, found = compiled(tmp_path, balance=0.5)
+    """Some layers int8 and some, by the bound, fp32 again."""
+    report, found = compiled(tmp_path, balance=0.5, max_error=0.004)
     assert record(report, "balance")["changed"] == 6
     assert any("gelu" in note for note in record(report, "balance")["notes"])
-    assert {"layer_norm", "linear_int8"} <= {x["op"] for x in report["layers"]}
-    assert "mul" not in {x["op"] for x in report["layers"] if ".balance" in x["node"]}
-    assert np.linalg.norm(found - exact) / np.linalg.norm(exact) < 0.03
-
-
-def test_layers_fall_back_from_a_balanced_model(tmp_path: Path):
-    exact = fp32_answers()
-    report, found = compiled(tmp_path, balance=0.5, max_error=0.004)
     assert record(report, "unbalance")["changed"] > 0
     fp32 = {x["node"] for x in report["accuracy"]["layers"] if x["precision"] == "fp32"}
     quantised = {x["node"] for x in report["layers"] if x["op"].endswith("_int8")}
     assert fp32
     assert quantised
     assert not fp32 & quantised
-    assert np.linalg.norm(found - exact) / np.linalg.norm(exact) < 0.0045  # measured: <= 0.004
+    schedules = [x["schedule"] for x in report["layers"] if x["op"] == "layer_norm"]
+    assert all(schedule.startswith("layer_norm") for schedule in schedules)
+    exact = fp32_answers()
+    # 0.004 is what the oracle measures; sums in another order may round a byte otherwise.
+    assert np.linalg.norm(found - exact) / np.linalg.norm(exact) < 0.0045
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.01, float("nan"), float("inf")])
