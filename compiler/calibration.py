@@ -7,7 +7,7 @@ ranges that the quantize pass takes.
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ __all__ = [
     "METHODS",
     "Observation",
     "calibrate",
+    "channel_maxima",
     "choose_range",
     "load_calibration",
     "random_batches",
@@ -47,6 +48,38 @@ def calibrate(
     input of the graph, and when it makes a value infinite or NaN.
     """
     observed = {str(name): Observation() for name in names}
+
+    def include(name: str, kept: Array) -> None:
+        observed[name] = observed[name].including(kept)
+
+    _watch(graph, batches, names, include)
+    return observed
+
+
+def channel_maxima(
+    graph: Graph, batches: Iterable[Mapping[str, Array]], names: Sequence[str]
+) -> dict[str, Array]:
+    """The largest magnitude of each channel of the values `names`, fp32 `[channels]`.
+
+    Tokens count and errors are raised as `calibrate` says.
+    """
+    maxima: dict[str, Array] = {}
+
+    def include(name: str, kept: Array) -> None:
+        most = np.abs(kept).reshape(-1, kept.shape[-1]).max(axis=0, initial=0.0)
+        maxima[name] = np.maximum(maxima.get(name, np.float32(0)), most)
+
+    _watch(graph, batches, names, include)
+    return maxima
+
+
+def _watch(
+    graph: Graph,
+    batches: Iterable[Mapping[str, Array]],
+    names: Sequence[str | Channels],
+    include: Callable[[str, Array], None],
+) -> None:
+    """Tells `include` the real tokens of each of `names`, by its text, in every batch."""
     wanted: dict[str, list[str | Channels]] = {}
     for name in names:
         wanted.setdefault(name if isinstance(name, str) else name.value, []).append(name)
@@ -58,13 +91,12 @@ def calibrate(
             for name in wanted.get(value.name, []):
                 kept = _kept(_part(data, name), real)
                 _require_finite(value.name, kept)
-                observed[str(name)] = observed[str(name)].including(kept)
+                include(str(name), kept)
 
         run(graph, batch, observe)
         count += 1
     if count == 0:
         raise InvalidInput("there is no calibration sample; at least one is needed")
-    return observed
 
 
 def load_calibration(path: Path, graph: Graph) -> list[Feed]:

@@ -70,6 +70,7 @@ def _compile(args: argparse.Namespace) -> int:
             keep_fp32=args.keep_fp32,
             rest=args.rest,
             attention=args.attention,
+            balance=args.balance,
             max_error=args.max_error,
             all_roundings=args.all_roundings,
             keep_padding=args.keep_padding,
@@ -266,6 +267,13 @@ def _add_compile(commands: Any) -> None:
         "--attention",
         choices=["fp32", "bf16", "int8"],
         help="precision of attention (default: that of the layers)",
+    )
+    p.add_argument(
+        "--balance",
+        type=float,
+        metavar="ALPHA",
+        help="int8: move outlier channels of activations into the weights, as SmoothQuant does; "
+        "0 to 1, usually 0.5",
     )
     p.add_argument(
         "--max-error",

@@ -44,6 +44,7 @@ def compile_model(
     keep_fp32: Sequence[str] = (),
     rest: str = "fp32",
     attention: str | None = None,
+    balance: float | None = None,
     max_error: float | None = None,
     all_roundings: bool = False,
     keep_padding: bool = False,
@@ -65,12 +66,13 @@ def compile_model(
     found when the model runs. It and bf16 leave the layers whose names match a pattern in
     `keep_fp32`, int8 as many others as the outputs on the calibration samples need to be within
     `max_error`, relative, of fp32. With `rest` bf16 those that int8 leaves are bf16. `attention`
-    is the precision of attention, by default that of the products. With `all_roundings` a
-    quantised model rounds wherever its file does, which is slower, not only what its products
-    read. With `keep_padding` padding is computed even where it can not matter; else the outputs
-    of such tokens are 0. `log` is a tuning log: schedules come from it where it has any. By
-    default it is the one of the package; "none" is no log. `rates` is the folder of what
-    `sparsec calibrate` measured: for this machine, layouts and schedules are chosen by that.
+    is the precision of attention, by default that of the products. `balance`, 0 to 1, says how
+    much of the channels' differences int8 products move from inputs to weights. With
+    `all_roundings` a quantised model rounds wherever its file does, which is slower, not only
+    what its products read. With `keep_padding` padding is computed even where it can not matter;
+    else the outputs of such tokens are 0. `log` is a tuning log: schedules come from it where it
+    has any. By default it is the one of the package; "none" is no log. `rates` is the folder of
+    what `sparsec calibrate` measured: for this machine, layouts and schedules are chosen by that.
     `dump_ir` is a folder for the graph after each pass, `report` a JSON file. `progress` is told
     each stage.
 
@@ -92,6 +94,7 @@ def compile_model(
         keep_fp32=tuple(keep_fp32),
         rest=rest,
         attention=attention,
+        balance=balance,
         max_error=max_error,
         all_roundings=all_roundings,
         keep_padding=keep_padding,

@@ -60,6 +60,7 @@ class CompileOptions:
     calibration: Calibration | None = None
     dynamic: bool = False  # a scale per token, found when the model runs
     keep_fp32: tuple[str, ...] = ()
+    balance: float | None = None  # of int8 inputs with weights: how much weights take over, 0..1
     max_error: float | None = None  # of the outputs, relative: layers fall back to fp32 for it
     all_roundings: bool = False  # of a quantised model
     keep_padding: bool = False  # compute padding even where it can not matter
@@ -84,6 +85,7 @@ class CompileOptions:
                 "--dynamic finds the ranges of the activations when the model runs: leave out "
                 "either it or the calibration"
             )
+        self._check_balance()
         self._check_max_error()
         if self.precision in ("fp32", "bf16") and self.all_roundings:
             raise InvalidInput("--all-roundings goes with --precision int8")
@@ -95,6 +97,14 @@ class CompileOptions:
             raise InvalidInput(
                 f"target {self.target.name} does not have {self.isa.value}; it has {have}"
             )
+
+    def _check_balance(self) -> None:
+        if self.balance is None:
+            return
+        if self.calibration is None:
+            raise InvalidInput("--balance is found on calibration data: give --calibration")
+        if not 0 <= self.balance <= 1:
+            raise InvalidInput(f"--balance {self.balance:g}: wanted 0 to 1, for example 0.5")
 
     def _check_max_error(self) -> None:
         if self.max_error is None:

@@ -12,6 +12,7 @@ from typing import Any
 from sparsec.calibration import (
     Feed,
     calibrate,
+    channel_maxima,
     choose_range,
     load_calibration,
     random_batches,
@@ -29,10 +30,13 @@ from sparsec.ir.memory_plan import MemoryPlan
 from sparsec.ir.printer import print_graph
 from sparsec.options import Calibration, CompileOptions
 from sparsec.passes import (
+    Balance,
     Pass,
     Quantization,
     Roundings,
+    Unbalance,
     attention_values,
+    balanced_values,
     bf16_pipeline,
     graph_pipeline,
     int8_pipeline,
@@ -87,6 +91,10 @@ def prepare(model: Path, options: CompileOptions, clock: Clock) -> Prepared:
     records = PassManager(pipeline, _dumper(options.dump_ir)).run(graph)
     if not options.is_int8(is_quantized(graph)):
         return Prepared(graph, rows, records, None)
+    if options.balance is not None and options.calibration is not None:
+        clock.start("balance")
+        dump = _dumper(options.dump_ir, len(records))
+        records += PassManager([_balance(graph, options.balance, options)], dump).run(graph)
     clock.start("calibrate")
     return Prepared(graph, rows, records, _quantization(graph, options))
 
@@ -194,7 +202,15 @@ def _int8(
             attention=attention,
         )
         quantization = replace(quantization, fallback=accuracy.fp32)
-    return int8_pipeline(quantization, supported, attention=attention), accuracy
+    undo = [] if options.balance is None else [Unbalance(quantization.fallback)]
+    return [*undo, *int8_pipeline(quantization, supported, attention=attention)], accuracy
+
+
+def _balance(graph: Graph, alpha: float, options: CompileOptions) -> Balance:
+    assert options.calibration is not None
+    names = balanced_values(graph, options.keep_fp32)
+    maxima = channel_maxima(graph, _samples(graph, options.calibration), names)
+    return Balance(maxima, alpha, options.keep_fp32)
 
 
 def _bf16(options: CompileOptions, supported: Callable[[Node], bool]) -> list[Pass]:

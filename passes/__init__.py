@@ -9,6 +9,7 @@ from sparsec.passes.absorb_dynamic import AbsorbDynamic
 from sparsec.passes.absorb_qdq import AbsorbQdq, DropQdq, Roundings
 from sparsec.passes.assign_layouts import AssignLayouts
 from sparsec.passes.assign_schedules import AssignSchedules, ScheduleLookup
+from sparsec.passes.balance import Balance, Unbalance, balanced_values
 from sparsec.passes.base import Pass, PassResult
 from sparsec.passes.canonicalize import Canonicalize
 from sparsec.passes.choose_weight_layout import ChooseWeightLayout, LayoutChoice, by_density
@@ -36,14 +37,17 @@ from sparsec.passes.use_bf16 import UseBf16
 
 __all__ = [
     "PASSES",
+    "Balance",
     "LayoutChoice",
     "Pass",
     "PassResult",
     "Quantization",
     "Roundings",
     "ScheduleLookup",
+    "Unbalance",
     "attention_parts",
     "attention_values",
+    "balanced_values",
     "bf16_pipeline",
     "default_pipeline",
     "graph_pipeline",

@@ -3,6 +3,7 @@
 quantize(linear_int8(x))   ->   linear_int8(x) stored as u8
 quantize(attention(q))     ->   attention(q) stored as u8
 quantize(layer_norm(x))    ->   the second result of layer_norm(x), a u8 copy of the first
+quantize(layer_norm(x) * c)   ->   the same copy of layer_norm(x) times c, a factor per channel
 quantize(reshape(x))       ->   reshape(quantize(x))
 to_bf16(linear_bf16(x))    ->   linear_bf16(x) stored in bf16; attention_bf16, layer_norm likewise
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from sparsec.ir.graph import Graph, Node
+from sparsec.ir.graph import Graph, Node, Value
 from sparsec.ir.ops_int8 import is_stored
 from sparsec.ir.types import DType
 from sparsec.passes.base import PassResult
@@ -63,6 +64,8 @@ def _fold(graph: Graph, node: Node) -> str | None:
     source = node.input(0).producer
     if source is None:
         return f"%{node.input(0).name} is an input"
+    if node.op == "quantize" and source.op == "mul":
+        return _with_factor(graph, source, node)
     fold = _FOLDS[node.op].get(source.op)
     if fold is None:
         return f"{source.op} does not store {node.output.type.dtype}"
@@ -86,11 +89,29 @@ def _into_only_result(graph: Graph, source: Node, node: Node) -> str | None:
     return None
 
 
-def _into_second_result(graph: Graph, source: Node, node: Node) -> str | None:
+def _with_factor(graph: Graph, product: Node, node: Node) -> str | None:
+    """A quantize of a layer_norm times a constant per channel."""
+    y, factor = product.input(0), product.input(1)
+    if y.producer is None or y.producer.op != "layer_norm" or y != y.producer.outputs[0]:
+        return f"{product.name} does not store {node.output.type.dtype}"
+    if factor.data is None or factor.type.shape != y.type.shape[-1:]:
+        return f"{product.name} is not by one constant per channel"
+    if not read_once(product.output, graph.outputs):
+        return f"%{product.output.name} is read elsewhere"
+    return _into_second_result(graph, y.producer, node, factor)
+
+
+def _into_second_result(
+    graph: Graph, source: Node, node: Node, factor: Value | None = None
+) -> str | None:
     stored = _stored(node)
     if not is_stored(source.attrs):
-        source = replace_node(graph, source, source.op, source.inputs, {**source.attrs, **stored})
-    elif any(source.attrs.get(name) != wanted for name, wanted in stored.items()):
+        operands = [source.optional_input(i) for i in range(4)]
+        inputs = source.inputs if factor is None else [*operands, factor]
+        source = replace_node(graph, source, source.op, inputs, {**source.attrs, **stored})
+    elif source.optional_input(4) != factor or any(
+        source.attrs.get(name) != wanted for name, wanted in stored.items()
+    ):
         return f"{source.name} stores {source.outputs[1].type} already"
     graph.replace_uses(node.output, source.outputs[1])
     graph.erase(node)

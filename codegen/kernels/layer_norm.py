@@ -41,7 +41,7 @@ BF16_RESULTS = ("f32_bf16", "bf16")
 
 @dataclass(frozen=True, slots=True)
 class LayerNorm:
-    """One instruction set, with or without a residual and a beta.
+    """One instruction set, with or without a residual, a beta, and a factor of the u8 copy.
 
     `result` is "f32", "f32_u8" (fp32 and its quantised copy) or "u8" (the copy alone); "f32_bf16"
     and "bf16" are those with a copy in bf16, of an even number of channels.
@@ -51,17 +51,19 @@ class LayerNorm:
     has_residual: bool
     has_beta: bool
     result: str = "f32"
+    has_factor: bool = False
 
     @property
     def name(self) -> str:
         parts = ["residual"] * self.has_residual + ["beta"] * self.has_beta
+        parts += ["factor"] * self.has_factor
         parts += [] if self.result == "f32" else ["to", self.result]
         return "_".join(["layer_norm_f32", *parts, self.isa])
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
         pointers = ["x", *["residual"] * self.has_residual, "gamma", *["beta"] * self.has_beta]
-        pointers += ["y"] * self.has_floats
+        pointers += ["factor"] * self.has_factor + ["y"] * self.has_floats
         sizes = [Parameter("channels", Kind.INT), Parameter("epsilon", Kind.FLOAT)]
         if self.has_bytes:
             sizes = [Parameter("bytes", dtype="uint8"), Parameter("tokens", Kind.INT), *sizes]
@@ -155,6 +157,8 @@ class LayerNorm:
             if self.has_floats:
                 for a, value in zip(at, values, strict=True):
                     T.buffer_store(s["y"], value, [a])
+            if self.has_factor:
+                values = [keep(value * splat(s["factor"][c], lanes)) for value in values]
             T.buffer_store(s["bytes"], packer.bytes_of(values), [ramp(row, lanes * len(at))])
 
     def _statistics(self, s: tir.KernelScope, starts: list[Any]) -> list[tuple[Any, Any]]:
@@ -254,6 +258,7 @@ class LayerNormFamily:
     def workload(self, node: Node) -> Workload:
         parts = ["residual"] * (node.optional_input(3) is not None)
         parts += ["beta"] * (node.optional_input(2) is not None)
+        parts += ["factor"] * (node.optional_input(4) is not None)
         parts += ["to", _result(node)] if _result(node) != "f32" else []
         x = node.input(0).type
         return Workload("layer_norm", (("c", x.channels),), str(x.dtype), epilogue=" ".join(parts))
@@ -268,14 +273,15 @@ class LayerNormFamily:
 
     def lower(self, node: Node, schedule: Schedule, binder: Binder) -> list[KernelCall]:
         x, gamma = node.input(0), node.input(1)
-        beta, residual = node.optional_input(2), node.optional_input(3)
+        beta, residual, factor = (node.optional_input(i) for i in (2, 3, 4))
         assert all(is_planar(v.type) for v in (x, node.outputs[0])), node
         result = _result(node)
-        kernel = LayerNorm(by_name(schedule.isa), residual is not None, beta is not None, result)
+        has = [v is not None for v in (residual, beta, factor)]
+        kernel = LayerNorm(by_name(schedule.isa), has[0], has[1], result, has[2])
         copied = kernel.has_bytes or kernel.has_pairs
         stored = [v for v, has in zip(node.outputs, (kernel.has_floats, copied), strict=False)
                   if has]  # fmt: skip
-        operands = [v for v in (x, residual, gamma, beta, *stored) if v is not None]
+        operands = [v for v in (x, residual, gamma, beta, factor, *stored) if v is not None]
         args: list[Arg] = [binder.ref(v) for v in operands]
         args += [x.type.tokens] if kernel.has_bytes else []
         args += [x.type.channels, float(node.attrs["epsilon"])]
@@ -294,11 +300,13 @@ class LayerNormFamily:
     def variants(self) -> list[Kernel]:
         isas = [*((v, RESULTS) for v in VECTOR_ISAS), (AVX512_BF16, BF16_RESULTS)]
         return [
-            LayerNorm(v, residual, beta, result)
+            LayerNorm(v, residual, beta, result, factor)
             for v, results in isas
             for residual in (False, True)
             for beta in (False, True)
             for result in results
+            for factor in (False, True)
+            if result.endswith("u8") or not factor
         ]
 
 

@@ -17,7 +17,7 @@ ITEM_CYCLES = 100.0
 def counts(workload: Workload, schedule: Schedule, tokens: int, target: Target) -> Counts:
     """Of a schedule of LayerNormFamily."""
     n, channels, words = by_name(schedule.isa).lanes, workload.size("c"), workload.epilogue.split()
-    residual, beta = "residual" in words, "beta" in words
+    residual, beta, factor = (word in words for word in ("residual", "beta", "factor"))
     result = words[-1] if "to" in words else "f32"
     floats, to_bytes = result.startswith("f32"), result.endswith("u8")
     to_pairs = result.endswith("bf16")
@@ -36,9 +36,9 @@ def counts(workload: Workload, schedule: Schedule, tokens: int, target: Target) 
     )
     second = Loop(
         vectors * channels,
-        others=2 + beta + (residual and not kept) + PACK * to_bytes + to_pairs,
+        others=2 + beta + factor + (residual and not kept) + PACK * to_bytes + to_pairs,
         loads=1 if kept else sources,
-        broadcasts=1 + beta,
+        broadcasts=1 + beta + factor,
         stores=floats + to_bytes / 4 + to_pairs / 2,
         l2_bytes=again if channels * 64 > target.l1d_bytes // 2 else 0.0,
     )

@@ -128,9 +128,11 @@ def _heads(x: Array, attrs: Attrs, name: str) -> Array:
 
 def _infer_layer_norm(types: Types, attrs: Attrs) -> list[TensorType]:
     x, gamma = operand(types, 0), operand(types, 1)
-    beta, residual = optional(types, 2), optional(types, 3)
+    beta, residual, factor = (optional(types, i) for i in (2, 3, 4))
     require_float(x)
-    for name, type in (("gamma", gamma), ("beta", beta)):
+    if factor is not None and attrs.get("out_scale") is None:
+        raise InvalidGraph(f"factor {factor} is for a u8 copy of the result, which is not stored")
+    for name, type in (("gamma", gamma), ("beta", beta), ("factor", factor)):
         if type is not None and (x.rank == 0 or type.shape != x.shape[-1:]):
             raise InvalidGraph(f"{name} {type} is not one value per channel of {x}")
     if residual is not None and residual.shape != x.shape:
@@ -142,7 +144,7 @@ def _infer_layer_norm(types: Types, attrs: Attrs) -> list[TensorType]:
 
 def _evaluate_layer_norm(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
     x, gamma = array(arrays, 0), array(arrays, 1)
-    beta, residual = optional_array(arrays, 2), optional_array(arrays, 3)
+    beta, residual, factor = (optional_array(arrays, i) for i in (2, 3, 4))
     total = x if residual is None else x + residual
     if total.dtype == np.float16:  # statistics are fp32, as ONNX says by stash_type
         total = total.astype(np.float32)
@@ -150,7 +152,8 @@ def _evaluate_layer_norm(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
     variance = np.mean(centred * centred, axis=-1, keepdims=True)
     result = centred / np.sqrt(variance + total.dtype.type(attrs["epsilon"])) * gamma
     result = np.asarray(result if beta is None else result + beta).astype(x.dtype, copy=False)
-    return [result, stored_result(result, attrs)] if is_stored(attrs) else [result]
+    copied = result if factor is None else result * factor
+    return [result, stored_result(copied, attrs)] if is_stored(attrs) else [result]
 
 
 def _infer_embedding(types: Types, attrs: Attrs) -> list[TensorType]:
@@ -197,7 +200,8 @@ def _evaluate_same(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
 _ATTENTION = ("heads", "head_size", "scale", "q_offset", "k_offset", "v_offset")
 
 # With `out_scale` an attention's result is u8, and a layer_norm has a u8 copy of its result as a
-# second one; with `out_bf16` that copy is bf16.
+# second one; with `out_bf16` that copy is bf16. A layer_norm's operand 4 multiplies, per channel,
+# what the u8 copy is made of: y * factor, rounded to fp32, then quantised.
 _QUANTIZED = ("out_scale", "out_zero_point")
 
 # `longest` bounds the tokens of a sequence where they are packed.

@@ -61,11 +61,18 @@ def operands(
         run.to_panels(a) for a in rng.standard_normal((2, tokens, channels), np.float32)
     )
     gamma, beta = rng.standard_normal((2, channels), np.float32)
-    kept = [True, kernel.has_residual, True, kernel.has_beta]
+    factor = factors(channels)
+    kept = [True, kernel.has_residual, True, kernel.has_beta, kernel.has_factor]
     outputs = {"y": np.full_like(x, np.nan)} if kernel.has_floats else {}
     if kernel.has_bytes:
         outputs["bytes"] = np.full(x.shape, 99, np.uint8)
-    return [a for a, keep in zip([x, residual, gamma, beta], kept, strict=True) if keep], outputs
+    arrays = [x, residual, gamma, beta, factor]
+    return [a for a, keep in zip(arrays, kept, strict=True) if keep], outputs
+
+
+def factors(channels: int) -> Array:
+    """What the copy's channels are multiplied by: of a span that balancing gives."""
+    return np.random.default_rng(channels).uniform(0.05, 4.0, channels).astype(np.float32)
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 17, 31, 33, 63, 64, 65, 130])
@@ -74,8 +81,11 @@ def operands(
 def test_quantised_copy(
     some_kernel: LayerNorm, run: Any, tokens: int, channels: int, scale: float, zero_point: int
 ) -> None:
-    """The fp32 result is that of the plain kernel, bit for bit, and the bytes are quantised it."""
-    plain = replace(some_kernel, result="f32")
+    """The fp32 result is that of the plain kernel, bit for bit, and the bytes are quantised it.
+
+    With a factor they are quantised products: of fp32, rounded before the scale multiplies them.
+    """
+    plain = replace(some_kernel, result="f32", has_factor=False)
     inputs, outputs = operands(plain, run, tokens, channels)
     expected = outputs["y"]
     groups = -(-tokens // 16)
@@ -89,5 +99,6 @@ def test_quantised_copy(
         np.testing.assert_array_equal(outputs["y"], expected)
     attrs = {"scale": scale, "zero_point": zero_point, "dtype": DType.U8}
     rows = run.from_panels(expected, tokens)
+    rows = rows * factors(channels) if some_kernel.has_factor else rows
     (quantised,) = OPS["quantize"].evaluate([rows], attrs, {})
     np.testing.assert_array_equal(run.from_panels(outputs["bytes"], tokens), quantised)

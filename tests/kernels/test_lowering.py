@@ -209,15 +209,17 @@ def test_every_schedule_of_a_node_computes_it(
 @pytest.mark.parametrize(
     "level", [pytest.param(n, marks=pytest.mark.isa(n)) for n in ("avx2", "avx512")]
 )
-@pytest.mark.parametrize("op", ["attention", "layer_norm"])
+@pytest.mark.parametrize("op", ["attention", "layer_norm", "layer_norm with a factor"])
 @pytest.mark.parametrize("is_read", [True, False])  # the fp32 result of layer_norm
 def test_quantised_results(
     op: str, is_read: bool, level: str, run: Any, rng: np.random.Generator
 ) -> None:
     graph = Graph("g")
+    op, _, has_factor = op.partition(" ")
     first, logical = example(op, graph, rng)
     attrs = {**first.attrs, "out_scale": 0.02, "out_zero_point": 100}
-    node = graph.add_node(op, first.inputs, attrs)
+    factor = graph.add_constant(rng.uniform(0.2, 2.0, 40).astype(np.float32), "factor")
+    node = graph.add_node(op, [*first.inputs, *[factor] * bool(has_factor)], attrs)
     if is_read:
         graph.add("neg", [node.outputs[0]])
     family = family_for(node)
