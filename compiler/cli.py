@@ -188,7 +188,7 @@ def _add_compile(commands: Any) -> None:
     p.add_argument("model", type=Path, help="the ONNX file")
     p.add_argument("-o", "--output", type=Path, required=True, help="the library, ending in .so")
     p.add_argument("--target", default="native", help="machine to compile for (default: this one)")
-    levels = ["avx2", "avx512", "avx512vnni", "avx512bf16", "amx"]
+    levels = ["avx2", "avx512", "avx512vnni", "avx512vbmi2", "avx512bf16", "amx"]
     p.add_argument("--isa", choices=levels, help="use no better")
     p.add_argument(
         "--shape",
