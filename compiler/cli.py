@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsec import __version__
-from sparsec.cli_timing import LEVELS, add_isa
 from sparsec.cli_timing import add_commands as add_timing_commands
+from sparsec.cli_timing import add_isa
 from sparsec.cli_tuning import add_commands as add_tuning_commands
 from sparsec.errors import CompilerError, InvalidInput, MissingPackage
+from sparsec.target import LEVELS
 
 if TYPE_CHECKING:
     from sparsec.options import Calibration

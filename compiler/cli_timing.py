@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from sparsec.errors import InvalidInput
+from sparsec.target import LEVELS
 
 AUTO = 0  # what `auto` is read as
-LEVELS = ("avx2", "avx512", "avx512vnni", "avx512bf16", "amx")
 
 
 def add_commands(commands: Any) -> None:

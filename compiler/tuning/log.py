@@ -207,8 +207,12 @@ def _is_valid(record: TuningRecord, query: Query) -> bool:
 
 def _level(machine: Machine, workload: Workload) -> str | None:
     """The best instruction set that is of use for the workload."""
-    has_bf16 = "bf16" in f"{workload.op} {workload.dtype} {workload.epilogue}"
-    useful = [isa for isa in machine.isas if has_bf16 or isa != Isa.AVX512_BF16.value]
+    special = set()
+    if "bf16" not in f"{workload.op} {workload.dtype} {workload.epilogue}":
+        special.add(Isa.AVX512_BF16.value)
+    if workload.layout != "bsr1x1":  # bitmaps are for unstructured zeros
+        special.add(Isa.AVX512_VBMI2.value)
+    useful = [isa for isa in machine.isas if isa not in special]
     return useful[-1] if useful else None
 
 
