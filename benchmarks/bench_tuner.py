@@ -10,7 +10,6 @@ of the trials, and at its end. Ratios are times by the best schedule's: 1 is the
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import tempfile
 import time
@@ -23,21 +22,19 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from sparsec.driver import scheduled_graph
 from sparsec.ir.schedule import Schedule
 from sparsec.models.build import build_file
 from sparsec.models.registry import find_model
 from sparsec.models.weights import Pruning
 from sparsec.options import Calibration, CompileOptions
+from sparsec.stages import scheduled_graph
 from sparsec.target import Target
 from sparsec.tools.console import console, progress
 from sparsec.tools.tune import TuneOptions, jobs_of
 from sparsec.tuning.harness import build_harness
-from sparsec.tuning.measure import Measurer
 from sparsec.tuning.record import Outcome, Trial
 from sparsec.tuning.search import Budget, search
-from sparsec.tuning.tuner import Job
-from sparsec.tuning.workbench import Workbench
+from sparsec.tuning.tuner import Job, open_measurer
 
 MODELS = ("bert-mini", "distilbert")
 BLOCKS = ((4, 1), (16, 1), (32, 1))
@@ -79,10 +76,9 @@ def jobs(folder: Path) -> list[Job]:
 
 def exhaust(job: Job, rounds: int, harness: Path) -> tuple[dict[Schedule, float], float]:
     """The median ratio of every schedule to the heuristic's, and the mean seconds of a trial."""
-    make = functools.partial(Workbench, job.task, Target.host(), job.schedules[0], harness=harness)
     ratios: dict[Schedule, list[float]] = {s: [] for s in job.schedules}
     spent: list[float] = []
-    with Measurer(make, job.task.threads) as measurer:
+    with open_measurer(job, Target.host(), harness.parent, harness) as measurer:
         measurer.measure(job.schedules[0])
         for _ in range(rounds):
             for schedule in job.schedules:

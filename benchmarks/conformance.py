@@ -118,7 +118,7 @@ def _prepare(case: Case, target: Target, dynamic: bool) -> Prepared:
         try:
             graph = import_model(_opened(model, case.name) if dynamic else model)
             PassManager(graph_pipeline(roundings=Roundings.NONE)).run(graph)
-            PassManager(target_pipeline(lambda node: schedule_of(node, target))).run(graph)
+            PassManager(target_pipeline(lambda node, b: schedule_of(node, target, b))).run(graph)
             lower(graph, plan_memory(graph), target)  # says what it does not support
             return Prepared(case, graph, kind)
         except UnsupportedOp:
@@ -213,7 +213,7 @@ def merged(graphs: Sequence[Graph]) -> Graph:
         for node in graph.nodes:
             operands = [None if v is None else values[v] for v in node.inputs]
             copy = result.add_node(node.op, operands, node.attrs, name=f"n{index}.{node.name}")
-            copy.schedule = node.schedule
+            result.set_schedules(copy, node.schedules)
             for old, new in zip(node.outputs, copy.outputs, strict=True):
                 result.set_type(new, old.type)
                 values[old] = new

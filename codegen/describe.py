@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sparsec import __version__
-from sparsec.codegen.pack_weights import WeightBlob
-from sparsec.codegen.program import KernelCall, Port, Program
+from sparsec.codegen.pack_weights import WeightBlob, stored
+from sparsec.codegen.program import KernelCall, Part, Port, Program
 from sparsec.ir.dims import Dim, Symbol, evaluate, only_atom, symbols
 
 EXAMPLE_TOKENS = 128
@@ -57,6 +58,25 @@ def describe_arena(program: Program) -> dict[str, Any]:
         "example": "x".join(str(size) for size in axes),
         "bytes": total,
         "bytes_per_token": round(total / max(1, math.prod(axes))),
+    }
+
+
+def with_targets(parts: Sequence[Part]) -> list[Part]:
+    """Each part tells of all of them."""
+    targets = [{"target": part.target, "isa": part.level.value} for part in parts]
+    return [replace(part, metadata={**part.metadata, "targets": targets}) for part in parts]
+
+
+def describe_weights(parts: Sequence[Part], blobs: Sequence[WeightBlob]) -> dict[str, Any]:
+    """The bytes of the constants: all, those that every target reads, and those of each."""
+    every = [stored(p.program.weights, b) for p, b in zip(parts, blobs, strict=True)]
+    shared = set.intersection(*(set(sizes) for sizes in every))
+    return {
+        "bytes": blobs[0].nbytes,
+        "shared_bytes": sum(every[0][offset] for offset in shared),
+        "target_bytes": {
+            part.target: sum(sizes.values()) for part, sizes in zip(parts, every, strict=True)
+        },
     }
 
 

@@ -6,12 +6,12 @@ gives the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from sparsec import __version__
 from sparsec.codegen.c_text import C_TYPES, c_float, c_names, c_string, comment_text, magnitude
 from sparsec.codegen.describe import describe_program
+from sparsec.codegen.model_text import HEAD, TAIL, TARGETS
 from sparsec.codegen.pack_weights import SYMBOL, WeightBlob
 from sparsec.codegen.program import (
     Arg,
@@ -20,6 +20,7 @@ from sparsec.codegen.program import (
     KernelCall,
     Kind,
     Parameter,
+    Part,
     Port,
     Program,
     Region,
@@ -30,103 +31,25 @@ from sparsec.ir.dims import Dim, Expr, Symbol
 
 MAX_RANK = 8  # SPARSEC_MAX_RANK
 
-_HEAD = """\
-/* {name}: made by sparsec {version} for {isa}. Do not edit: compile the model again. */
-#include <math.h>
-#include <stddef.h>
-#include <stdint.h>
-
-#include "context.h"
-#include "cpu_check.h"
-
-/* The {weights} constants, {nbytes} bytes. */
-extern const unsigned char {symbol}[];
-
-static inline void *weight(int64_t offset) {{ return (void *)(uintptr_t)({symbol} + offset); }}
-static inline void *slot(const sparsec_frame *f, int index) {{
-  return f->arena + f->slots[index];
-}}
-static inline void *input(const sparsec_frame *f, int index) {{
-  return (void *)(uintptr_t)f->inputs[index];
-}}
-static inline void *output(const sparsec_frame *f, int index) {{ return f->outputs[index]; }}
-"""
-
-_TAIL = """\
-static const sparsec_code code;
-
-static const char *missing_feature(void) {{ return sparsec_missing_feature({isa}); }}
-
-static int32_t create(const sparsec_options_v1 *options, sparsec_context **context) {{
-  return sparsec_context_create(&code, options, context);
-}}
-
-static const sparsec_model_v1 model = {{
-    .struct_bytes = sizeof(sparsec_model_v1),
-    .abi_version = SPARSEC_ABI_VERSION,
-    .name = {name},
-    .description = description,
-    .required_isa = {isa},
-    .input_count = {inputs},
-    .output_count = {outputs},
-    .symbol_count = {symbols},
-    .step_count = {steps},
-    .inputs = inputs,
-    .outputs = outputs,
-    .symbols = symbol_names,
-    .weights = {weights},
-    .weights_bytes = {nbytes},
-    .missing_feature = missing_feature,
-    .status_text = sparsec_status_text,
-    .context_create = create,
-    .context_destroy = sparsec_context_destroy,
-    .prepare = sparsec_prepare,
-    .output_shape = sparsec_output_shape,
-    .run = sparsec_run,
-    .run_timed = sparsec_run_timed,
-    .last_error = sparsec_last_error,
-    .arena_bytes = sparsec_arena_bytes,
-    .thread_count = sparsec_thread_count,
-}};
-
-static const sparsec_code code = {{
-    .model = &model,
-    .dim_count = {dims},
-    .slot_count = {slots},
-    .step_count = {steps},
-    .limit_count = {limits},
-    .found_count = {found},
-    .steps = steps,
-    .limits = limits,
-    .magnitude = magnitude,
-    .sizes = sizes,
-    .found = found,
-    .rework = rework,
-}};
-
-__attribute__((visibility("default")))
-const sparsec_model_v1 *sparsec_query(uint32_t abi_version) {{
-  return abi_version == SPARSEC_ABI_VERSION ? &model : NULL;
-}}
-"""
-
 # Names that functions of model.c use themselves.
 _TAKEN = ("f", "s", "scratch", "begin", "end", "values", "weight", "slot", "input",
           "output")  # fmt: skip
 
 
-def emit_model(
-    program: Program, blob: WeightBlob, *, isa: str, metadata: Mapping[str, Any]
-) -> str:
-    """The text of model.c. Raises InvalidGraph when an input shape can not bind the symbols."""
+def emit_model(part: Part, blob: WeightBlob, targets: int = 1) -> str:
+    """The text of model.c, of a library for so many targets; `blob` has the part's offsets.
+
+    Raises InvalidGraph when an input shape can not bind the symbols.
+    """
+    program = part.program
     _check_bindings(program)
     kernels = {c.kernel.name: c.kernel for c in program.calls}
     names = _Symbols(program, kernels)
     sections = [
-        _HEAD.format(
+        HEAD.format(
             name=comment_text(program.name),
             version=__version__,
-            isa=isa,
+            isa=part.isa.value,
             weights=len(program.weights),
             nbytes=blob.nbytes,
             symbol=SYMBOL,
@@ -141,10 +64,24 @@ def emit_model(
         _ports("input", program.inputs, program.symbols),
         _ports("output", program.outputs, program.symbols),
         _array("const char *const symbol_names", [c_string(s) for s in program.symbols]),
-        _description(describe_program(program, blob, isa=isa, metadata=metadata)),
-        _tail(program, blob, isa),
+        _description(describe_program(program, blob, isa=part.isa.value, metadata=part.metadata)),
+        _tail(part, blob, targets),
     ]
     return "\n".join(s for s in sections if s.strip())
+
+
+def emit_targets(parts: Sequence[Part]) -> str:
+    """The text of targets.c: the tables of all parts, in this order."""
+    tables = [_table(part) for part in parts]
+    return TARGETS.format(
+        tables=", ".join(tables),
+        addresses=", ".join(f"&{table}" for table in tables),
+        count=len(tables),
+    )
+
+
+def _table(part: Part) -> str:
+    return f"sparsec_model_{part.level.value}"
 
 
 class _Symbols:
@@ -393,11 +330,16 @@ def _description(text: str) -> str:
     return f"static const char description[] =\n{literals};\n"
 
 
-def _tail(program: Program, blob: WeightBlob, isa: str) -> str:
+def _tail(part: Part, blob: WeightBlob, targets: int) -> str:
+    program = part.program
     ports = (*program.inputs, *program.outputs)
-    return _TAIL.format(
+    return TAIL.format(
+        table=_table(part),
         name=c_string(program.name),
-        isa=c_string(isa),
+        isa=c_string(part.isa.value),
+        target=c_string(part.target),
+        level=c_string(part.level.value),
+        targets=targets,
         inputs=len(program.inputs),
         outputs=len(program.outputs),
         symbols=len(program.symbols),

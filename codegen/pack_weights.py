@@ -33,6 +33,11 @@ class WeightBlob:
     digest: str  # BLAKE2b-128 of the blob, hexadecimal
 
 
+def stored(weights: Sequence[Weight], blob: WeightBlob) -> dict[int, int]:
+    """By offset the bytes of what is stored of the weights: equal ones once, without padding."""
+    return {o: w.data.nbytes for o, w in zip(blob.offsets, weights, strict=True)}
+
+
 def write_weights(weights: Sequence[Weight], path: Path) -> WeightBlob:
     """An ELF64 object at `path` that defines `SYMBOL`; the same weights give the same bytes."""
     stored: dict[tuple[int, bytes, bytes], list[tuple[int, int]]] = {}

@@ -14,6 +14,7 @@ from sparsec.ir.graph import Limit
 from sparsec.ir.memory_plan import total_bytes
 from sparsec.ir.schedule import EVERY, Bucket
 from sparsec.ir.types import TensorType
+from sparsec.target import Isa
 
 
 class Kind(enum.Enum):
@@ -165,3 +166,17 @@ class Program:
             (evaluate(self.bounded(call.scratch_bytes), env) for call in self.calls), default=0
         )
         return total_bytes((*self.slots, scratch), env)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a library has for one target: `isa` is the highest level that a kernel uses, `level`
+    the best one of the target. `metadata` is what the library says about it besides its ports and
+    kernel calls.
+    """
+
+    program: Program
+    target: str
+    level: Isa
+    isa: Isa
+    metadata: Mapping[str, Any]

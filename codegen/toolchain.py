@@ -8,19 +8,20 @@ spot from the list of C functions below; a function that is not on it is a link 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sparsec.codegen.emit_model import emit_model
-from sparsec.codegen.pack_weights import write_weights
-from sparsec.codegen.program import Program
+from sparsec.codegen.emit_model import emit_model, emit_targets
+from sparsec.codegen.pack_weights import WeightBlob, write_weights
+from sparsec.codegen.program import Part, Program
 from sparsec.errors import ToolchainFailed
 from sparsec.target import Isa
 
@@ -158,11 +159,25 @@ def build_library(
     cc: str | None = None,
     progress: Progress | None = None,
 ) -> None:
+    """`link_library` of a program that is for any machine with the level `isa`."""
+    part = Part(program, isa.value, isa, isa, metadata)
+    link_library([part], objects, output, cc=cc, progress=progress)
+
+
+def link_library(
+    parts: Sequence[Part],
+    objects: Mapping[str, bytes],
+    output: Path,
+    *,
+    cc: str | None = None,
+    progress: Progress | None = None,
+) -> list[WeightBlob]:
     """Write the library `output` and, beside it, its Python loader as `output` with suffix .py.
 
-    `objects` are the kernels' ELF objects by name, `isa` the highest level that one of them uses,
-    `metadata` what the library says about itself besides its ports and kernel calls. Nothing is
-    left behind on failure. Raises ToolchainFailed with the message of the compiler or linker.
+    `parts` are for targets of different levels, best first; `objects` are the ELF objects, by
+    name, with every kernel that one of them calls. Nothing is left behind on failure. Returns
+    where each part's weights lie. Raises ToolchainFailed with the message of the compiler or
+    linker.
     """
     tools = find_toolchain(cc)
     tell = progress or (lambda text: None)
@@ -170,10 +185,10 @@ def build_library(
     with tempfile.TemporaryDirectory(prefix=".sparsec-", dir=output.parent) as name:
         folder = Path(name)
         tell("writing weights")
-        blob = write_weights(program.weights, folder / "weights.o")
+        weights = [weight for part in parts for weight in part.program.weights]
+        blobs = _split(write_weights(weights, folder / "weights.o"), parts)
         tell("compiling model.c")
-        text = emit_model(program, blob, isa=isa.value, metadata=metadata)
-        (folder / "model.c").write_text(text, encoding="utf-8")
+        _write_models(parts, blobs, folder)
         for source in sorted([*RUNTIME.glob("src/*.[ch]"), RUNTIME / "include" / "sparsec.h"]):
             shutil.copyfile(source, folder / source.name)
         linked = tools.compile_c(sorted(p.name for p in folder.glob("*.c")), folder)
@@ -185,6 +200,26 @@ def build_library(
         shutil.copyfile(RUNTIME / "loader.py", folder / "model.py")
         os.replace(folder / "model.so", output)
         os.replace(folder / "model.py", output.with_suffix(".py"))
+    return blobs
+
+
+def _split(blob: WeightBlob, parts: Sequence[Part]) -> list[WeightBlob]:
+    """The same blob for each part, with the offsets of its weights."""
+    offsets = iter(blob.offsets)
+    return [
+        replace(blob, offsets=tuple(itertools.islice(offsets, len(part.program.weights))))
+        for part in parts
+    ]
+
+
+def _write_models(parts: Sequence[Part], blobs: Sequence[WeightBlob], folder: Path) -> None:
+    """The C sources of a library: one per part, and the list of them."""
+    texts = {
+        f"model_{part.level.value}.c": emit_model(part, blob, len(parts))
+        for part, blob in zip(parts, blobs, strict=True)
+    }
+    for name, text in {**texts, "targets.c": emit_targets(parts)}.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def link_kernels(objects: Sequence[bytes], output: Path) -> None:

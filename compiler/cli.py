@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsec import __version__
+from sparsec.cli_timing import LEVELS, add_isa
 from sparsec.cli_timing import add_commands as add_timing_commands
 from sparsec.cli_tuning import add_commands as add_tuning_commands
 from sparsec.errors import CompilerError, InvalidInput, MissingPackage
@@ -110,21 +111,44 @@ def _print_summary(result: Any) -> None:
     size = result.library.stat().st_size
     total = sum(result.seconds.values())
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.seconds.items())
-    print(f"{result.library}: {size / 1e6:.1f} MB for {report['isa']}, {total:.1f} s ({stages})")
-    print(arena_text(report["arena"]))
-    slow = sorted({layer["op"] for layer in report["layers"] if layer["generic"]})
+    every = [report, *report["other_targets"]]
+    isas = ", ".join(dict.fromkeys(one["isa"] for one in every))
+    print(f"{result.library}: {size / 1e6:.1f} MB for {isas}, {total:.1f} s ({stages})")
+    if len(every) > 1:
+        print(_weights_text(report["weights"]))
+    for one in every:
+        if len(every) > 1:
+            print(f"{one['target']}:")
+        for line in (arena_text(one["arena"]), *_notes(one)):
+            print(line)
+
+
+def _weights_text(weights: dict[str, Any]) -> str:
+    """How much of a library's constants its targets share."""
+    each = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in weights["target_bytes"].items())
+    shared = weights["shared_bytes"] / 1e6
+    return f"weights: {weights['bytes'] / 1e6:.1f} MB, {shared:.1f} MB of it for all ({each})"
+
+
+def _notes(report: dict[str, Any]) -> list[str]:
+    """What is slower, or faster, than might be expected of the code for a target."""
+    layers, notes = report["layers"], []
+    slow = sorted({layer["op"] for layer in layers if layer["generic"]})
     if slow:
-        print(f"generic (not hand-tuned) ops: {', '.join(slow)}")
-    if report["padding"]["dropped"]:
-        print("padding tokens are not computed; outputs there are 0")
-    else:
-        print(report["padding"]["why"])
+        notes.append(f"generic (not hand-tuned) ops: {', '.join(slow)}")
+    if report["isa"] != "avx2" and any("int8_gemm.avx2" in x["schedule"] for x in layers):
+        notes.append("int8 products use AVX2 kernels: the target has AVX-512 without VNNI")
+    padding = report["padding"]
+    dropped = "padding tokens are not computed; outputs there are 0"
+    return [*notes, dropped if padding["dropped"] else padding["why"]]
 
 
 def _run(args: argparse.Namespace) -> int:
     from sparsec.tools.run import run_file
 
-    for line in run_file(args.model, args.inputs, args.outputs, threads=args.threads):
+    for line in run_file(
+        args.model, args.inputs, args.outputs, threads=args.threads, isa=args.isa
+    ):
         print(line)
     return 0
 
@@ -132,7 +156,7 @@ def _run(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     from sparsec.tools.inspect import inspect_file, print_inspection
 
-    found = inspect_file(args.file)
+    found = inspect_file(args.file, args.isa)
     if args.json:
         print(json.dumps(found, indent=1))
     else:
@@ -153,6 +177,7 @@ def _verify(args: argparse.Namespace) -> int:
             tolerance=args.tolerance,
             seed=args.seed,
             progress=tell,
+            isa=args.isa,
         )
     if args.json:
         print(json.dumps(result, indent=1))
@@ -188,9 +213,13 @@ def _add_compile(commands: Any) -> None:
     p = commands.add_parser("compile", help="model.onnx -> model.so and its loader model.py")
     p.add_argument("model", type=Path, help="the ONNX file")
     p.add_argument("-o", "--output", type=Path, required=True, help="the library, ending in .so")
-    p.add_argument("--target", default="native", help="machine to compile for (default: this one)")
-    levels = ["avx2", "avx512", "avx512vnni", "avx512bf16", "amx"]
-    p.add_argument("--isa", choices=levels, help="use no better")
+    p.add_argument(
+        "--target",
+        default="native",
+        metavar="NAME,...",
+        help="machines to compile for (default: this one)",
+    )
+    p.add_argument("--isa", choices=LEVELS, help="use no better")
     p.add_argument(
         "--shape",
         action="append",
@@ -263,7 +292,11 @@ def _add_compile(commands: Any) -> None:
         action="store_true",
         help="compute padding tokens even where they can not matter",
     )
-    p.add_argument("--log", type=Path, metavar="FILE", help="schedules from a tuning log")
+    p.add_argument(
+        "--log",
+        metavar="FILE|none",
+        help="schedules from a tuning log (default: the one of the package)",
+    )
     p.add_argument("--dump-ir", type=Path, metavar="DIR", help="write the graph after each pass")
     p.add_argument("--report", type=Path, metavar="FILE", help="write what was done, as JSON")
     p.add_argument("--cc", help="a C compiler to use instead of the packaged one")
@@ -277,6 +310,7 @@ def _add_run(commands: Any) -> None:
     p.add_argument("-i", "--inputs", type=Path, required=True, help="npz: one array per input")
     p.add_argument("-o", "--outputs", type=Path, required=True, help="npz to write")
     p.add_argument("--threads", type=int, default=0, help="0: all cores (default)")
+    add_isa(p)
     p.set_defaults(command=_run)
 
 
@@ -284,6 +318,7 @@ def _add_inspect(commands: Any) -> None:
     p = commands.add_parser("inspect", help="what is in an ONNX file or a compiled model")
     p.add_argument("file", type=Path)
     p.add_argument("--json", action="store_true")
+    add_isa(p)
     p.set_defaults(command=_inspect)
 
 
@@ -297,4 +332,5 @@ def _add_verify(commands: Any) -> None:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--json", action="store_true")
     p.add_argument("-q", "--quiet", action="store_true")
+    add_isa(p)
     p.set_defaults(command=_verify)

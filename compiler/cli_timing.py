@@ -11,11 +11,18 @@ from typing import Any
 from sparsec.errors import InvalidInput
 
 AUTO = 0  # what `auto` is read as
+LEVELS = ("avx2", "avx512", "avx512vnni", "avx512bf16", "amx")
 
 
 def add_commands(commands: Any) -> None:
     _add_bench(commands)
     _add_profile(commands)
+
+
+def add_isa(p: Any) -> None:
+    """The option of all commands that load a library."""
+    help = "of a library for several targets, the one of this level (default: the CPU's best)"
+    p.add_argument("--isa", choices=LEVELS, help=help)
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -39,6 +46,7 @@ def _bench_latency(args: argparse.Namespace) -> int:
             seconds=args.seconds,
             pin=args.pin,
             progress=tell,
+            isa=args.isa,
         )
     if args.json:
         print(json.dumps(result, indent=1))
@@ -53,6 +61,8 @@ def _bench_throughput(args: argparse.Namespace) -> int:
 
     if not args.pin:
         raise InvalidInput("--no-pin: with --latency-ms every instance has cores of its own")
+    if args.isa is not None:
+        raise InvalidInput("--isa: with --latency-ms the search is for this CPU's best code")
     with progress(args.quiet or args.json) as tell:
         result = throughput(
             args.model,
@@ -85,6 +95,7 @@ def _profile(args: argparse.Namespace) -> int:
             runs=args.runs,
             rates=cache_folder(),
             progress=tell,
+            isa=args.isa,
         )
     if args.trace:
         write_trace(result, args.trace)
@@ -120,6 +131,7 @@ def _add_bench(commands: Any) -> None:
     p.add_argument("--no-pin", dest="pin", action="store_false", help="leave threads to the OS")
     p.add_argument("--json", action="store_true")
     p.add_argument("-q", "--quiet", action="store_true")
+    add_isa(p)
     p.set_defaults(command=_bench)
 
 
@@ -134,6 +146,7 @@ def _add_profile(commands: Any) -> None:
     p.add_argument("--trace", type=Path, metavar="FILE", help="write a Chrome trace (JSON)")
     p.add_argument("--json", action="store_true")
     p.add_argument("-q", "--quiet", action="store_true")
+    add_isa(p)
     p.set_defaults(command=_profile)
 
 

@@ -1,18 +1,23 @@
-"""The commands around the tuner: `calibrate`, `tune` and `log`."""
+"""The commands around the tuner: `calibrate`, `tune`, `log` and `advise`."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+LEVELS = ("avx2", "avx512", "avx512vnni", "avx512bf16", "amx")
 
 
 def add_commands(commands: Any) -> None:
     _add_calibrate(commands)
     _add_tune(commands)
     _add_log(commands)
+    _add_advise(commands)
 
 
 def _calibrate(args: argparse.Namespace) -> int:
@@ -35,6 +40,7 @@ def _tune(args: argparse.Namespace) -> int:
     from sparsec.options import Calibration, CompileOptions
     from sparsec.target import Isa, Target
     from sparsec.tools.tune import TuneOptions, print_results, tune
+    from sparsec.tuning.rates_file import cache_folder
 
     is_int8 = args.precision == "int8"
     compile_options = CompileOptions(
@@ -43,11 +49,22 @@ def _tune(args: argparse.Namespace) -> int:
         precision=args.precision,
         # Ranges have no influence on speed, so any will do.
         calibration=Calibration(random=True) if is_int8 else None,
+        rates=cache_folder(),
     )
     options = TuneOptions(
-        args.log, _numbers(args.tokens), args.threads, args.trials, args.minutes, args.layers
-    )
-    results = tune(args.model, compile_options, options, quiet=args.quiet)
+        args.log, _numbers(args.tokens), args.threads, args.trials, args.minutes, args.layers,
+        args.ray,
+    )  # fmt: skip
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent without being asked
+    try:
+        results = tune(args.model, compile_options, options, quiet=args.quiet)
+    except KeyboardInterrupt:
+        print(
+            f"sparsec: interrupted; every trial that ended is in {args.log}, "
+            "and the same command goes on from there",
+            file=sys.stderr,
+        )
+        return 130
     if not args.quiet:
         print_results(results, options)
     return 0
@@ -56,6 +73,44 @@ def _tune(args: argparse.Namespace) -> int:
 def _numbers(text: str) -> tuple[int, ...]:
     parts = text.split(",")
     return tuple(int(part) for part in parts) if all(p.isdigit() for p in parts) else ()
+
+
+def _advise(args: argparse.Namespace) -> int:
+    from sparsec.options import Calibration, CompileOptions
+    from sparsec.target import Isa, Target
+    from sparsec.tools.advise import AdviseOptions, advise, print_advice
+    from sparsec.tuning.rates_file import cache_folder
+
+    compile_options = CompileOptions(
+        target=Target.named(args.target),
+        isa=Isa(args.isa) if args.isa else None,
+        precision=args.precision,
+        # Ranges have no influence on speed, so any will do.
+        calibration=Calibration(random=True) if args.precision == "int8" else None,
+        log="none" if args.log == "none" else Path(args.log) if args.log else None,
+        rates=cache_folder(),
+    )
+    options = AdviseOptions(
+        args.tokens, args.threads, _blocks(args.blocks), _shares(args.sparsities), args.latency_ms
+    )
+    advice = advise(args.model, compile_options, options)
+    if args.json:
+        print(json.dumps(advice, indent=1))
+    else:
+        print_advice(advice)
+    return 0
+
+
+def _blocks(text: str) -> tuple[tuple[int, int], ...]:
+    found = [_numbers(part.replace("x", ",")) for part in text.split(",")]
+    return tuple((f[0], f[1]) for f in found) if all(len(f) == 2 for f in found) else ()
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        return ()
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -86,6 +141,15 @@ def _check(args: argparse.Namespace) -> int:
     return 0 if tuning_log.check(args.logs) else 1
 
 
+def _plot(args: argparse.Namespace) -> int:
+    from sparsec.tools import tuning_log
+    from sparsec.tuning.rates_file import cache_folder
+
+    tuning_log.plot(args.logs, args.output, cache_folder())
+    print(args.output)
+    return 0
+
+
 def _add_calibrate(commands: Any) -> None:
     p = commands.add_parser("calibrate", help="measure this machine once, for better schedules")
     p.add_argument("--force", action="store_true", help="measure again")
@@ -105,14 +169,15 @@ def _add_tune(commands: Any) -> None:
     p.add_argument("--trials", type=int, help="of all layers together (default: no limit)")
     p.add_argument("--minutes", type=float, help="default: no limit")
     p.add_argument("--layers", default="", metavar="PATTERN", help="names to tune (default: all)")
-    p.add_argument("--precision", choices=["fp32", "int8"])
-    p.add_argument("--isa", choices=["avx2", "avx512", "avx512vnni", "amx"], help="use no better")
+    p.add_argument("--ray", metavar="ADDRESS", help="measure on a Ray cluster; local: start one")
+    p.add_argument("--precision", choices=["fp32", "bf16", "int8"])
+    p.add_argument("--isa", choices=LEVELS, help="use no better")
     p.add_argument("-q", "--quiet", action="store_true")
     p.set_defaults(command=_tune)
 
 
 def _add_log(commands: Any) -> None:
-    p = commands.add_parser("log", help="show, merge, prune and check tuning logs")
+    p = commands.add_parser("log", help="show, merge, prune, check and plot tuning logs")
     actions = p.add_subparsers(required=True, metavar="ACTION", dest="subcommand")
     for name, text in (("show", "all records"), ("best", "the fastest schedule per workload")):
         action = actions.add_parser(name, help=text)
@@ -129,3 +194,23 @@ def _add_log(commands: Any) -> None:
     action = actions.add_parser("check", help="count what is stale or broken; status 1 if broken")
     action.add_argument("logs", type=Path, nargs="+")
     action.set_defaults(command=_check)
+    action = actions.add_parser("plot", help="how tuning went, and times by the roofline")
+    action.add_argument("logs", type=Path, nargs="+")
+    action.add_argument("-o", "--output", type=Path, required=True, help="a .png, .svg or .pdf")
+    action.set_defaults(command=_plot)
+
+
+def _add_advise(commands: Any) -> None:
+    p = commands.add_parser("advise", help="which block shape and sparsity meets a latency")
+    p.add_argument("model", type=Path, help="the ONNX file, dense or pruned")
+    p.add_argument("--target", default="native", help="machine to ask for (default: this one)")
+    p.add_argument("--isa", choices=LEVELS, help="use no better")
+    p.add_argument("--precision", choices=["fp32", "bf16", "int8"], default="int8")
+    p.add_argument("--latency-ms", type=float, metavar="L", help="the budget of one run")
+    p.add_argument("--tokens", type=int, default=128, help="batch x seq of a run (default 128)")
+    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--sparsities", default="0.7,0.8,0.9", metavar="S,...")
+    p.add_argument("--blocks", default="4x1,16x1,32x1,16x4", metavar="RxC,...")
+    p.add_argument("--log", metavar="FILE|none", help="measured times (default: the package's)")
+    p.add_argument("--json", action="store_true", help="for pruning recipes: docs/advise.md")
+    p.set_defaults(command=_advise)

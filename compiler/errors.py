@@ -43,10 +43,10 @@ class AbiMismatch(CompilerError):
 class MissingPackage(CompilerError):
     """A package of an extra is needed for this and not installed."""
 
-    def __init__(self, package: str | None) -> None:
+    def __init__(self, package: str | None, extra: str = "compiler") -> None:
         super().__init__(
             f"this needs the package {package}, which is not installed; "
-            "pip install 'sparsec[compiler]' (running a model.so needs NumPy only)"
+            f"pip install 'sparsec[{extra}]' (running a model.so needs NumPy only)"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from sparsec.errors import InvalidInput
 from sparsec.ranges import METHODS
@@ -64,7 +65,7 @@ class CompileOptions:
     all_roundings: bool = False  # of a quantised model
     keep_padding: bool = False  # compute padding even where it can not matter
     shapes: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
-    log: Path | None = None  # a tuning log
+    log: Path | Literal["none"] | None = None  # a tuning log; None: that of the package
     dump_ir: Path | None = None
     report: Path | None = None
     cc: str | None = None

@@ -104,7 +104,7 @@ _BY_TARGET: Mapping[str, Rates] = {
 
 def product_of(op: str, isa: str) -> str:
     """The name in `Rates.products` of what kernels of this op and instruction set multiply by."""
-    if op.endswith("_int8"):
+    if op in ("linear_int8", "attention_int8"):
         return f"u8s8.{isa}"
     if isa == "amx" or "bf16" in isa:
         return f"bf16.{isa}"

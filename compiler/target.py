@@ -63,6 +63,11 @@ class Target:
         sizes = (("l1", self.l1d_bytes), ("l2", self.l2_bytes), ("l3", self.l3_bytes))
         return next((level for level, size in sizes if nbytes <= size / 2), "dram")
 
+    @property
+    def level(self) -> Isa:
+        """The best of its levels."""
+        return self.isas[-1]
+
     @staticmethod
     def host(cpuinfo: Path = _CPUINFO, caches: Path = _CACHES) -> Target:
         """The machine this runs on; raises UnsupportedCpu when it has no level at all."""
@@ -87,6 +92,25 @@ class Target:
             known = ", ".join(["native", *_NAMED])
             raise InvalidInput(f"unknown target {name!r}; known targets are {known}")
         return _NAMED[name]
+
+    @staticmethod
+    def listed(names: str) -> tuple[Target, ...]:
+        """The targets of a list with commas, best first: one library is made for all of them.
+
+        When it is loaded the levels of the machine choose, so no two targets may have the same.
+        """
+        by_level: dict[Isa, Target] = {}
+        for name in (part.strip() for part in names.split(",")):
+            target = Target.named(name)
+            other = by_level.get(target.level)
+            if other is not None:
+                twice = f"{name} twice" if other.name == name else f"{other.name} and {name}"
+                raise InvalidInput(
+                    f"targets {names}: wanted different instruction sets, got {twice}, "
+                    f"which are both {target.level.value}; keep one"
+                )
+            by_level[target.level] = target
+        return tuple(by_level[level] for level in reversed(Isa) if level in by_level)
 
 
 def required_flags(isa: Isa) -> frozenset[str]:

@@ -23,13 +23,21 @@ _ERRORS = loader.ErrorTypes(
 
 
 def load(
-    path: str | os.PathLike[str], *, threads: int = 0, pin: bool | Sequence[int] = False
+    path: str | os.PathLike[str],
+    *,
+    threads: int = 0,
+    pin: bool | Sequence[int] = False,
+    isa: str | None = None,
 ) -> Model:
-    """A model from a shared library; its errors are those of `sparsec.errors`."""
-    return Model(path, threads=threads, pin=pin, errors=_ERRORS)
+    """A model from a shared library; its errors are those of `sparsec.errors`.
+
+    Of a library for several targets the best is used that this machine has, or that of the
+    level `isa`.
+    """
+    return Model(path, threads=threads, pin=pin, isa=isa, errors=_ERRORS)
 
 
-def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
+def describe(path: str | os.PathLike[str], isa: str | None = None) -> dict[str, Any]:
     """What a library says about itself; works for one that this CPU can not run."""
-    with Model(path, threads=1, errors=_ERRORS, check_cpu=False) as model:
+    with Model(path, threads=1, isa=isa, errors=_ERRORS, check_cpu=False) as model:
         return model.description

@@ -129,8 +129,13 @@ class ModelStruct(ctypes.Structure):
         ("last_error", _function(_Text, _Pointer)),
         ("arena_bytes", _function(_U64, _Pointer)),
         ("thread_count", _function(_U32, _Pointer)),
+        *_fields(_Text, "target target_isa"),
+        ("targets", _Pointer),
+        *_fields(_U32, "target_count reserved"),
     )
 
+
+_FIRST_BYTES = ModelStruct.target.offset  # of the table in the first libraries
 
 # sparsec_dtype and sparsec_status
 _DTYPE_NAMES = "bool int8 uint8 int16 uint16 int32 uint32 int64 uint64 float16 float32 float64"
@@ -141,6 +146,7 @@ _PIN_NONE, _PIN_CORES, _PIN_LIST = 0, 1, 2
 _MAX_IDLE_CONTEXTS = 64
 
 Shapes = tuple[tuple[int, ...], ...]
+_Table = tuple[str, str, ModelStruct]  # the name of a target, its level, its code
 
 
 class _ContextHandle:
@@ -163,12 +169,15 @@ class Model:
         *,
         threads: int = 0,
         pin: bool | Sequence[int] = False,
+        isa: str | None = None,
         errors: ErrorTypes | None = None,
         check_cpu: bool = True,
     ):
         """`threads`: 0 is one per core; `pin`: workers stay on their core, or on these CPUs.
 
-        Without `check_cpu` a model for another CPU can be described; running it is refused.
+        A library for several targets computes by the best one that this machine has, or by that
+        whose instruction-set level is `isa`. Without `check_cpu` a model for another CPU can be
+        described; running it is refused.
         """
         self.path = Path(path)
         self._errors = errors or ErrorTypes()
@@ -178,12 +187,25 @@ class Model:
         self._pid = os.getpid()
         self._options = self._make_options(threads, pin)
         self._library = self._open()
-        self._model = self._query()
+        best = self._query()
+        self._tables = _tables(best)
+        self._model = best if isa is None else self._table_for(isa)
         self.name = _text(self._model.name)
         self.inputs = _ports(self._model.inputs, self._model.input_count)
         self.outputs = _ports(self._model.outputs, self._model.output_count)
         if check_cpu:
             self._check_cpu()
+
+    @property
+    def targets(self) -> dict[str, str]:
+        """What the library has code for, best first: names of machines and their levels."""
+        return {target: level for target, level, _ in self._tables}
+
+    @property
+    def target(self) -> str:
+        """The one of `targets` whose code this model runs."""
+        here = ctypes.addressof(self._model)
+        return next(name for name, _, table in self._tables if ctypes.addressof(table) == here)
 
     @property
     def description(self) -> dict[str, Any]:
@@ -297,13 +319,20 @@ class Model:
                 f"{self.path} does not speak version {ABI_VERSION} of the model ABI; "
                 "use the model.py that was written beside it"
             )
-        if found.contents.struct_bytes != ctypes.sizeof(ModelStruct):
+        if found.contents.struct_bytes < _FIRST_BYTES:
             raise self._errors.abi_mismatch(
-                f"{self.path}: wanted a model table of {ctypes.sizeof(ModelStruct)} bytes, "
+                f"{self.path}: wanted a model table of {_FIRST_BYTES} bytes or more, "
                 f"got {found.contents.struct_bytes}"
             )
         model: ModelStruct = found.contents
         return model
+
+    def _table_for(self, isa: str) -> ModelStruct:
+        found = [table for _, level, table in self._tables if level == isa]
+        if not found:
+            have = ", ".join(f"{level} ({target})" for target, level, _ in self._tables)
+            raise self._errors.invalid_input(f"isa {isa!r}: {self.path} has code for {have}")
+        return found[0]
 
     def _check_cpu(self) -> None:
         missing = self._model.missing_feature()
@@ -431,10 +460,24 @@ class Model:
 
 
 def load(
-    path: str | os.PathLike[str], *, threads: int = 0, pin: bool | Sequence[int] = False
+    path: str | os.PathLike[str],
+    *,
+    threads: int = 0,
+    pin: bool | Sequence[int] = False,
+    isa: str | None = None,
 ) -> Model:
     """Loads a compiled model; see Model for the options."""
-    return Model(path, threads=threads, pin=pin)
+    return Model(path, threads=threads, pin=pin, isa=isa)
+
+
+def _tables(model: ModelStruct) -> list[_Table]:
+    """Those of all targets in the library, best first."""
+    if model.struct_bytes < ctypes.sizeof(ModelStruct):  # one of before there were several
+        isa = _text(model.required_isa)
+        return [(isa, isa, model)]
+    pointers = ctypes.cast(model.targets, _to(_to(ModelStruct)))
+    tables = [pointers[index].contents for index in range(model.target_count)]
+    return [(_text(table.target), _text(table.target_isa), table) for table in tables]
 
 
 def _text(raw: bytes) -> str:

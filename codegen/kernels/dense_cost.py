@@ -7,7 +7,8 @@ from dataclasses import replace
 from sparsec.codegen.isa import by_name
 from sparsec.codegen.isa.work import activation_work
 from sparsec.codegen.kernels.counts import Counts, Loop
-from sparsec.codegen.kernels.dense_gemm import ACCUMULATORS, PARAMS
+from sparsec.codegen.kernels.dense_gemm import PARAMS
+from sparsec.codegen.kernels.few_tokens_gemm import ACCUMULATORS
 from sparsec.codegen.kernels.panels import GROUP, LEAST_MACS, WIDTH, grain_at
 from sparsec.ir.schedule import Schedule, Workload
 from sparsec.target import Target

@@ -1,9 +1,10 @@
 """`linear` in fp32: y = activation(W x + bias) + residual over token panels.
 
-Weights are packed `[ceil(k / kc)][ceil(m / rows)][kc][rows]`, rows = strips * mr, and broadcast;
-few_tokens_gemm.py reads the same. Tokens lie in the lanes. A register block is a strip of mr rows
-by up to `nv` vectors of tokens. Few vectors, at the end of a panel, take several strips at once:
-there are always enough accumulators to hide the latency. Loops, outermost first:
+Weights are packed `[ceil(k / kc)][ceil(m / mr)][kc / 8][mr][8]`, strips of mr rows in runs of 8
+channels, and broadcast; few_tokens_gemm.py reads the same as vectors. Tokens lie in the lanes. A
+register block is a strip by up to `nv` vectors of tokens. Few vectors, at the end of a panel, take
+several strips at once: there are always enough accumulators to hide the latency. Loops, outermost
+first:
 
     group of panels     x[group][kc] stays in L2 for all rows
     block of kc channels
@@ -28,7 +29,14 @@ from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, best_vector_isa, by_name
 from sparsec.codegen.isa.polynomials import ACTIVATIONS
 from sparsec.codegen.isa.vector import keep, ramp, splat
 from sparsec.codegen.kernels.base import Binder
-from sparsec.codegen.kernels.few_tokens_gemm import MOST_TOKENS, FewTokensGemm
+from sparsec.codegen.kernels.few_tokens_gemm import (
+    ACCUMULATORS,
+    MOST_TOKENS,
+    RUN,
+    STRIP,
+    FewTokensGemm,
+    whole_runs,
+)
 from sparsec.codegen.kernels.panels import (
     GROUP,
     LEAST_MACS,
@@ -39,6 +47,7 @@ from sparsec.codegen.kernels.panels import (
     is_planar,
     item_rectangles,
     loop,
+    mod,
 )
 from sparsec.codegen.program import Kernel, KernelCall, Kind, Parameter
 from sparsec.ir.dims import Dim, ceildiv
@@ -49,9 +58,7 @@ from sparsec.ir.types import DType
 from sparsec.target import Target
 
 # (mr, strips, nv) per vector length, the heuristic's choice first.
-REGISTER_BLOCKS = {8: ((6, 4, 2),), 16: ((6, 8, 4), (8, 6, 3))}
-# Of 16 and 32 registers; nv vectors of x and one weight are there too.
-ACCUMULATORS = {8: 12, 16: 24}
+REGISTER_BLOCKS = {8: ((6, 1, 2),), 16: ((6, 2, 4), (8, 1, 3))}
 DENSE, FEW_TOKENS = "dense_gemm", "few_tokens_gemm"
 PARAMS = ("mr", "strips", "nv", "kc", "group")
 
@@ -106,9 +113,10 @@ class DenseGemm:
         ):
             k0 = keep(kb * kc)
             depth = keep(T.min(kc, k - k0))
+            whole = keep(whole_runs(depth))
             with loop(first, last) as block, loop(origin, end) as panel:
-                weights = keep((k0 * blocks + block * depth) * self.rows)
-                self._panel(s, _Place(block, panel, k0, depth, weights))
+                weights = keep((k0 * blocks + block * whole) * self.rows)
+                self._panel(s, _Place(block, panel, k0, depth, whole, weights))
 
     def _panel(self, s: tir.KernelScope, at: _Place) -> None:
         """One block of rows for all tokens of one panel."""
@@ -133,7 +141,7 @@ class DenseGemm:
             first = keep(part * (strips * self.mr))
             row0 = keep(at.block * self.rows + first)
             with T.If(row0 < s["m"]), T.Then():
-                weights = keep(at.weights + first)
+                weights = keep(at.weights + first * at.whole)
                 self._register_block(s, at, (strips * self.mr, nv), (row0, column, weights))
 
     def _register_block(
@@ -157,10 +165,14 @@ class DenseGemm:
                 for r, i in tiles:
                     T.buffer_store(sums[r], y[ramp(starts[r] + i * n, n)], [lanes[i]])
         x0 = keep((at.panel * s["k"] + at.k0) * WIDTH + column)
+        strips = [keep(weights + i * at.whole) for i in range(0, rows, self.mr)]
         with loop(0, at.depth) as c:
+            of_run = keep(mod(c, RUN))
+            first = keep((c - of_run) * self.mr + of_run)
             xs = [keep(s["x"][ramp(x0 + c * WIDTH + i * n, n)]) for i in range(nv)]
             for r in range(rows):
-                weight = keep(splat(s["w"][weights + c * self.rows + r], n))
+                place = strips[r // self.mr] + first + r % self.mr * RUN
+                weight = keep(splat(s["w"][place], n))
                 for i in range(nv):
                     T.buffer_store(sums[r], sums[r][lanes[i]] + weight * xs[i], [lanes[i]])
         for r in range(rows):
@@ -190,16 +202,23 @@ class _Place:
     panel: Any
     k0: Any
     depth: Any
+    whole: Any  # depth in whole runs of channels
     weights: Any  # index of the first weight
 
 
-def pack_weight(weight: Array, rows: int, kc: int) -> Array:
-    """`[m, k]` as `[ceil(k / kc)][ceil(m / rows)][kc][rows]`, rows past m zero."""
+def pack_weight(weight: Array, mr: int, strips: int, kc: int) -> Array:
+    """`[m, k]` as `[ceil(k / kc)][ceil(m / (strips * mr)) * strips][kc / 8][mr][8]`.
+
+    `kc` is a multiple of 8. Rows past m and channels past k are zero.
+    """
+    assert kc % RUN == 0, kc
     m, k = weight.shape
-    padded = np.zeros((-(-m // rows) * rows, k), np.float32)
-    padded[:m] = weight
-    blocks = padded.reshape(-1, rows, k).transpose(0, 2, 1)
-    return np.concatenate([blocks[:, k0 : k0 + kc].ravel() for k0 in range(0, k, kc)])
+    block = mr * strips
+    padded = np.zeros((-(-m // block) * block, -(-k // RUN) * RUN), np.float32)
+    padded[:m, :k] = weight
+    runs = padded.reshape(len(padded) // mr, mr, -1, RUN).transpose(0, 2, 1, 3)
+    step = kc // RUN
+    return np.concatenate([runs[:, i : i + step].ravel() for i in range(0, runs.shape[1], step)])
 
 
 def pack_bias(bias: Array | None, m: int, block: int) -> Array:
@@ -242,7 +261,8 @@ class DenseGemmFamily:
         found = []
         for block in REGISTER_BLOCKS[v.lanes]:
             for limit in (1024, 512, 2048):
-                kc = -(-k // -(-k // limit))  # equal blocks of at most `limit` channels
+                # Equal blocks of at most `limit` channels, in whole runs.
+                kc = -(-k // (-(-k // limit) * RUN)) * RUN
                 group = max(1, target.l2_bytes // 2 // (kc * WIDTH * 4))
                 found.append((*block, kc, group))
         return list(dict.fromkeys(found))
@@ -253,20 +273,22 @@ class DenseGemmFamily:
         assert all(is_planar(v.type) for v in (x, y)), node
         assert weight.data is not None, node
         (m, k), tokens = weight.data.shape, x.type.tokens
+        scratch_bytes = 0
         v, epilogue = by_name(schedule.isa), (str(node.attrs["activation"]), residual is not None)
         kernel: DenseGemm | FewTokensGemm
         sizes: tuple[Dim, ...]
         panels: Dim
         if schedule.family == FEW_TOKENS:
             kernel = FewTokensGemm(v, *epilogue)
-            kc, panels = schedule.param("kc"), 1
+            mr, strips, kc, panels = STRIP, kernel.strips, schedule.param("kc"), 1
+            scratch_bytes = kernel.scratch_bytes(k)
             sizes = (tokens, m, k, kc)
         else:
             mr, strips, nv, kc, group = (schedule.param(n) for n in PARAMS)
             kernel = DenseGemm(v, mr, strips, nv, *epilogue)
             sizes = (tokens, m, k, kc, group)
             panels = ceildiv(tokens, WIDTH)
-        packed = pack_weight(weight.data, kernel.rows, kc)
+        packed = pack_weight(weight.data, mr, strips, kc)
         packed_bias = pack_bias(None if bias is None else bias.data, m, kernel.rows)
         refs = [
             binder.weight(weight.name, packed),
@@ -279,6 +301,7 @@ class DenseGemmFamily:
                 (binder.ref(x), *refs, binder.ref(y), *sizes),
                 panels * -(-m // kernel.rows),
                 f"{node.name}: y[{m}] = w[{m}][{k}] x[{k}], {kernel.activation}",
+                scratch_bytes=scratch_bytes,
                 grain=grain_of(kernel.rows * k, tokens, LEAST_MACS["fp32"]),
                 macs=tokens * (m * k),
             )

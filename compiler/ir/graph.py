@@ -170,6 +170,30 @@ class Graph:
         """`add_node` for an op with one output: returns that output."""
         return self.add_node(op, inputs, attrs, name=name).output
 
+    def copy(self) -> Graph:
+        """The same graph, to be changed by itself. Constants share their arrays."""
+        twin = Graph(self.name)
+        twin.output_names, twin.limits = list(self.output_names), list(self.limits)
+        twin._names, twin._next = set(self._names), dict(self._next)
+        values: dict[Value, Value] = {}
+
+        def of(value: Value) -> Value:
+            return values.setdefault(value, Value(value.name, value.type, value.data))
+
+        nodes: dict[Node, Node] = {}
+        for node in self.nodes:
+            operands = tuple(None if v is None else of(v) for v in node.inputs)
+            copy = nodes[node] = Node(node.name, node.op, operands, node.attrs)
+            copy.outputs = tuple(of(v) for v in node.outputs)
+            copy.schedules = node.schedules
+            for value in copy.outputs:
+                value.producer = copy
+        twin.nodes = list(nodes.values())
+        twin.inputs, twin.outputs = [of(v) for v in self.inputs], [of(v) for v in self.outputs]
+        for value, copied in values.items():  # in the same order: rewrites see it
+            copied.uses = [(nodes[user], index) for user, index in value.uses]
+        return twin
+
     # editing
 
     def replace_input(self, node: Node, index: int, value: Value | None) -> None:

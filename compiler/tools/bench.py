@@ -32,6 +32,7 @@ def bench(
     seconds: float,
     pin: bool,
     progress: Callable[[str], None],
+    isa: str | None = None,
 ) -> dict[str, Any]:
     """Median, p10 and p90 of the latency in ms, over `seconds` per engine, at least 20 runs.
 
@@ -41,7 +42,7 @@ def bench(
     if against is not None and onnx is None:
         raise InvalidInput(f"--against {against} needs the ONNX file: add --onnx FILE")
     with _pinned(threads) if pin else contextlib.nullcontext():
-        model = load(library, threads=threads)
+        model = load(library, threads=threads, isa=isa)
         arrays = random_inputs(model, batch, seq, seed=0, padding=False)
         sides: dict[str, Callable[[Arrays], Any]] = {"sparsec": model}
         if onnx is not None:
@@ -53,7 +54,7 @@ def bench(
         taken = in_turns(calls, seconds, time.perf_counter)
         times = dict(zip(sides, taken, strict=True))
     result = _result(library, batch, seq, threads, times)
-    return {**result, "arena": model.description["arena"]}
+    return {**result, "target": model.target, "arena": model.description["arena"]}
 
 
 def _result(

@@ -19,12 +19,12 @@ BLOCKS = ((1, 1), (4, 1), (8, 1), (16, 1), (32, 1), (1, 4), (4, 4), (16, 4), (32
 ELF_MAGIC = b"\x7fELF"
 
 
-def inspect_file(path: Path) -> dict[str, Any]:
-    """A plain-data description; `kind` is `onnx` or `library`."""
+def inspect_file(path: Path, isa: str | None = None) -> dict[str, Any]:
+    """A plain-data description; `kind` is `onnx` or `library`. `isa` as in `load`."""
     with path.open("rb") as file:
         magic = file.read(len(ELF_MAGIC))
     if magic == ELF_MAGIC:
-        return {"kind": "library", "file": str(path), **describe(path)}
+        return {"kind": "library", "file": str(path), **describe(path, isa)}
     return {"kind": "onnx", "file": str(path), **_inspect_graph(import_model(path))}
 
 
@@ -100,6 +100,9 @@ def arena_text(arena: dict[str, Any]) -> str:
 def _print_library(found: dict[str, Any], out: Console) -> None:
     made = f"sparsec {found['sparsec']}, for {found['isa']}"
     out.print(f"{found['file']}: {made}", highlight=False)
+    if len(found["targets"]) > 1:
+        names = ", ".join(f"{t['target']} ({t['isa']})" for t in found["targets"])
+        out.print(f"  targets: {names}; this is {found['target']}", highlight=False)
     for kind in ("inputs", "outputs"):
         for port in found[kind]:
             shape = ", ".join(str(s) for s in port["shape"])

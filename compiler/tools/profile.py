@@ -33,6 +33,7 @@ def profile(
     runs: int,
     rates: Path | None = None,
     progress: Callable[[str], None],
+    isa: str | None = None,
 ) -> dict[str, Any]:
     """Median seconds of every step over `runs`, with what it computes.
 
@@ -43,7 +44,7 @@ def profile(
     the time that the multiply-accumulates alone would take at the peak of the kernel's instruction
     set, `of_bandwidth` that of the bytes at the speed of the cache that holds them; else null.
     """
-    model = load(library, threads=threads)
+    model = load(library, threads=threads, isa=isa)
     arrays = random_inputs(model, batch, seq, seed=0, padding=False)
     symbols = bind_symbols(model, batch, seq)
     for _ in range(WARM_UP_RUNS):
@@ -58,6 +59,7 @@ def profile(
     ]
     return {
         "model": str(library),
+        "target": model.target,
         "batch": batch,
         "seq": seq,
         "threads": threads,

@@ -11,7 +11,9 @@ from sparsec.errors import InvalidInput
 from sparsec.runtime import load
 
 
-def run_file(library: Path, inputs: Path, outputs: Path, *, threads: int) -> list[str]:
+def run_file(
+    library: Path, inputs: Path, outputs: Path, *, threads: int, isa: str | None = None
+) -> list[str]:
     """Read `inputs`, run, write `outputs`; returns a line per output.
 
     Raises InvalidInput when the npz file can not be read or does not fit the model.
@@ -21,7 +23,7 @@ def run_file(library: Path, inputs: Path, outputs: Path, *, threads: int) -> lis
             arrays = {name: stored[name] for name in stored.files}
     except (ValueError, zipfile.BadZipFile, AttributeError) as error:
         raise InvalidInput(f"{inputs}: not an npz file of plain arrays: {error}") from None
-    results = load(library, threads=threads)(arrays)
+    results = load(library, threads=threads, isa=isa)(arrays)
     temporary = outputs.with_name(outputs.name + ".tmp")
     with temporary.open("wb") as file:
         np.savez(file, **results)  # type: ignore[arg-type]  # its stub takes no array names

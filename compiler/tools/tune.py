@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,16 +15,18 @@ from rich.table import Table
 
 from sparsec.codegen.kernels import FAMILIES
 from sparsec.codegen.lower import family_of, schedules_of
-from sparsec.driver import scheduled_graph
 from sparsec.errors import InvalidInput
 from sparsec.ir.graph import Graph
 from sparsec.ir.schedule import Bucket, buckets
 from sparsec.options import CompileOptions
+from sparsec.stages import limited, scheduled_graph
 from sparsec.target import Target
 from sparsec.tools.console import console
+from sparsec.tuning.cluster import tune_on
 from sparsec.tuning.log import TuningLog
 from sparsec.tuning.rates_file import with_known_rates
-from sparsec.tuning.record import Trial
+from sparsec.tuning.ray_nodes import LOCAL, ray_nodes
+from sparsec.tuning.record import Machine, Trial
 from sparsec.tuning.search import Budget
 from sparsec.tuning.task import Task, task_of
 from sparsec.tuning.tuner import Job, Result, Tell, Tuner
@@ -41,6 +44,7 @@ class TuneOptions:
     trials: int | None = None
     minutes: float | None = None
     layers: str = ""
+    ray: str | None = None  # the address of a cluster to measure on
 
     def __post_init__(self) -> None:
         if not self.tokens or min(self.tokens) < 1:
@@ -67,13 +71,43 @@ def tune(
     if compile_options.target != Target.host():
         name = compile_options.target.name
         raise InvalidInput(f"tuning measures on this machine; it is not {name}")
+    if options.ray is not None:
+        return _tune_on_ray(model, compile_options, options, log, quiet=quiet)
     target, _ = with_known_rates(compile_options.target, compile_options.rates)
+    target = limited(target, compile_options.isa)
     # A batch without padding has the same products, and no operands that must fit each other.
-    graph = scheduled_graph(model, replace(compile_options, keep_padding=True))
+    graph = scheduled_graph(model, replace(compile_options, keep_padding=True, log="none"))
     jobs = jobs_of(graph, target, options)
     budget = Budget(options.trials, options.minutes)
     with _progress(len(jobs), quiet) as tell:
-        return Tuner(target, options.log, log, budget, tell).run(jobs)
+        tuner = Tuner(Machine.of(target), options.log, log, budget, tell)
+        return tuner.run(jobs, target)
+
+
+def _tune_on_ray(
+    model: Path, compile_options: CompileOptions, options: TuneOptions, log: TuningLog,
+    *, quiet: bool,
+) -> list[Result]:  # fmt: skip
+    """The same on every node of a cluster, with the jobs of each node's CPU."""
+    address, isa = options.ray or LOCAL, compile_options.isa
+    with ray_nodes(address, lambda target: limited(target, isa)) as nodes:
+        jobs: dict[Machine, list[Job]] = {}
+        for node in nodes:
+            if node.machine not in jobs:
+                # What this machine was measured to do says nothing of the node.
+                own = replace(compile_options, target=node.target, isa=None, rates=None)
+                graph = scheduled_graph(model, replace(own, keep_padding=True, log="none"))
+                jobs[node.machine] = jobs_of(graph, node.target, options)
+        if not quiet:
+            cpus = Counter(node.machine.cpu for node in nodes)
+            found = ", ".join(f"{count} with {cpu}" for cpu, count in cpus.items())
+            console().print(f"{len(nodes)} nodes: {found}", highlight=False)
+        budget = Budget(options.trials, options.minutes)
+        with _progress(sum(map(len, jobs.values())), quiet) as tell:
+            outcomes = tune_on(nodes, jobs, options.log, log, budget, tell)
+    for line in outcomes.lost:
+        console().print(f"[yellow]warning:[/] {line}", highlight=False)
+    return outcomes.results
 
 
 def jobs_of(graph: Graph, target: Target, options: TuneOptions) -> list[Job]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from sparsec.codegen.kernels.revision import revision
+from sparsec.tools import tuning_plot
 from sparsec.tools.console import console
 from sparsec.tuning import log_files
 from sparsec.tuning.log import TuningLog
@@ -54,6 +55,11 @@ def check(paths: Sequence[Path]) -> bool:
         f"{failed} failed trials, {len(log.broken)} broken lines"
     )
     return not log.broken
+
+
+def plot(paths: Sequence[Path], output: Path, rates_folder: Path) -> None:
+    """Draw the logs: see tuning_plot."""
+    tuning_plot.plot(_read(paths).records, output, rates_folder)
 
 
 def _read(paths: Sequence[Path]) -> TuningLog:

@@ -25,13 +25,14 @@ def verify(
     tolerance: float,
     seed: int,
     progress: Callable[[str], None],
+    isa: str | None = None,
 ) -> dict[str, Any]:
     """Run both on random inputs with padding, for each (batch, seq) in `shapes`.
 
     The result has, per output, the largest absolute error and the least cosine over all shapes;
     `passed` says that every error is at most `tolerance`. NaN in one of the two fails.
     """
-    model = load(library, threads=threads)
+    model = load(library, threads=threads, isa=isa)
     name, reference = reference_runner(onnx, threads)
     worst: dict[str, dict[str, float]] = {}
     for batch, seq in shapes:

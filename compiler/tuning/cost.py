@@ -56,7 +56,7 @@ def expected_call_seconds(
     nbytes, items, macs, grain = (
         evaluate(n, symbols) for n in (call.bytes, call.items, call.macs, call.grain)
     )
-    # What multiplies nothing (a table's look-up) may be of an instruction set without a rate.
+    # What multiplies nothing may be of an instruction set that has no such product.
     least = macs / target.rates.peak(product_of(call.op, call.kernel.isa)) if macs else 0.0
     return streaming_seconds(nbytes, target, items, grain, threads, least_seconds=least)
 
@@ -110,7 +110,7 @@ def expected_layers(
     calls: dict[str, list[KernelCall]] = {}
     for call in program.calls:
         calls.setdefault(call.node, []).append(call)
-    symbols = _symbols(program, layouts.shape)
+    symbols = symbols_of(program, layouts.shape)
     rows = []
     for node in graph.nodes:
         if node.name not in calls:
@@ -145,7 +145,7 @@ def _node_seconds(
     family, tokens = family_for(node), evaluate(node.tokens, symbols)
     schedule = next((c.schedule for c in node.schedules if tokens in c.bucket), None)
     if family is not None and schedule is not None:
-        work, shape = family.workload(node), _shape_of(node, symbols)
+        work, shape = family.workload(node), shape_of(node, symbols)
         time = expected_seconds(work, schedule, shape, given.target, given.threads)
         if time is not None:
             return time, PORTS
@@ -154,13 +154,13 @@ def _node_seconds(
     return sum(times), BYTES
 
 
-def _shape_of(node: Node, symbols: Mapping[str, int]) -> Shape:
+def shape_of(node: Node, symbols: Mapping[str, int]) -> Shape:
     """The tokens that the node works on; a pooler has one per sequence."""
     *outer, seq, _ = (evaluate(d, symbols) for d in (1, 1, *node.input(0).type.shape))
     return Shape(math.prod(outer), seq)
 
 
-def _symbols(program: Program, shape: Shape) -> dict[str, int]:
+def symbols_of(program: Program, shape: Shape) -> dict[str, int]:
     """The first symbol of an input of two axes or more is its batch, all others lengths.
 
     What steps find is the most that it can be: no token is padding.

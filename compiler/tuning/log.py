@@ -57,9 +57,15 @@ class Query:
 
 
 class TuningLog:
-    """Records in the order in which they were read."""
+    """Records in the order in which they were read; `name` is what reports call the log."""
 
-    def __init__(self, records: Iterable[TuningRecord] = (), broken: Iterable[BrokenLine] = ()):
+    def __init__(
+        self,
+        records: Iterable[TuningRecord] = (),
+        broken: Iterable[BrokenLine] = (),
+        name: str = "log",
+    ):
+        self.name = name
         self.records = list(records)
         self.broken = list(broken)
         self._by_key: dict[Key, list[TuningRecord]] = {}
@@ -67,7 +73,7 @@ class TuningLog:
             self._by_key.setdefault(_key(record.workload), []).append(record)
 
     @staticmethod
-    def read(*paths: str | os.PathLike[str]) -> TuningLog:
+    def read(*paths: str | os.PathLike[str], name: str = "log") -> TuningLog:
         """Raises InvalidInput when a file cannot be read; broken lines are only reported."""
         records: list[TuningRecord] = []
         broken: list[BrokenLine] = []
@@ -77,7 +83,7 @@ class TuningLog:
                     records.append(TuningRecord.from_json(line))
                 except ValueError as error:
                     broken.append(BrokenLine(path, number, str(error)))
-        return TuningLog(records, broken)
+        return TuningLog(records, broken, name)
 
     def add(self, record: TuningRecord) -> None:
         self.records.append(record)
@@ -110,7 +116,7 @@ class TuningLog:
         """
         for schedule in self.ranking(query):
             if allowed(schedule):
-                return replace(schedule, source="log exact")
+                return replace(schedule, source=f"{self.name} exact")
         groups: dict[tuple[float, str], list[TuningRecord]] = {}
         for record in self._by_key.get(_key(query.workload), []):
             distance = _distance(record, query)
@@ -119,7 +125,7 @@ class TuningLog:
         for (_, difference), records in sorted(groups.items(), key=lambda item: item[0]):
             for schedule, _ in ranking(records):
                 if allowed(schedule):
-                    return replace(schedule, source=f"log nearest {difference}")
+                    return replace(schedule, source=f"{self.name} nearest {difference}")
         return None
 
 
@@ -195,14 +201,15 @@ def _is_valid(record: TuningRecord, query: Query) -> bool:
         record.revision == query.revision
         and record.schedule.isa in query.machine.isas
         # A machine with a better instruction set would not use what was best without it.
-        and _best_isa(record.machine, query.workload) == _best_isa(query.machine, query.workload)
+        and _level(record.machine, query.workload) == _level(query.machine, query.workload)
     )
 
 
-def _best_isa(machine: Machine, workload: Workload) -> str:
-    """The best level that kernels of the workload's type may use."""
-    levels = [i for i in machine.isas if i != Isa.AVX512_BF16.value or workload.dtype == "bf16"]
-    return levels[-1]
+def _level(machine: Machine, workload: Workload) -> str | None:
+    """The best instruction set that is of use for the workload."""
+    has_bf16 = "bf16" in f"{workload.op} {workload.dtype} {workload.epilogue}"
+    useful = [isa for isa in machine.isas if has_bf16 or isa != Isa.AVX512_BF16.value]
+    return useful[-1] if useful else None
 
 
 def _is_exact(record: TuningRecord, query: Query) -> bool:

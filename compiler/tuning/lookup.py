@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from sparsec.codegen.kernels.revision import revision
 from sparsec.codegen.lower import family_of, schedules_of
@@ -12,6 +13,13 @@ from sparsec.target import Target
 from sparsec.tuning.log import Query, TuningLog
 from sparsec.tuning.record import Machine
 from sparsec.tuning.task import tokens_of
+
+DEFAULT_LOG = Path(__file__).with_name("default_log.jsonl")  # of the zoo's shapes
+
+
+def default_log() -> TuningLog:
+    """The log that the package ships; benchmarks/make_default_log.py fills it."""
+    return TuningLog.read(DEFAULT_LOG, name="default log")
 
 
 def schedule_from(

@@ -1,7 +1,7 @@
 """Measures candidates in a child process: a crash or a hang costs one of them.
 
 The child is forked, so that it starts with the compiler loaded. It keeps what it has built; when
-it dies or is late it is replaced.
+it dies or is late it is replaced. A child whose parent has died removes the files and ends.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -48,17 +49,35 @@ class Bench(Protocol):
     def time(self, schedule: Schedule) -> tuple[tuple[float, ...], tuple[float, ...]]: ...
 
 
+class Measuring(Protocol):
+    """Whatever gives trials of one task: a Measurer, or its like on another machine."""
+
+    def measure(self, schedule: Schedule) -> Trial: ...
+
+
+@contextlib.contextmanager
+def work_folder() -> Iterator[Path]:
+    """For what is built while tuning."""
+    with tempfile.TemporaryDirectory(prefix="sparsec-tune-") as folder:
+        yield Path(folder)
+
+
 class Measurer:
     """Trials of one task. Use it in a `with` statement: it ends the child.
 
-    `make` builds the bench in the child, in a folder of its own.
+    `make` builds the bench in the child, in a new folder inside `folder`, which is the caller's to
+    remove.
     """
 
     def __init__(
-        self, make: Callable[[Path], Bench], threads: int, trial_seconds: float = TRIAL_SECONDS
+        self,
+        make: Callable[[Path], Bench],
+        folder: Path,
+        threads: int,
+        trial_seconds: float = TRIAL_SECONDS,
     ):
-        self._make, self._threads, self._trial_seconds = make, threads, trial_seconds
-        self._folder = tempfile.TemporaryDirectory(prefix="sparsec-tune-")
+        self._make, self._folder = make, folder
+        self._threads, self._trial_seconds = threads, trial_seconds
         self._child: _Child | None = None
 
     def __enter__(self) -> Measurer:
@@ -71,7 +90,6 @@ class Measurer:
         trace: TracebackType | None,
     ) -> None:
         self._stop()
-        self._folder.cleanup()
 
     def measure(self, schedule: Schedule) -> Trial:
         """Raises CompilerError when the task itself cannot be set up."""
@@ -86,7 +104,7 @@ class Measurer:
 
     def _started(self) -> _Child:
         if self._child is None:
-            child = _Child(self._make, Path(self._folder.name), self._threads)
+            child = _Child(self._make, self._folder, self._threads)
             ready = child.answer(START_SECONDS)
             if isinstance(ready, Failure):
                 child.kill()
@@ -106,7 +124,7 @@ class _Child:
     def __init__(self, make: Callable[[Path], Bench], folder: Path, threads: int):
         self._pipe, other = _FORK.Pipe()
         self._process = _FORK.Process(
-            target=_work, args=(other, make, folder, threads), daemon=True
+            target=_work, args=(other, self._pipe, make, folder, threads), daemon=True
         )
         self._process.start()
         other.close()
@@ -137,23 +155,29 @@ def _cause(status: int | None) -> str:
     return f"the process ended with status {status}"
 
 
-def _work(pipe: Connection, make: Callable[[Path], Bench], folder: Path, threads: int) -> None:
+def _work(
+    pipe: Connection,
+    parents_end: Connection,
+    make: Callable[[Path], Bench],
+    folder: Path,
+    threads: int,
+) -> None:
     """The child: first whether it is ready, then one answer for each schedule that comes."""
+    parents_end.close()  # or the pipe would never end
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who ends this process
     if threads == 1:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     try:
-        bench = make(Path(tempfile.mkdtemp(dir=folder)))
-    except CompilerError as error:
-        pipe.send(Failure(Outcome.REFUSED, str(error)))
-        return
-    pipe.send(Ready())
-    while True:
         try:
-            schedule = pipe.recv()
-        except EOFError:
+            bench = make(Path(tempfile.mkdtemp(dir=folder)))
+        except CompilerError as error:
+            pipe.send(Failure(Outcome.REFUSED, str(error)))
             return
-        pipe.send(_trial(bench, schedule))
+        pipe.send(Ready())
+        while True:
+            pipe.send(_trial(bench, pipe.recv()))
+    except (EOFError, ConnectionError):  # the parent was killed and cannot clean up
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _trial(bench: Bench, schedule: Schedule) -> Trial:

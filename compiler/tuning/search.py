@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from sparsec.ir.schedule import Schedule
@@ -29,11 +29,21 @@ class Budget:
     def spend(self, trials: int = 1) -> None:
         self._used += trials
 
-    def part(self, parts: int) -> Budget:
-        """An equal part of what is left."""
+    def part(self, parts: int, at_once: int = 1) -> Budget:
+        """An equal part of what is left; of the time so many when `at_once` are used together."""
+        at_once = min(at_once, parts)
         trials = None if self.trials is None else -(-max(0, self.trials - self._used) // parts)
-        minutes = None if self.minutes is None else max(0.0, self.minutes - self._passed) / parts
+        minutes = (
+            None
+            if self.minutes is None
+            else max(0.0, self.minutes - self._passed) / parts * at_once
+        )
         return Budget(trials, minutes)
+
+    def share(self, jobs: int, of: int) -> Budget:
+        """For `jobs` of so many jobs, when all have the same time: their part of the trials."""
+        trials = None if self.trials is None else -(-self.trials * jobs // max(1, of))
+        return Budget(trials, self.minutes)
 
     @property
     def is_spent(self) -> bool:
@@ -60,27 +70,44 @@ def search(
     measure: Measure,
     budget: Budget,
     *,
-    known: Collection[Trial] = (),
+    known: Iterable[Trial] = (),
     patience: int = PATIENCE,
 ) -> Iterator[Trial]:
-    """Trials of `candidates`, which are in the heuristic's order; `known` ones are not repeated.
+    """Trials of `candidates`, which are in the heuristic's order.
 
     The first few come in that order. Then the nearest untried neighbour of the best schedule is
-    next, and the heuristic's order again when it has none.
+    next, and the heuristic's order again when it has none. `known` are the trials of a search
+    that was stopped, in their order: they are not repeated, and it goes on behind them.
     """
-    ratios = {t.schedule: t.ratio for t in known}
-    best, since = _best(ratios), 0
-    while not budget.is_spent and since < patience:
-        schedule = _next(candidates, ratios, best)
+    course = _Course()
+    for trial in known:
+        course.add(trial)
+    while not budget.is_spent and course.since < patience:
+        schedule = _next(candidates, course.ratios, course.best)
         if schedule is None:
             return
         budget.spend()
         trial = measure(schedule)
-        ratios[schedule] = trial.ratio
-        since += 1
-        if best is None or ratios[schedule] < BETTER * ratios[best]:
-            best, since = schedule, 0
+        course.add(trial)
         yield trial
+
+
+@dataclass
+class _Course:
+    """How a search has gone so far; `since` counts the trials without a better schedule."""
+
+    ratios: dict[Schedule, float] = field(default_factory=dict)
+    best: Schedule | None = None
+    since: int = 0
+
+    def add(self, trial: Trial) -> None:
+        """A schedule's later trials confirm it and say nothing of the search."""
+        if trial.schedule in self.ratios:
+            return
+        self.ratios[trial.schedule] = trial.ratio
+        self.since += 1
+        if self.best is None or trial.ratio < BETTER * self.ratios[self.best]:
+            self.best, self.since = trial.schedule, 0
 
 
 def are_neighbours(a: Schedule, b: Schedule) -> bool:
@@ -106,7 +133,3 @@ def _step(a: Schedule, b: Schedule) -> float:
     """How far a move goes, in doublings of the parameter."""
     pairs = zip(a.params, b.params, strict=True)
     return max((abs(math.log2((x + 1) / (y + 1))) for (_, x), (_, y) in pairs), default=0.0)
-
-
-def _best(ratios: dict[Schedule, float]) -> Schedule | None:
-    return min(ratios, key=lambda s: ratios[s], default=None)

@@ -157,9 +157,21 @@ typedef struct sparsec_model_v1 {
 
   /* Threads that the context computes on, the caller's included. */
   uint32_t (*thread_count)(sparsec_context *context);
+
+  /* From here on only where struct_bytes says so: libraries of before have 176 bytes. */
+
+  const char *target;     /* the machine that this table's code is made for: "icelake-server" */
+  const char *target_isa; /* the best level of that machine; its kernels may need less */
+
+  /* All tables of the library, one per target that it is made for, best first. They agree in
+   * inputs, outputs, symbols and weights. Any of them without a missing_feature can be used. */
+  const struct sparsec_model_v1 *const *targets;
+  uint32_t target_count;
+  uint32_t reserved;
 } sparsec_model_v1;
 
-/* NULL when the library does not speak `abi_version`. */
+/* The table of the first target whose required_isa this machine has; of several with the same one,
+ * of the first whose target_isa it has. None has it: the last, see its missing_feature. NULL when the library does not speak `abi_version`. */
 const sparsec_model_v1 *sparsec_query(uint32_t abi_version);
 
 /* The layout is the same for every compiler on x86-64 Linux. */
@@ -167,7 +179,7 @@ const sparsec_model_v1 *sparsec_query(uint32_t abi_version);
 _Static_assert(sizeof(sparsec_dim_v1) == 24, "sparsec_dim_v1");
 _Static_assert(sizeof(sparsec_tensor_v1) == 24, "sparsec_tensor_v1");
 _Static_assert(sizeof(sparsec_options_v1) == 80, "sparsec_options_v1");
-_Static_assert(sizeof(sparsec_model_v1) == 176, "sparsec_model_v1");
+_Static_assert(sizeof(sparsec_model_v1) == 208, "sparsec_model_v1");
 #endif
 
 #ifdef __cplusplus

@@ -65,6 +65,10 @@ typedef struct sparsec_code {
   void (*rework)(const int64_t *symbols, const sparsec_sizes *sizes);
 } sparsec_code;
 
+/* The tables of all targets, best first: in targets.c, which is made beside each model. */
+extern const sparsec_model_v1 *const sparsec_targets[];
+extern const uint32_t sparsec_target_count;
+
 /* See sparsec.h for what these do. */
 const char *sparsec_status_text(int32_t status);
 int32_t sparsec_context_create(const sparsec_code *code, const sparsec_options_v1 *options,

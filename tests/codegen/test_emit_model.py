@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 
 from sparsec.codegen.c_text import c_float, c_names, c_string, comment_text, magnitude
-from sparsec.codegen.emit_model import emit_model
+from sparsec.codegen.emit_model import emit_model, emit_targets
 from sparsec.codegen.pack_weights import WeightBlob
 from sparsec.codegen.program import (
     BufferRef,
     KernelCall,
     Kind,
     Parameter,
+    Part,
     Port,
     Program,
     Region,
@@ -33,6 +34,7 @@ from sparsec.errors import InvalidGraph
 from sparsec.ir import dims
 from sparsec.ir.dims import Dim, ceildiv, maximum, minimum, symbol
 from sparsec.ir.types import DType, TensorType
+from sparsec.target import Isa
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +116,26 @@ def example_program() -> Program:
 
 
 def emit(program: Program) -> str:
-    return emit_model(
-        program, BLOB, isa="avx2", metadata={"passes": ["fuse"], "target": "haswell"}
-    )
+    metadata = {"passes": ["fuse"], "target": "haswell"}
+    return emit_model(Part(program, "haswell", Isa.AVX2, Isa.AVX2, metadata), BLOB)
 
 
 def test_golden(golden: Callable[[str, str], None]) -> None:
     golden("emit_model", emit(example_program()))
+
+
+def test_targets_are_listed_best_first() -> None:
+    parts = [
+        Part(example_program(), name, level, Isa.AVX2, {})
+        for name, level in (("znver4", Isa.AVX512_BF16), ("haswell", Isa.AVX2))
+    ]
+    text = emit_targets(parts)
+    assert "{&sparsec_model_avx512bf16, &sparsec_model_avx2}" in text
+    assert "sparsec_target_count = 2;" in text
+    table = emit_model(parts[0], BLOB, len(parts))
+    assert '.target = "znver4"' in table
+    assert '.target_isa = "avx512bf16"' in table
+    assert '.required_isa = "avx2"' in table
 
 
 def test_compiles_without_warnings(tmp_path: Path) -> None:

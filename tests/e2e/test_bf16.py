@@ -47,7 +47,7 @@ def test_equals_the_oracle(block: tuple[int, int] | None, tmp_path: Path) -> Non
     path, library = tmp_path / "m.onnx", tmp_path / "m.so"
     pruning = Pruning(0.8, *block) if block else None
     onnx.save(build_model(tiny_spec(), pruning=pruning), path)
-    report = sparsec.compile_model(path, library, precision="bf16").report
+    report = sparsec.compile_model(path, library, precision="bf16", keep_padding=True).report
     assert report["precision"] == "bf16"
     assert report["isa"] == "avx512bf16"
     ops = [layer["op"] for layer in report["layers"]]
@@ -64,7 +64,7 @@ def test_equals_the_oracle(block: tuple[int, int] | None, tmp_path: Path) -> Non
 def test_sparse_fp32(block: tuple[int, int], tmp_path: Path) -> None:
     path, library = tmp_path / "m.onnx", tmp_path / "m.so"
     onnx.save(build_model(tiny_spec(), pruning=Pruning(0.8, *block)), path)
-    report = sparsec.compile_model(path, library, precision="fp32").report
+    report = sparsec.compile_model(path, library, precision="fp32", keep_padding=True).report
     schedules = [x["schedule"] for x in report["layers"] if x["op"] == "linear"]
     assert any("float_gemm" in s for s in schedules), schedules
     model = sparsec.load(library, threads=2)
@@ -82,7 +82,7 @@ def test_mixed_with_int8_and_fp32(tmp_path: Path) -> None:
     name = next(n.name for n in rounded(path).nodes if n.op == "linear_bf16")
     report = sparsec.compile_model(
         path, library, precision="int8", calibration=Calibration(random=True), rest="bf16",
-        attention="bf16", keep_fp32=[name],
+        attention="bf16", keep_fp32=[name], keep_padding=True,
     ).report  # fmt: skip
     ops = {layer["node"]: layer["op"] for layer in report["layers"]}
     assert ops[name] == "linear_bf16"
@@ -94,7 +94,9 @@ def test_mixed_with_int8_and_fp32(tmp_path: Path) -> None:
     for key, found in model(arrays).items():
         cosine = (found * exact[key]).sum() / np.linalg.norm(found) / np.linalg.norm(exact[key])
         assert cosine > 0.98, key
-    kept = sparsec.compile_model(path, library, precision="bf16", keep_fp32=[name]).report
+    kept = sparsec.compile_model(
+        path, library, precision="bf16", keep_fp32=[name], keep_padding=True
+    ).report
     assert {x["node"]: x["op"] for x in kept["layers"]}[name] == "linear"
 
 

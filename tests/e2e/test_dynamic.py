@@ -156,7 +156,7 @@ def test_models_that_onnx_runtime_quantised(kind: str, tmp_path: Path):
         )
     written = {n.op_type for n in onnx.load(path).graph.node}
     assert written & {"MatMulInteger", "QLinearMatMul"}
-    result = sparsec.compile_model(path, tmp_path / "m.so")
+    result = sparsec.compile_model(path, tmp_path / "m.so", keep_padding=True)
     found = ops(result.report)
     assert (result.report["precision"], found["linear_int8"]) == ("int8", PRODUCTS)
     assert found["attention"] + found["attention_int8"] == 2
@@ -179,7 +179,7 @@ def test_to_the_letter_a_dynamic_model_is_onnx_runtime(tmp_path: Path):
     source, path = tmp_path / "source.onnx", tmp_path / "m.onnx"
     onnx.save(tiny_model(), source)
     quantization.quantize_dynamic(source, path)
-    result = sparsec.compile_model(path, tmp_path / "m.so", all_roundings=True)
+    result = sparsec.compile_model(path, tmp_path / "m.so", all_roundings=True, keep_padding=True)
     model = sparsec.load(result.library)
     feed = random_inputs(model, 3, 21, seed=1, padding=True)
     (theirs,) = onnxruntime.InferenceSession(path).run(["last_hidden_state"], feed)

@@ -146,3 +146,21 @@ def test_verifier_names_the_fault(break_it: Callable[[Graph], None], message: st
     break_it(graph)
     with pytest.raises(InvalidGraph, match=message):
         verify(graph)
+
+
+def test_copy_is_equal_and_apart() -> None:
+    graph = sample()
+    graph.add_limit(S, 128, "so many positions")
+    graph.set_schedules(graph.nodes[0], [Choice(Schedule("f", "avx2", ()))])
+    before = print_graph(graph)
+    copy = graph.copy()
+    verify(copy)
+    assert print_graph(copy) == before
+    assert copy.nodes[0].input(1).data is graph.nodes[0].input(1).data
+    assert copy.nodes[0].schedules == graph.nodes[0].schedules
+    assert copy.unique_name("dense") == graph.unique_name("dense") == "dense.1"
+    copy.replace_uses(copy.nodes[1].output, copy.nodes[0].output)
+    assert copy.drop_dead_nodes() == 1
+    verify(copy)
+    assert print_graph(graph) == before
+    verify(graph)

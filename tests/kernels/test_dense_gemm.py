@@ -31,7 +31,7 @@ def call(
     (tokens, k), (m, _) = data["x"].shape, data["w"].shape
     y = np.full(run.to_panels(np.zeros((tokens, m), np.float32)).shape, np.nan, np.float32)
     residual = [run.to_panels(data["residual"])] if kernel.has_residual else []
-    weights = [pack_weight(data["w"], kernel.rows, kc)]
+    weights = [pack_weight(data["w"], kernel.mr, kernel.strips, kc)]
     weights.append(pack_bias(data["bias"], m, kernel.rows))
     items = -(-m // kernel.rows) * len(y)
     pointers: list[Any] = [run.to_panels(data["x"]), *weights, *residual, y]
@@ -70,8 +70,8 @@ def test_sizes_at_the_edges_of_blocks(some_kernel: DenseGemm, run: Any, tokens: 
 
 
 def test_blocks_of_channels_and_panels(kernel: DenseGemm, run: Any) -> None:
-    for kc, group in product((1, 7, 64), (1, 2, 5)):
-        check(run, kernel, (200, 25, 64), kc=kc, group=group)
+    for kc, group in product((8, 24, 64), (1, 2, 5)):
+        check(run, kernel, (200, 25, 61), kc=kc, group=group)
 
 
 def test_a_model_sized_layer(kernel: DenseGemm, run: Any) -> None:

@@ -21,12 +21,13 @@ from sparsec.codegen.program import (
     KernelCall,
     Kind,
     Parameter,
+    Part,
     Port,
     Program,
     Region,
     Weight,
 )
-from sparsec.codegen.toolchain import build_library
+from sparsec.codegen.toolchain import build_library, link_library
 from sparsec.ir.dims import symbol
 from sparsec.ir.types import DType, TensorType
 from sparsec.target import Isa
@@ -141,11 +142,31 @@ def hand_program(name: str = "hand", *, scale: float = 2.0, padding_bytes: int =
     )
 
 
-def _build(program: Program, output: Path, isa: Isa = Isa.AVX2) -> Path:
+def _objects(program: Program) -> dict[str, bytes]:
     kernels = {c.kernel.name: c.kernel for c in program.calls}
-    objects = {n: tir.build_object([k.build()], FEATURES[Isa.AVX2]) for n, k in kernels.items()}
-    build_library(program, objects, output, isa=isa, metadata={"passes": []})
+    return {n: tir.build_object([k.build()], FEATURES[Isa.AVX2]) for n, k in kernels.items()}
+
+
+def _build(program: Program, output: Path, isa: Isa = Isa.AVX2) -> Path:
+    build_library(program, _objects(program), output, isa=isa, metadata={"passes": []})
     return output
+
+
+@pytest.fixture(scope="session")
+def build_parts(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`build_parts((target, level, needed), ...)` -> a new library with the same code for each
+    target; its tables say that it needs those levels."""
+
+    def make(*targets: tuple[str, Isa, Isa]) -> Path:
+        program = hand_program("hand")
+        parts = [
+            Part(program, name, level, needed, {"target": name}) for name, level, needed in targets
+        ]
+        output = tmp_path_factory.mktemp("parts") / "parts.so"
+        link_library(parts, _objects(program), output)
+        return output
+
+    return make
 
 
 @pytest.fixture(scope="session")

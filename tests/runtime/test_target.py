@@ -76,3 +76,9 @@ def test_named_targets() -> None:
         assert target.isas == tuple(Isa)[: len(target.isas)]
     with pytest.raises(InvalidInput, match=r"unknown target 'x'; known targets are native, sapph"):
         Target.named("x")
+
+
+def test_a_list_is_best_first() -> None:
+    found = Target.listed("avx2, sapphirerapids ,skylake-avx512")
+    assert [t.name for t in found] == ["sapphirerapids", "skylake-avx512", "avx2"]
+    assert Target.listed("haswell") == (Target.named("haswell"),)

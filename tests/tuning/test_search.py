@@ -58,6 +58,15 @@ def test_what_is_known_is_not_repeated_and_leads_the_way() -> None:
     assert schedule(32, 4) in tried[:6]
 
 
+@pytest.mark.parametrize("stopped_after", [0, 1, 5, 9, 11])
+def test_a_search_that_was_stopped_ends_as_one_that_was_not(stopped_after: int) -> None:
+    whole = run(patience=4)
+    assert len(whole) > 9
+    known = whole[:stopped_after]
+    confirmed = [*known, *known[-1:]]  # a second trial of a schedule is no step
+    assert known + run(known=confirmed, patience=4) == whole
+
+
 @pytest.mark.parametrize("trials", [0, 1, 7])
 def test_the_budget_of_trials_is_kept(trials: int) -> None:
     assert len(run(budget=Budget(trials=trials))) == trials
@@ -73,6 +82,8 @@ def test_a_part_of_a_budget_is_of_what_is_left() -> None:
     assert budget.part(3).trials == 2
     assert budget.share_used == pytest.approx(0.4)
     assert Budget().part(3).trials is None
+    one, two = (Budget(minutes=9.0).part(3, at_once=n).minutes for n in (1, 2))
+    assert (one, two) == (pytest.approx(3.0, rel=1e-3), pytest.approx(6.0, rel=1e-3))
     assert Budget().share_used == 0.0
 
 

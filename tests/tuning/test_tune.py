@@ -11,13 +11,13 @@ import pytest
 
 import sparsec
 from sparsec.cli import main
-from sparsec.driver import scheduled_graph
 from sparsec.ir.graph import Graph
 from sparsec.ir.schedule import Bucket, buckets
 from sparsec.models.build import Pruning, build_model
 from sparsec.models.tiny import tiny_spec
 from sparsec.options import Calibration, CompileOptions
 from sparsec.runtime import load
+from sparsec.stages import scheduled_graph
 from sparsec.target import Target
 from sparsec.tools.inputs import random_inputs
 from sparsec.tools.tune import TuneOptions, jobs_of
