@@ -88,13 +88,14 @@ def prepare(model: Path, options: CompileOptions, clock: Clock) -> Prepared:
     rows = {value.name: count for value, count in table_rows(graph).items()}
     clock.start("passes")
     pipeline = graph_pipeline(roundings=_roundings(options))
-    records = PassManager(pipeline, _dumper(options.dump_ir)).run(graph)
+    dump = _dumper(options.dump_ir)
+    records = PassManager(pipeline, dump).run(graph)
     if not options.is_int8(is_quantized(graph)):
         return Prepared(graph, rows, records, None)
     if options.balance is not None and options.calibration is not None:
         clock.start("balance")
-        dump = _dumper(options.dump_ir, len(records))
-        records += PassManager([_balance(graph, options.balance, options)], dump).run(graph)
+        passes = [_balance(graph, options.calibration, options.balance, options.keep_fp32)]
+        records += PassManager(passes, dump).run(graph)
     clock.start("calibrate")
     return Prepared(graph, rows, records, _quantization(graph, options))
 
@@ -206,13 +207,6 @@ def _int8(
     return [*undo, *int8_pipeline(quantization, supported, attention=attention)], accuracy
 
 
-def _balance(graph: Graph, alpha: float, options: CompileOptions) -> Balance:
-    assert options.calibration is not None
-    names = balanced_values(graph, options.keep_fp32)
-    maxima = channel_maxima(graph, _samples(graph, options.calibration), names)
-    return Balance(maxima, alpha, options.keep_fp32)
-
-
 def _bf16(options: CompileOptions, supported: Callable[[Node], bool]) -> list[Pass]:
     alone = options.precision == "bf16"
     return bf16_pipeline(
@@ -242,6 +236,14 @@ def _quantization(graph: Graph, options: CompileOptions) -> Quantization:
     observed = calibrate(graph, _samples(graph, calibration), names)
     ranges = {name: choose_range(o, calibration.method) for name, o in observed.items()}
     return Quantization(ranges, keep_fp32)
+
+
+def _balance(
+    graph: Graph, calibration: Calibration, alpha: float, keep_fp32: tuple[str, ...]
+) -> Balance:
+    names = balanced_values(graph, keep_fp32)
+    maxima = channel_maxima(graph, _samples(graph, calibration), names)
+    return Balance(maxima, alpha, keep_fp32)
 
 
 def _samples(graph: Graph, calibration: Calibration) -> Iterable[Feed]:

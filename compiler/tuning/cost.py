@@ -56,7 +56,7 @@ def expected_call_seconds(
     nbytes, items, macs, grain = (
         evaluate(n, symbols) for n in (call.bytes, call.items, call.macs, call.grain)
     )
-    # What multiplies nothing (a table's look-up) may be of an instruction set without a rate.
+    # What multiplies nothing may be of an instruction set that has no such product.
     least = macs / target.rates.peak(product_of(call.op, call.kernel.isa)) if macs else 0.0
     return streaming_seconds(nbytes, target, items, grain, threads, least_seconds=least)
 
