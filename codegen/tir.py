@@ -33,6 +33,7 @@ MAX_FAILURES = 256  # statements in one object that leave a kernel with an error
 _STATUS = "sparsec_status"
 BF16_DOT = "sparsec_bf16_dot"
 BF16_PAIRS = "sparsec_bf16_pairs"
+EXPAND = "sparsec_expand"
 _EMPTY_REGISTERS = "sparsec_empty_registers"
 _UNSPLIT = "sparsec_unsplit"
 # TVM has no vectors of LLVM's type bfloat: these take and give int32 vectors of pairs.
@@ -51,6 +52,17 @@ define <32 x i16> @{BF16_PAIRS}(<16 x float> %low, <16 x float> %high) alwaysinl
       <16 x float> %high, <16 x float> %low)
   %r = bitcast <32 x bfloat> %p to <32 x i16>
   ret <32 x i16> %r
+}}
+"""
+# TVM has no vectors of bits that an integer can become.
+_EXPAND = f"""
+declare <64 x i8> @llvm.x86.avx512.mask.expand.v64i8(<64 x i8>, <64 x i8>, <64 x i1>)
+define <16 x i32> @{EXPAND}(i64 %mask, <64 x i8> %values) alwaysinline {{
+  %bits = bitcast i64 %mask to <64 x i1>
+  %bytes = call <64 x i8> @llvm.x86.avx512.mask.expand.v64i8(
+      <64 x i8> %values, <64 x i8> zeroinitializer, <64 x i1> %bits)
+  %words = bitcast <64 x i8> %bytes to <16 x i32>
+  ret <16 x i32> %words
 }}
 """
 _CLOBBERED = ",".join(f"~{{xmm{i}}}" for i in range(32))
@@ -183,7 +195,7 @@ def _helpers() -> Any:
     names = [_STATUS, *(f'"{_STATUS}.{i}"' for i in range(1, MAX_FAILURES))]
     signature = "(ptr %self, ptr %args, i32 %status, ptr %result)"
     status = [f"define i32 @{n}{signature} {{ ret i32 %status }}" for n in names]
-    code = "\n".join([*status, _BF16, _BARRIER, _WHOLE_VECTOR])
+    code = "\n".join([*status, _BF16, _EXPAND, _BARRIER, _WHOLE_VECTOR])
     nothing = tirx.Return(tirx.const(0, "int32"))
     body = tirx.AttrStmt(
         ir.StringImm("default"), "pragma_import_llvm", ir.StringImm(code), nothing

@@ -11,7 +11,7 @@ from typing import Any
 from sparsec.errors import InvalidInput
 
 AUTO = 0  # what `auto` is read as
-LEVELS = ("avx2", "avx512", "avx512vnni", "avx512bf16", "amx")
+LEVELS = ("avx2", "avx512", "avx512vnni", "avx512vbmi2", "avx512bf16", "amx")
 
 
 def add_commands(commands: Any) -> None:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-LEVELS = ("avx2", "avx512", "avx512vnni", "avx512bf16", "amx")
+LEVELS = ("avx2", "avx512", "avx512vnni", "avx512vbmi2", "avx512bf16", "amx")
 
 
 def add_commands(commands: Any) -> None:

@@ -21,6 +21,7 @@ from sparsec.codegen.isa.amx import AMX_FEATURES
 from sparsec.codegen.isa.avx2 import AVX2
 from sparsec.codegen.isa.avx512 import AVX512
 from sparsec.codegen.isa.vector import VectorIsa, fence, keep, shuffle, shuffle_of
+from sparsec.codegen.tir import EXPAND
 from sparsec.ir.op_spec import Array
 from sparsec.target import Isa, Target
 
@@ -282,6 +283,16 @@ _ONE_TILE = replace(
     to_tiles=_as_they_are,
 )
 AVX512_VNNI = replace(_FOUR_TILES, narrow=replace(_TWO_TILES, narrow=_ONE_TILE))
+
+# Few tokens, with `expand` for weights that are stored without their zeros.
+AVX512_VBMI2 = replace(
+    _ONE_TILE, isa=Isa.AVX512_VBMI2, features=(*AVX512_VNNI.features, "+avx512vbmi2")
+)
+
+
+def expand(mask: Any, values: Any) -> Any:
+    """16 words whose bytes are the next of u8x64 `values` where the bits of an int64 are set."""
+    return T.call_pure_extern("int32x16", EXPAND, mask, values)
 
 
 def _even_and_odd_words(w: Array) -> Array:

@@ -33,6 +33,7 @@ Count = Callable[[Workload, Schedule, Shape, Target], Counts]
 
 COUNTS: Mapping[str, Count] = {
     "int8_gemm": lambda w, s, at, t: int8_cost.counts(w, s, at.tokens, t),
+    "int8_bitmap": lambda w, s, at, t: int8_cost.bitmap_counts(w, at.tokens, t),
     "dense_gemm": lambda w, s, at, t: dense_cost.counts(w, s, at.tokens, t),
     "float_gemm": lambda w, s, at, t: float_cost.counts(w, s, at.tokens, t),
     "layer_norm": lambda w, s, at, t: layer_norm_cost.counts(w, s, at.tokens, t),

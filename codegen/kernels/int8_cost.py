@@ -29,9 +29,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from sparsec.codegen.isa.amx import ROWS, SUMS
-from sparsec.codegen.isa.int8 import TILES, Int8Isa, int8_isa
+from sparsec.codegen.isa.int8 import AVX512_VNNI, TILES, Int8Isa, int8_isa
 from sparsec.codegen.isa.work import activation_work
 from sparsec.codegen.kernels.counts import Counts, Loop, total_cycles
+from sparsec.codegen.kernels.int8_bitmap import CASES, CELL, GROUPS
+from sparsec.codegen.kernels.int8_bitmap import ROWS as BITMAP_ROWS
 from sparsec.codegen.kernels.int8_pack import QUAD, TILE_QUADS
 from sparsec.codegen.kernels.panels import LEAST_MACS, WIDTH, grain_at
 from sparsec.codegen.kernels.weight_blocks import block_of
@@ -40,6 +42,7 @@ from sparsec.target import Isa, Target
 
 STRIP_CYCLES = 40.0  # to start and end the loop over steps: sums in, sums out, one misprediction
 UNPACKS = 8
+EXPAND_SHUFFLES = 3  # a mask into its register and the two steps of an expansion
 LEAST_PRODUCT_ROWS = 8  # a product of tiles with fewer rows takes as long
 PASS_CYCLES = 150.0  # latency of loads, products and stores of tiles around the loop over steps
 LINE_BYTES = 64
@@ -76,6 +79,34 @@ def counts(workload: Workload, schedule: Schedule, tokens: int, target: Target) 
     sizes = (workload.size("m"), workload.size("k"))
     isa, group = int8_isa(schedule.isa), schedule.param("group")
     return _counts(form, sizes, density, isa, target, tokens, group, workload.epilogue)
+
+
+def bitmap_counts(workload: Workload, tokens: int, target: Target) -> Counts:
+    """Of int8_bitmap. Stored values are at most those of the stored blocks."""
+    m, k = workload.size("m"), workload.size("k")
+    hooks = AVX512_VNNI.form_for(tokens)
+    most = next(n for n in CASES if n >= tokens)
+    together, groups, quads = CASES[most], -(-m // BITMAP_ROWS) * GROUPS, -(-k // QUAD)
+    cells = groups * quads
+    step = Loop(
+        cells,
+        macs=CELL * most,
+        shuffles=EXPAND_SHUFFLES,
+        others=1,
+        loads=3,  # a mask, and values across two lines
+        broadcasts=most / together,
+    )
+    blocks = groups // together
+    loops = [_copy(k, hooks, 1), step, Loop(blocks, fixed_cycles=STRIP_CYCLES)]
+    weights = cells * (CELL / 8 + CELL * workload.density)
+    return Counts(
+        product=f"u8s8.{hooks.name}",
+        bits=32 * hooks.lanes,
+        loops=(*loops, *_epilogue(hooks, hooks.chunk, m, workload.epilogue)),
+        items=-(-m // BITMAP_ROWS),
+        grain=grain_at(BITMAP_ROWS * k, tokens, LEAST_MACS["int8"]),
+        streams=((weights, max(weights, target.l2_bytes)),),
+    )
 
 
 def _counts(

@@ -7,10 +7,19 @@ from itertools import product
 import numpy as np
 
 from sparsec.codegen.isa.coarse import COARSE, MAX_ERROR
-from sparsec.codegen.isa.int8 import AMX_INT8, INT8_ISAS, Int8Isa, int8_isa, int8_isas
+from sparsec.codegen.isa.int8 import (
+    AMX_INT8,
+    AVX512_VBMI2,
+    INT8_ISAS,
+    Int8Isa,
+    int8_isa,
+    int8_isas,
+)
 from sparsec.codegen.isa.polynomials import ACTIVATIONS
 from sparsec.codegen.kernels.base import Binder
-from sparsec.codegen.kernels.int8_cost import Form, block_density, cycles
+from sparsec.codegen.kernels.counts import seconds
+from sparsec.codegen.kernels.int8_bitmap import MOST_TOKENS, ROWS, BitmapGemm, pack_bitmap
+from sparsec.codegen.kernels.int8_cost import Form, bitmap_counts, block_density, counts, cycles
 from sparsec.codegen.kernels.int8_dots import DotGemm
 from sparsec.codegen.kernels.int8_epilogue import Epilogue
 from sparsec.codegen.kernels.int8_gemm import Int8Gemm
@@ -28,7 +37,7 @@ from sparsec.codegen.kernels.panels import LEAST_MACS, WIDTH, grain_of
 from sparsec.codegen.kernels.weight_blocks import block_of, layout_and_density
 from sparsec.codegen.program import Arg, BufferRef, Kernel, KernelCall
 from sparsec.ir.dims import ceildiv
-from sparsec.ir.graph import Node
+from sparsec.ir.graph import Node, Value
 from sparsec.ir.layouts import Panels
 from sparsec.ir.op_spec import Array
 from sparsec.ir.ops_int8 import row_scales
@@ -39,6 +48,7 @@ from sparsec.target import Target
 OP = "linear_int8"
 FORM_NAMES = {0: "dense", 1: "channels", QUAD: "quads"}
 DENSE_STRIP = {8: 4, 16: 6}  # rows by tokens of a tile: as many sums as registers allow
+BITMAP_BELOW = 0.6  # share of stored values or blocks from which masks save too little
 STRIP = 4
 TILE_STRIP = 32  # or less, for blocks of fewer rows
 BLOCK_ROWS = (4, 8, 16, 32, 64)
@@ -123,6 +133,20 @@ def _schedule(form: Form, isa: Int8Isa, group: int, most: int) -> Schedule:
     return Schedule("int8_gemm", isa.name, tuple(zip(PARAMS, values, strict=True)))
 
 
+def _bitmap(workload: Workload, target: Target, usual: Schedule) -> list[Schedule]:
+    """What goes before `usual`, the first of the other schedules, and what goes after it."""
+    tokens = workload.bucket.most
+    sparse = workload.density <= BITMAP_BELOW
+    if tokens is None or tokens > MOST_TOKENS or not sparse or not target.has(AVX512_VBMI2.isa):
+        return [usual]
+    found = Schedule("int8_bitmap", AVX512_VBMI2.name)
+    costs = {
+        found: seconds(bitmap_counts(workload, tokens, target), target),
+        usual: seconds(counts(workload, usual, tokens, target), target),
+    }
+    return sorted(costs, key=lambda s: costs[s])
+
+
 class Int8GemmFamily:
     """`linear_int8` on planar u8 panels. Any kernel computes any weight; the order is by cost."""
 
@@ -137,6 +161,8 @@ class Int8GemmFamily:
         flags = [*["bytoken"] * epilogue.by_token, *["residual"] * epilogue.has_residual]
         end = " ".join([epilogue.activation, *flags])
         name, density = layout_and_density(weight)
+        if name == "dense":
+            density = _share_of_values(weight)
         sizes = (("m", m), ("k", k))
         return Workload(OP, sizes, "u8s8", name, f"{end} {epilogue.result}", density)
 
@@ -163,12 +189,14 @@ class Int8GemmFamily:
             for panels in _groups(group, tokens)
             for most in _limits_of(isa, tokens)
         ]
-        return list(dict.fromkeys([*usual, *others]))
+        return list(dict.fromkeys([*_bitmap(workload, target, usual[0]), *usual, *others]))
 
     def lower(self, node: Node, schedule: Schedule, binder: Binder) -> list[KernelCall]:
         x, weight, y = node.input(0), node.input(1), node.output
         assert weight.data is not None, node
         assert x.type.layout == y.type.layout == Panels(), node
+        if schedule.family == "int8_bitmap":
+            return [_bitmap_call(node, weight.data, binder)]
         rows, cols, strip, group, most = (schedule.param(n) for n in PARAMS)
         form, isa = Form(rows, cols, strip), int8_isa(schedule.isa)
         kernel = kernel_of(form, isa, _epilogue(node), most)
@@ -179,14 +207,10 @@ class Int8GemmFamily:
             binder.ref(x),
             *_weights(node, packed, form, isa, binder),
             *_rows(node, rows, binder),
-            *(binder.ref(v) for v in (node.optional_input(5), node.optional_input(4)) if v),
-            binder.ref(y),
+            *_operands(node, binder),
             *(tokens, m, k, group, *([rows // strip] if kernel.tall else [])),
+            *_numbers(node, kernel.epilogue),
         ]
-        if kernel.epilogue.to_u8:
-            _, stored_scale = _scales(node)
-            inverse = np.float32(1) / np.float32(stored_scale)
-            args += [float(inverse), int(node.attrs["out_zero_point"])]
         blocks = -(-m // rows)
         density = 1.0 if cols == 0 else packed.quads * QUAD / (k * blocks)
         name = "dense" if cols == 0 else f"blocks of {rows}x{cols}, {density:.0%} stored"
@@ -209,7 +233,7 @@ class Int8GemmFamily:
             for form in _distinct_forms(isa)
             for epilogue in _epilogues()
             for most in (0, *limits(isa))
-        ]
+        ] + [BitmapGemm.of(epilogue) for epilogue in _epilogues()]
 
 
 def _distinct_forms(isa: Int8Isa) -> list[Form]:
@@ -262,6 +286,56 @@ def _scales(node: Node) -> tuple[Array, float | None]:
     scale = node.input(2).data
     assert scale is not None, node
     return row_scales(node.attrs, scale, all(node.optional_input(i) is None for i in (3, 4, 5)))
+
+
+def _share_of_values(weight: Value) -> float:
+    """Of those that are not zero; 1 where that is most of them, as masks would not pay."""
+    assert weight.data is not None, weight
+    share = round(np.count_nonzero(weight.data) / max(1, weight.data.size), 3)
+    return share if share <= BITMAP_BELOW else 1.0
+
+
+def _bitmap_call(node: Node, w: Array, binder: Binder) -> KernelCall:
+    kernel, packed, tokens = (
+        BitmapGemm.of(_epilogue(node)),
+        pack_bitmap(w),
+        node.input(0).type.tokens,
+    )
+    m, k = w.shape
+    name = f"{node.input(1).name}.bitmap"
+    share = np.count_nonzero(w) / max(1, w.size)
+    args: list[Arg] = [
+        binder.ref(node.input(0)),
+        *(binder.weight(f"{name}.{n}", array) for n, array in packed.arrays.items()),
+        *_rows(node, ROWS, binder),
+        *_operands(node, binder),
+        *(tokens, m, k),
+        *_numbers(node, kernel.epilogue),
+    ]
+    title = f"bitmap, {share:.0%} stored, {kernel.epilogue.activation}"
+    return KernelCall(
+        kernel,
+        tuple(args),
+        -(-m // ROWS),
+        f"{node.name}: y[{m}] = w[{m}][{k}] x[{k}], {title}",
+        scratch_bytes=kernel.scratch_bytes(k),
+        grain=grain_of(ROWS * k, tokens, LEAST_MACS["int8"]),
+        macs=tokens * m * k,
+    )
+
+
+def _operands(node: Node, binder: Binder) -> list[BufferRef]:
+    """What the epilogue reads of tokens, and the result."""
+    found = (node.optional_input(5), node.optional_input(4), node.output)
+    return [binder.ref(v) for v in found if v is not None]
+
+
+def _numbers(node: Node, epilogue: Epilogue) -> list[Arg]:
+    if not epilogue.to_u8:
+        return []
+    _, stored_scale = _scales(node)
+    inverse = np.float32(1) / np.float32(stored_scale)
+    return [float(inverse), int(node.attrs["out_zero_point"])]
 
 
 def _weights(

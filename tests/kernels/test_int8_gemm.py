@@ -13,6 +13,7 @@ import pytest
 from sparsec.codegen.isa.coarse import COARSE, MAX_ERROR
 from sparsec.codegen.isa.int8 import INT8_ISAS
 from sparsec.codegen.isa.polynomials import ACTIVATIONS
+from sparsec.codegen.kernels.int8_bitmap import BitmapGemm, pack_bitmap
 from sparsec.codegen.kernels.int8_cost import Form
 from sparsec.codegen.kernels.int8_dots import DotGemm
 from sparsec.codegen.kernels.int8_epilogue import Epilogue
@@ -138,20 +139,22 @@ def form_of(kernel: Int8Gemm) -> Form:
 
 def call(run: Any, kernel: Int8Gemm, layer: Layer, *, group: int = 2, splits: int = 3) -> Array:
     (tokens, m, k), a, rows = layer.size, layer.arrays, rows_of(kernel)
-    packed = pack(a["w"], form_of(kernel), kernel.hooks)
+    is_bitmap = isinstance(kernel, BitmapGemm)
+    packed = pack_bitmap(a["w"]) if is_bitmap else pack(a["w"], form_of(kernel), kernel.hooks)
     offset = (-layer.zero_point * a["w"].astype(np.int64).sum(1)).astype(np.int32)
     panels = -(-tokens // 64)
     y = np.full((panels, m, 64), 99, np.uint8 if kernel.epilogue.to_u8 else np.float32)
     per_row = [pack_rows(v, rows) for v in (offset, a["multiplier"], a["bias"])]
     residual = [run.to_panels(a["token_scale"])] if kernel.epilogue.by_token else []
     residual += [run.to_panels(a["residual"])] if kernel.epilogue.has_residual else []
-    sizes = [tokens, m, k, group, *([rows // kernel.strip] if kernel.tall else [])]
+    sizes = [tokens, m, k, *([] if is_bitmap else [group])]
+    sizes += [rows // kernel.strip] if kernel.tall else []
     numbers = [float(layer.inverse), layer.out_zero_point] if kernel.epilogue.to_u8 else []
     pointers = [run.to_panels(a["x"]), *packed.arrays.values(), *per_row, *residual, y]
     status = run(
         kernel, *pointers, *sizes, *numbers,
         output=y, items=-(-m // rows) * panels, splits=splits,
-        scratch_bytes=kernel.scratch_bytes(k, group, packed.most_steps),
+        scratch_bytes=kernel.scratch_bytes(k, group, 0 if is_bitmap else packed.most_steps),
     )  # fmt: skip
     assert status == 0
     if not (kernel.epilogue.has_residual or kernel.epilogue.by_token):

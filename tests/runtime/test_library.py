@@ -185,7 +185,7 @@ def test_libraries_of_others(
 
 # What LLVM calls a feature, where it is not the flag that Linux shows.
 _LLVM_NAMES = {"bmi": "bmi1", "lzcnt": "abm", "avx512vnni": "avx512_vnni",
-               "avx512bf16": "avx512_bf16"}  # fmt: skip
+               "avx512bf16": "avx512_bf16", "avx512vbmi2": "avx512_vbmi2"}  # fmt: skip
 
 
 @pytest.mark.parametrize("isa", FEATURES)

@@ -63,8 +63,8 @@ def test_named_targets() -> None:
     highest = {
         "sapphirerapids": Isa.AMX,
         "znver4": Isa.AVX512_BF16,
-        "cooperlake": Isa.AVX512_BF16,
-        "icelake-server": Isa.AVX512_VNNI,
+        "cooperlake": Isa.AVX512_VNNI,
+        "icelake-server": Isa.AVX512_VBMI2,
         "skylake-avx512": Isa.AVX512,
         "haswell": Isa.AVX2,
         "avx2": Isa.AVX2,
