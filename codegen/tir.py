@@ -54,13 +54,15 @@ define <32 x i16> @{BF16_PAIRS}(<16 x float> %low, <16 x float> %high) alwaysinl
   ret <32 x i16> %r
 }}
 """
-# TVM has no vectors of bits that an integer can become.
+# TVM has no vectors of bits that an integer can become. What is expanded stays in a register: from
+# memory the same instruction is many times slower on some CPUs.
 _EXPAND = f"""
 declare <64 x i8> @llvm.x86.avx512.mask.expand.v64i8(<64 x i8>, <64 x i8>, <64 x i1>)
 define <16 x i32> @{EXPAND}(i64 %mask, <64 x i8> %values) alwaysinline {{
   %bits = bitcast i64 %mask to <64 x i1>
+  %whole = call <64 x i8> asm "", "=v,0"(<64 x i8> %values)
   %bytes = call <64 x i8> @llvm.x86.avx512.mask.expand.v64i8(
-      <64 x i8> %values, <64 x i8> zeroinitializer, <64 x i1> %bits)
+      <64 x i8> %whole, <64 x i8> zeroinitializer, <64 x i1> %bits)
   %words = bitcast <64 x i8> %bytes to <16 x i32>
   ret <16 x i32> %words
 }}

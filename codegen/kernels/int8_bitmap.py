@@ -21,7 +21,7 @@ from tvm.script.ir_builder import tirx as T
 
 from sparsec.codegen import tir
 from sparsec.codegen.isa.int8 import AVX512_VBMI2, expand
-from sparsec.codegen.isa.vector import keep, prefetch, ramp, shuffle, splat
+from sparsec.codegen.isa.vector import keep, ramp, shuffle, splat
 from sparsec.codegen.kernels.int8_epilogue import Epilogue
 from sparsec.codegen.kernels.int8_gemm import Int8Gemm
 from sparsec.codegen.kernels.int8_pack import QUAD
@@ -39,6 +39,9 @@ AHEAD = 512  # bytes of a group's stream that are fetched ahead; past the end to
 # multiply-add, and 16 leave registers for the rest.
 CASES = {1: 4, 2: 4, 4: 4, 8: 2, 16: 1}
 _SUMS = 16 * LANES  # int32 of a register block
+# Where scratch memory has the places of a register block's groups in their streams. On the stack,
+# TVM would put each of them into a vector, whose element is slow to read and to change.
+_PLACES = _SUMS + LANES
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,8 +100,9 @@ class BitmapGemm(Int8Gemm):
 
     @property
     def _area(self) -> int:
-        """After the sums of a register block; a row is read with what follows it."""
-        return _SUMS + LANES
+        """After the sums of a register block, of which a row is read with what follows it, and
+        the places in the streams."""
+        return _PLACES + LANES
 
     def scratch_bytes(self, k: int, group: int = 1, most_steps: int = 0) -> int:
         return 4 * (self._area + -(-k // QUAD) * MOST_TOKENS + LANES)
@@ -126,16 +130,15 @@ class BitmapGemm(Int8Gemm):
         """`groups` groups of rows from `first` on, for all tokens."""
         row0, quads, lanes = keep(first * LANES), keep(self._quads(s)), ramp(0, LANES)
         sums = [[tir.registers("int32", LANES) for _ in range(tokens)] for _ in range(groups)]
-        places = [tir.registers("int64", 1) for _ in range(groups)]
-        for g, (place, group) in enumerate(zip(places, sums, strict=True)):
-            T.buffer_store(place, T.cast(s["starts"][first + g], "int64"), [0])
+        for g, group in enumerate(sums):
+            T.buffer_store(s.scratch, s["starts"][first + g], [const(_PLACES + g)])
             offset = keep(s["offset"][ramp(row0 + g * LANES, LANES)])
             for total in group:
                 T.buffer_store(total, offset, [lanes])
         with loop(0, quads) as quad:
             words = [
-                self._words(s, place, keep(s["masks"][(first + g) * quads + quad]))
-                for g, place in enumerate(places)
+                self._words(s, const(_PLACES + g), keep(s["masks"][(first + g) * quads + quad]))
+                for g in range(groups)
             ]
             x0 = keep(quad * tokens + self._area)
             for t in range(tokens):
@@ -150,10 +153,9 @@ class BitmapGemm(Int8Gemm):
 
     def _words(self, s: tir.KernelScope, place: Any, mask: Any) -> Any:
         """The next 64 weights of a group."""
-        at = keep(place[0])
-        prefetch(s["values"], at + AHEAD)
-        T.buffer_store(place, at + T.popcount(mask), [0])
-        return keep(expand(mask, keep(s["values"][ramp(at, CELL)])))
+        at = keep(s.scratch[place])
+        T.buffer_store(s.scratch, at + T.cast(T.popcount(mask), "int32"), [place])
+        return keep(expand(mask, keep(s["values"][ramp(T.cast(at, "int64"), CELL)])))
 
     def _finish(self, s: tir.KernelScope, row0: Any, count: int, tokens: int) -> None:
         """The epilogue of the sums `[row][token]` at the start of scratch memory.
