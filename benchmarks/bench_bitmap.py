@@ -30,7 +30,7 @@ from sparsec.codegen.kernels.int8_pack import pack_rows
 from sparsec.target import Isa, Target
 
 SHAPES = ["768x768", "3072x768", "768x3072"]
-TOKENS = (1, 8, 16)
+TOKENS = (1, 4, 8, 12, 16)
 ZEROS = (0.8, 0.9)
 COPIES_BYTES = 12 << 20  # of all copies of a weight
 Call = Callable[[], int]

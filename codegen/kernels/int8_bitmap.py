@@ -34,11 +34,10 @@ GROUPS = 4  # of a block of rows: what one item computes
 ROWS = LANES * GROUPS
 MOST_TOKENS = 16
 CELL = LANES * QUAD  # weights of a mask
-AHEAD = 512  # bytes of a group's stream that are fetched ahead; past the end too
 # Up to so many tokens: groups of rows in a register block. At least 4 sums hide the latency of a
-# multiply-add, and 16 leave registers for the rest.
-CASES = {1: 4, 2: 4, 4: 4, 8: 2, 16: 1}
-_SUMS = 16 * LANES  # int32 of a register block
+# multiply-add, and 24 leave registers for the rest. More groups share the broadcasts.
+CASES = {1: 4, 2: 4, 4: 4, 6: 4, 8: 2, 12: 2, 16: 1}
+_SUMS = 32 * LANES  # int32 of a register block, its tokens up to a power of two
 # Where scratch memory has the places of a register block's groups in their streams. On the stack,
 # TVM would put each of them into a vector, whose element is slow to read and to change.
 _PLACES = _SUMS + LANES
@@ -148,7 +147,7 @@ class BitmapGemm(Int8Gemm):
                     T.buffer_store(group[t], value, [lanes])
         for g, group in enumerate(sums):
             rows = _by_rows([total[lanes] for total in group])
-            self._store_tiles(s, rows, const(g * LANES * tokens))
+            self._store_tiles(s, rows, const(g * LANES * len(rows)))
         self._finish(s, row0, groups * LANES, tokens)
 
     def _words(self, s: tir.KernelScope, place: Any, mask: Any) -> Any:
@@ -158,23 +157,32 @@ class BitmapGemm(Int8Gemm):
         return keep(expand(mask, keep(s["values"][ramp(T.cast(at, "int64"), CELL)])))
 
     def _finish(self, s: tir.KernelScope, row0: Any, count: int, tokens: int) -> None:
-        """The epilogue of the sums `[row][token]` at the start of scratch memory.
+        """The epilogue of the sums that `_by_rows` has left at the start of scratch memory.
 
         Lanes past the tokens are of other rows.
         """
+        stride = _power_of_two(tokens)
         convert = self.epilogue.sums(s, self.hooks, const(0))
         with loop(0, T.min(const(count), s["m"] - row0)) as r:
             row = keep(row0 + r)
-            sums = [keep(s.scratch[ramp(r * tokens, LANES)])]
+            sums = [keep(s.scratch[ramp(r * stride, LANES)])]
             self.epilogue.emit(s, self.hooks, convert(sums), row, keep(row * WIDTH))
+
+
+def _power_of_two(count: int) -> int:
+    """The least that is not below `count`."""
+    return 1 << (count - 1).bit_length()
 
 
 def _by_rows(sums: list[Any]) -> list[Any]:
     """`[token][row]` to `[row][token]`, as vectors that follow one another.
 
-    A perfect shuffle takes the upper bit of the token to the end of the index; log2(tokens) do it.
+    Tokens are filled up to a power of two. A perfect shuffle takes the upper bit of the token to
+    the end of the index; as many as the token has bits do it.
     """
-    count, found = len(sums), [keep(v) for v in sums]
+    count = _power_of_two(len(sums))
+    found = [keep(v) for v in sums]
+    found += found[: count - len(sums)]
     half = LANES // 2
     low = [i for pair in zip(range(half), range(LANES, LANES + half), strict=True) for i in pair]
     for _ in range(count.bit_length() - 1):

@@ -133,18 +133,17 @@ def _schedule(form: Form, isa: Int8Isa, group: int, most: int) -> Schedule:
     return Schedule("int8_gemm", isa.name, tuple(zip(PARAMS, values, strict=True)))
 
 
-def _bitmap(workload: Workload, target: Target, usual: Schedule) -> list[Schedule]:
-    """What goes before `usual`, the first of the other schedules, and what goes after it."""
+def _with_bitmap(workload: Workload, target: Target, ordered: list[Schedule]) -> list[Schedule]:
+    """The bitmap kernel before or after the first of the others, where it makes sense."""
     tokens = workload.bucket.most
     sparse = workload.density <= BITMAP_BELOW
     if tokens is None or tokens > MOST_TOKENS or not sparse or not target.has(AVX512_VBMI2.isa):
-        return [usual]
+        return ordered
+    usual, *others = ordered
     found = Schedule("int8_bitmap", AVX512_VBMI2.name)
-    costs = {
-        found: seconds(bitmap_counts(workload, tokens, target), target),
-        usual: seconds(counts(workload, usual, tokens, target), target),
-    }
-    return sorted(costs, key=lambda s: costs[s])
+    cost = seconds(bitmap_counts(workload, tokens, target), target)
+    is_first = cost < seconds(counts(workload, usual, tokens, target), target)
+    return [found, usual, *others] if is_first else [usual, found, *others]
 
 
 class Int8GemmFamily:
@@ -189,7 +188,7 @@ class Int8GemmFamily:
             for panels in _groups(group, tokens)
             for most in _limits_of(isa, tokens)
         ]
-        return list(dict.fromkeys([*_bitmap(workload, target, usual[0]), *usual, *others]))
+        return _with_bitmap(workload, target, list(dict.fromkeys([*usual, *others])))
 
     def lower(self, node: Node, schedule: Schedule, binder: Binder) -> list[KernelCall]:
         x, weight, y = node.input(0), node.input(1), node.output
@@ -227,13 +226,15 @@ class Int8GemmFamily:
         ]
 
     def variants(self) -> list[Kernel]:
-        return [
+        epilogues = _epilogues()
+        found: list[Kernel] = [
             kernel_of(form, isa, epilogue, most)
             for isa in INT8_ISAS
             for form in _distinct_forms(isa)
-            for epilogue in _epilogues()
+            for epilogue in epilogues
             for most in (0, *limits(isa))
-        ] + [BitmapGemm.of(epilogue) for epilogue in _epilogues()]
+        ]
+        return [*found, *(BitmapGemm.of(epilogue) for epilogue in epilogues)]
 
 
 def _distinct_forms(isa: Int8Isa) -> list[Form]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from sparsec.ir.dims import evaluate, symbol
 from sparsec.ir.graph import Graph, Node, Value
 from sparsec.ir.layouts import ROW_MAJOR, Bsr, Layout, Panels
 from sparsec.ir.ops import OPS
-from sparsec.ir.schedule import Workload
+from sparsec.ir.schedule import Bucket, Schedule, Workload
 from sparsec.ir.types import DType
 from sparsec.target import Isa, Target
 
@@ -95,34 +95,54 @@ def test_every_schedule_of_a_node_computes_it(
     level: str, layout: Layout, full: bool, run: Any
 ) -> None:
     node = example(layout, full=full)
+    family = family_for(node)
+    assert family is not None
+    schedules = family.schedules(family.workload(node), TARGETS[level])
+    assert schedules[0] == schedule_for(node, TARGETS[level])
+    assert {s.isa for s in schedules} == ({level, "avx512vnni"} if level == "amx" else {level})
+    check(node, [s for s in schedules if s.isa == level], ENV, run)
+
+
+@pytest.mark.isa("avx512vbmi2")
+@pytest.mark.parametrize("full", [True, False], ids=["full", "bare"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_few_tokens_by_bitmaps(batch: int, full: bool, run: Any) -> None:
+    node = example(Bsr(4, 1), full=full)
+    family = family_for(node)
+    assert family is not None
+    work = replace(family.workload(node), bucket=Bucket(8, 16))
+    found = [s for s in family.schedules(work, TARGETS["avx512vnni"]) if s.isa == "avx512vbmi2"]
+    assert [s.family for s in found] == ["int8_bitmap"]
+    check(node, found, {"batch": batch, "seq": 4}, run)
+
+
+def check(node: Node, schedules: list[Schedule], env: dict[str, int], run: Any) -> None:
+    """That all of them give what the op's meaning gives."""
     rng = np.random.default_rng(9)
-    tokens = ENV["batch"] * ENV["seq"]
+    tokens = env["batch"] * env["seq"]
     logical = {"x": rng.integers(0, 256, (tokens, 40)).astype(np.uint8),
                "residual": rng.standard_normal((tokens, 24)).astype(np.float32)}  # fmt: skip
     operands = [
         None if v is None else (logical[v.name] if v.data is None else v.data) for v in node.inputs
     ]
     operands += [None] * (5 - len(operands))
-    (expected,) = OPS["linear_int8"].evaluate(operands, node.attrs, ENV)
+    (expected,) = OPS["linear_int8"].evaluate(operands, node.attrs, env)
     family = family_for(node)
     assert family is not None
-    schedules = family.schedules(family.workload(node), TARGETS[level])
-    assert schedules[0] == schedule_for(node, TARGETS[level])
-    assert {s.isa for s in schedules} == ({level, "avx512vnni"} if level == "amx" else {level})
-    for schedule in [s for s in schedules if s.isa == level]:
+    for schedule in schedules:
         output = np.full((-(-tokens // 64), 24, 64), 99, expected.dtype)
         arrays = {n: run.to_panels(a) for n, a in logical.items()}
         binder = ArrayBinder({**arrays, node.output.name: output})
         for call in family.lower(node, schedule, binder):
             args = [
                 binder.bound[a.index] if isinstance(a, BufferRef)
-                else (a if isinstance(a, float) else evaluate(a, ENV))
+                else (a if isinstance(a, float) else evaluate(a, env))
                 for a in call.args if a is not None
             ]  # fmt: skip
-            status = run(call.kernel, *args, output=output, items=evaluate(call.items, ENV),
-                         scratch_bytes=evaluate(call.scratch_bytes, ENV))  # fmt: skip
+            status = run(call.kernel, *args, output=output, items=evaluate(call.items, env),
+                         scratch_bytes=evaluate(call.scratch_bytes, env))  # fmt: skip
             assert status == 0
-            assert evaluate(call.grain, ENV) >= 1
+            assert evaluate(call.grain, env) >= 1
         np.testing.assert_array_equal(run.from_panels(output, tokens), expected, str(schedule))
 
 

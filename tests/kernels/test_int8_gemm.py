@@ -13,7 +13,7 @@ import pytest
 from sparsec.codegen.isa.coarse import COARSE, MAX_ERROR
 from sparsec.codegen.isa.int8 import INT8_ISAS
 from sparsec.codegen.isa.polynomials import ACTIVATIONS
-from sparsec.codegen.kernels.int8_bitmap import BitmapGemm, pack_bitmap
+from sparsec.codegen.kernels.int8_bitmap import MOST_TOKENS, BitmapGemm, pack_bitmap
 from sparsec.codegen.kernels.int8_cost import Form
 from sparsec.codegen.kernels.int8_dots import DotGemm
 from sparsec.codegen.kernels.int8_epilogue import Epilogue
@@ -174,6 +174,14 @@ def test_sizes_at_the_edges_of_blocks(kernel: Int8Gemm, run: Any) -> None:
         tokens = fitting(kernel, TOKENS[(3 * a + b) % len(TOKENS)])
         density = DENSITIES[(a + b // 2) % len(DENSITIES)]
         check(run, kernel, Layer((tokens, m, k), density, block), group=1 + (a + b) % 2)
+
+
+@pytest.mark.isa("avx512vbmi2")
+@pytest.mark.parametrize("epilogue", [BY_TOKEN, EXACT[1]], ids=["bytoken", "u8"])
+def test_bitmaps_take_every_number_of_tokens(epilogue: Epilogue, run: Any) -> None:
+    """A last block of rows that is not full, and in it a group that is not."""
+    for tokens in range(1, MOST_TOKENS + 1):
+        check(run, BitmapGemm.of(epilogue), Layer((tokens, 80 + tokens, 83), 0.2))
 
 
 def test_a_model_sized_layer(kernel: Int8Gemm, run: Any) -> None:
