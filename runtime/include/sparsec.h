@@ -110,7 +110,8 @@ typedef struct sparsec_model_v1 {
   uint32_t abi_version;  /* SPARSEC_ABI_VERSION of the library */
   const char *name;
   const char *description;  /* JSON, UTF-8: ports, kernel calls, memory, versions */
-  const char *required_isa; /* "avx2", "avx512", "avx512vnni", "avx512vbmi2", "avx512bf16" or "amx" */
+  /* "avx2", "avx512", "avx512vnni", "avx512vbmi2", "avx512bf16" or "amx" */
+  const char *required_isa;
   uint32_t input_count;
   uint32_t output_count;
   uint32_t symbol_count;
