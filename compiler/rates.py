@@ -102,10 +102,13 @@ _BY_TARGET: Mapping[str, Rates] = {
 }
 
 
+_SAME_PRODUCTS = {"avx512vbmi2": "avx512vnni"}  # levels that multiply bytes as another does
+
+
 def product_of(op: str, isa: str) -> str:
     """The name in `Rates.products` of what kernels of this op and instruction set multiply by."""
     if op in ("linear_int8", "attention_int8"):
-        return f"u8s8.{isa}"
+        return f"u8s8.{_SAME_PRODUCTS.get(isa, isa)}"
     if isa == "amx" or "bf16" in isa:
         return f"bf16.{isa}"
     return "f32.avx2" if isa == "avx2" else "f32.avx512"

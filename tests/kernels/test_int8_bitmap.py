@@ -11,7 +11,8 @@ import pytest
 from sparsec.codegen.kernels.int8_bitmap import LANES, pack_bitmap
 from sparsec.codegen.kernels.int8_family import Int8GemmFamily
 from sparsec.ir.schedule import EVERY, Bucket, Workload
-from sparsec.target import Target
+from sparsec.rates import default_rates, product_of
+from sparsec.target import Isa, Target
 
 
 @pytest.mark.parametrize("density", [0.0, 0.2, 1.0])
@@ -56,3 +57,8 @@ def test_it_is_a_choice_for_a_tuner_up_to_16_tokens() -> None:
         work = Workload("linear_int8", sizes, "u8s8", "bsr4x1", "none u8", 0.59, bucket)
         families = {s.family for s in Int8GemmFamily().schedules(work, Target.named("znver4"))}
         assert ("int8_bitmap" in families) == is_there
+
+
+def test_int8_products_of_all_levels_have_a_peak() -> None:
+    for isa in (Isa.AVX2, Isa.AVX512_VNNI, Isa.AVX512_VBMI2, Isa.AMX):
+        assert default_rates("").peak(product_of("linear_int8", isa.value)) > 0
