@@ -26,6 +26,7 @@ tests: $(VENV)/.ready
 bench: $(VENV)/.ready
 	@mkdir -p $(OUT)/bench
 	$(BIN)/python benchmarks/bench_cost.py
+	$(BIN)/python benchmarks/bench_tuner.py
 	$(BIN)/python benchmarks/bench_products.py $(BENCH_PRODUCTS) --json $(OUT)/bench/products.jsonl
 	$(BIN)/python benchmarks/bench_models.py --all --resume --folder $(OUT)/bench --json $(OUT)/bench/models.jsonl $(BENCH_MODELS)
 

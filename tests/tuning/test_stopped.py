@@ -31,12 +31,16 @@ def command(tmp_path: Path) -> list[str]:
 
 
 def start(command: list[str], log: Path, folder: Path) -> subprocess.Popen[str]:
-    """The tuner with its temporary files in a folder of its own."""
+    """The tuner with its temporary files in a folder of its own.
+
+    It hears Ctrl-C even where the tests do not: shells start background jobs that ignore it.
+    """
     folder.mkdir()
     environment = {**os.environ, "TMPDIR": str(folder)}
     return subprocess.Popen(
-        [*command, str(log)], env=environment, stderr=subprocess.PIPE, text=True
-    )
+        [*command, str(log)], env=environment, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
 
 
 def wait_for(what: str, condition: object) -> None:
