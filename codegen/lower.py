@@ -31,7 +31,7 @@ from sparsec.ir.types import DType, TensorType
 from sparsec.target import Target
 
 # Ops that read as much of an operand as they write of a result.
-LOOK_UPS = ("embedding", "gather", "gather_elements", "gather_nd", "slice")
+LOOK_UPS = ("embedding", "embedding_int8", "gather", "gather_elements", "gather_nd", "slice")
 
 
 def family_of(node: Node, target: Target) -> KernelFamily:
