@@ -23,7 +23,6 @@ from sparsec.ir.op_spec import Array
 from sparsec.target import Isa
 
 CHAINS = 12
-BESIDE = 3  # of the chains, where another instruction runs beside multiply-adds
 SMALL = 32  # vectors that loads and stores go round: they stay in L1
 XORSHIFT_CYCLES = 6  # three shifts and three exclusive ors, each waiting for the one before
 TILE_SUMS = amx.TILE_REGISTERS - 2

@@ -29,7 +29,6 @@ from sparsec.ir.op_spec import Array
 TILE_REGISTERS = 8
 ROWS = 16
 ROW_BYTES = 64
-TILE_BYTES = ROWS * ROW_BYTES
 CONFIG_BYTES = 64
 FULL = (ROWS, ROW_BYTES)
 SUMS = 4  # tiles of sums of a register block: the first registers

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsec.errors import CompilerError, InvalidModel, UnsupportedOp
+from sparsec.errors import InvalidModel, UnsupportedOp
 from sparsec.frontend import known
 from sparsec.frontend.known import Known, Undecided
 from sparsec.frontend.unify import Unifier
@@ -185,9 +185,3 @@ class Builder:
 def _has_symbols(attrs: Mapping[str, Any]) -> bool:
     items = [i for v in attrs.values() for i in (v if isinstance(v, tuple) else (v,))]
     return any(not isinstance(i, (int, float, str, DType, type(None))) for i in items)
-
-
-def require(condition: bool, error: type[CompilerError], message: str) -> None:
-    """Raise `error` unless `condition`."""
-    if not condition:
-        raise error(message)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -127,10 +127,3 @@ def _evaluated(dim: Dim, sizes: Mapping[str, int]) -> int:
     if tokens < 1:
         raise InvalidInput(f"{dim} tokens are {tokens} for {dict(sizes)}")
     return tokens
-
-
-def distinct(tasks: Iterable[Task]) -> list[Task]:
-    """One task for each workload and number of tokens: layers that repeat are tuned once."""
-    return list({(t.workload, t.tokens, t.threads): t for t in reversed(list(tasks))}.values())[
-        ::-1
-    ]
