@@ -41,6 +41,8 @@ RANKS = {
     "__main__": 11,
 }
 MODELS_MAY_USE = {"errors", "sparse"}
+COMPRESS = "sparsec.models.compress"
+COMPRESS_USERS = {"sparsec.tools.compress"}  # outside models
 ONNX_HOMES = {"frontend", "tools", "models"}  # tools read ONNX for `inspect` and `verify`
 TVM_HOME = "codegen"
 
@@ -66,6 +68,18 @@ def imports(path: Path) -> set[str]:
     return names
 
 
+def imports_at_top(path: Path) -> set[str]:
+    """What is imported as soon as the module is: not inside functions."""
+    names: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        match node:
+            case ast.Import(names=aliases):
+                names |= {a.name for a in aliases}
+            case ast.ImportFrom(module=str(module)):
+                names.add(module)
+    return names
+
+
 def part(module: str) -> str:
     pieces = module.split(".")
     return pieces[1] if len(pieces) > 1 else ""
@@ -80,6 +94,10 @@ def test_imports_go_down(module: str, path: Path) -> None:
             continue
         if here == "models":
             assert there in MODELS_MAY_USE, f"{module} imports {name}"
+            continue
+        if there == "models":
+            assert module in COMPRESS_USERS, f"{module} imports {name}"
+            assert f"{name}.".startswith(f"{COMPRESS}."), f"{module} imports {name}"
             continue
         assert RANKS[there] < RANKS[here], f"{module} imports {name}"
 
@@ -96,10 +114,20 @@ def test_heavy_packages_have_a_home(module: str, path: Path) -> None:
             assert part(module) == "tools", f"{module} imports matplotlib"
         if top == "ray":
             assert module == "sparsec.tuning.ray_nodes", f"{module} imports Ray"
-        if top in {"torch", "transformers"}:
+        if top in {"torch", "transformers", "safetensors"}:
             assert part(module) == "models", f"{module} imports {top}"
         if top == "tokenizers":
             assert part(module) in {"models", "calibration_text"}, f"{module} imports {top}"
+
+
+def test_torch_is_imported_at_the_top_in_its_own_package_only() -> None:
+    heavy = {"torch", "transformers", "tokenizers", "safetensors"}
+    for module, path in modules():
+        top_level = {n.split(".")[0] for n in imports_at_top(path)}
+        names = {n for n in imports_at_top(path) if f"{n}.".startswith(f"{COMPRESS}.")}
+        if not module.startswith(f"{COMPRESS}."):
+            assert not top_level & heavy, f"{module} imports {top_level & heavy} at its top"
+            assert not names, f"{module} imports {names} at its top, and torch with it"
 
 
 def test_loader_is_one_file() -> None:
