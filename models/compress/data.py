@@ -160,6 +160,7 @@ def flat(rows: Sequence[Any]) -> tuple[NDArray[np.int32], NDArray[np.uint8], NDA
     """Ids, types and starts (see Encoded) of what a tokenizer gave for each row."""
     starts = np.zeros(len(rows) + 1, np.int64)
     np.cumsum([len(row) for row in rows], out=starts[1:])
-    ids = np.fromiter(itertools.chain.from_iterable(r.ids for r in rows), np.int32, starts[-1])
-    types = itertools.chain.from_iterable(r.type_ids for r in rows)
-    return ids, np.fromiter(types, np.uint8, starts[-1]), starts
+    ids = itertools.chain.from_iterable(row.ids for row in rows)
+    types = itertools.chain.from_iterable(row.type_ids for row in rows)
+    count = starts[-1]
+    return np.fromiter(ids, np.int32, count), np.fromiter(types, np.uint8, count), starts

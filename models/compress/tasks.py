@@ -21,6 +21,7 @@ from sparsec.models.compress.readers import (
     read_pieces,
     read_sentences,
 )
+from sparsec.models.compress.squad import predict_spans, read_squad, score_spans, span_loss
 from sparsec.models.registry import Head
 
 Array = NDArray[Any]
@@ -160,6 +161,8 @@ TASKS: dict[str, Task] = {
              _read_stsb, _cosine_loss, _predict_cosine, _score_cosine),
         Task("embed", "none", "spearman", 0,
              _read_embed, _no_loss, _predict_embed, _score_cosine),
+        Task("squad", "qa", "f1", 0,
+             read_squad, span_loss, predict_spans, score_spans),
         Task("text", "none", "", 0,
              _read_text, _no_loss, _predict_nothing, _score_nothing),
     )
