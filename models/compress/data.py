@@ -106,6 +106,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Raises InvalidInput when there is none that can be read.
     """
     path = folder / TOKENIZER_FILE
+    if not folder.is_dir():
+        raise InvalidInput(f"{folder}: is not a folder")
     if not path.is_file():
         raise InvalidInput(
             f"{folder}: holds no {TOKENIZER_FILE}; save the model's fast tokenizer there"

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from sparsec.errors import InvalidInput
 from sparsec.models.compress import metrics
-from sparsec.models.compress.data import Batch, Encoded, encode
+from sparsec.models.compress.data import Batch, Encoded, batches, encode
 from sparsec.models.compress.readers import (
     LARGEST_SCORE,
     read_pairs,
@@ -27,6 +27,7 @@ from sparsec.models.registry import Head
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]
 
+EVALUATION_TOKENS = 4096  # of a batch
 LEAST_NORM = 1e-12  # of an embedding, so that one of zeros has the cosine 0
 
 
@@ -57,10 +58,28 @@ class Task:
 
 
 def find_task(name: str) -> Task:
-    """The task of this name. Raises InvalidInput when there is none."""
-    if name not in TASKS:
-        raise InvalidInput(f"the task {name!r} is not one of {', '.join(TASKS)}")
+    """The task of this name that a model can be compressed for: one with a metric.
+
+    Raises InvalidInput when there is none.
+    """
+    known = [task.name for task in TASKS.values() if task.metric]
+    if name not in known:
+        raise InvalidInput(f"--task {name!r}: wanted one of {', '.join(known)}")
     return TASKS[name]
+
+
+def evaluate(
+    run: Callable[[dict[str, Array]], Arrays], task: Task, encoded: Encoded
+) -> dict[str, float]:
+    """The score of a model; `run` makes a batch's outputs from its arrays (Encoded.arrays)."""
+    found: list[Any] = [None] * len(encoded)
+    tokens = max(1, EVALUATION_TOKENS // encoded.rows_per_example)
+    for indices in batches(encoded.lengths, tokens, seed=0, epoch=0):
+        arrays = encoded.arrays(indices)
+        predictions = task.predict(run(arrays), arrays)
+        for index, prediction in zip(indices, predictions, strict=True):
+            found[index] = prediction
+    return task.score(found, encoded)
 
 
 def _read_sst2(path: Path, tokenizer: Tokenizer, max_length: int) -> Encoded:

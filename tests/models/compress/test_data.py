@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from sparsec.errors import InvalidInput  # noqa: E402
 from sparsec.models.compress import metrics  # noqa: E402
 from sparsec.models.compress.data import batches, load_tokenizer, truncating  # noqa: E402
-from sparsec.models.compress.tasks import TASKS, find_task  # noqa: E402
+from sparsec.models.compress.tasks import TASKS, evaluate, find_task  # noqa: E402
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 WORDS = [*'abcdefgh.,"', "one", "two", "three"]
@@ -149,8 +149,12 @@ def test_what_is_no_file_is_refused(tokenizer: Any, tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     with pytest.raises(InvalidInput, match="4 tokens leaves no room beside 3"):
         truncating(tokenizer, 4)
-    with pytest.raises(InvalidInput, match="'mnli' is not one of sst2, stsb"):
-        find_task("mnli")
+    with pytest.raises(
+        InvalidInput, match="--task 'text': wanted one of sst2, stsb, embed, squad"
+    ):
+        find_task("text")
+    with pytest.raises(InvalidInput, match="is not a folder"):
+        load_tokenizer(tmp_path / "none")
 
 
 @pytest.mark.parametrize("count", [1, 7, 3000])
@@ -214,3 +218,22 @@ def test_equal_values_share_their_rank() -> None:
     ranks = [sum(v < x for v in values) + (sum(values == x) + 1) / 2 for x in values]
     assert metrics.ranks(values).tolist() == ranks
     assert metrics.spearman(values, np.zeros(5)) == 0.0
+
+
+def test_evaluate_brings_predictions_back_in_order(tokenizer: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = [(" ".join(rng.choice(list("abcdefgh"), rng.integers(1, 9))), k) for k in range(400)]
+    text = "".join(f"{sentence} {sentence[0]}\t{k % 2}\n" for sentence, k in rows)
+    encoded = TASKS["sst2"].read(write(tmp_path, "a.tsv", SST2 + text), tokenizer, 32)
+    shapes = []
+
+    def run(arrays: dict[str, Any]) -> dict[str, Any]:
+        shapes.append(arrays["input_ids"].shape)
+        one = np.eye(2)[arrays["labels"]]  # right, but for texts that start with a
+        starts_with_a = arrays["input_ids"][:, 1] == tokenizer.token_to_id("a")
+        return {"logits": np.where(starts_with_a[:, None], 1 - one, one)}
+
+    wrong = sum(sentence.startswith("a") for sentence, _ in rows)
+    assert evaluate(run, TASKS["sst2"], encoded) == {"accuracy": pytest.approx(1 - wrong / 400)}
+    assert len(shapes) > 1
+    assert sum(rows for rows, _ in shapes) == 400
