@@ -81,7 +81,7 @@ def export_file(
     opset = usual if opset is None else opset
     if not first <= opset <= last:
         raise InvalidInput(f"the {exporter} exporter writes opset {first} to {last}, not {opset}")
-    _check_folder(folder)
+    check_folder(folder)
     on_step("loading torch and the model")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tracing: what they fear is checked below
@@ -100,7 +100,7 @@ def export_file(
     return ExportResult(write_model(model, path), differences)
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise InvalidInput(f"{folder}: is not a folder")
     if not (folder / "config.json").is_file():

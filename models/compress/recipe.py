@@ -1,0 +1,132 @@
+"""All that one run of `sparsec compress` is asked for, checked; the only home of its defaults."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from sparsec.errors import InvalidInput
+from sparsec.models.registry import Head
+
+CRITERIA = ("obs", "magnitude", "movement", "snip")
+BUDGETS = ("layer", "global")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Learning rates of the stages."""
+
+    teacher: float = 5e-5
+    prune: float = 3e-4
+    tune: float = 1e-4
+    quantise: float = 3e-5
+
+
+@dataclass(frozen=True, slots=True)
+class Epochs:
+    """Passes over the stage's data; 0 leaves a stage out."""
+
+    teacher: float = 3.0
+    prune: float = 2.0
+    tune: float = 2.0
+    quantise: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Distillation:
+    """Weights of the losses in all stages but the teacher's (see LossWeights); labels too."""
+
+    labels: float = 0.0
+    logits: float = 0.0
+    hidden: float = 1.0
+    relations: float = 0.0
+    embedding: float = 0.0
+    temperature: float = 2.0
+
+
+DISTILLATION: dict[Head, Distillation] = {
+    "none": Distillation(embedding=1.0),
+    "classify": Distillation(labels=0.5, logits=1.0),
+    "qa": Distillation(labels=0.5, logits=1.0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One run: which model, task, data and pattern, and how long each stage takes.
+
+    `block` is output x input channels, such as "16x1", or N:M; `sparsity` the share of cells that
+    become zero, over the encoder's linear weights.
+    """
+
+    model: Path  # Hugging Face folder: config.json, safetensors, tokenizer.json
+    task: str
+    train: Path
+    dev: Path
+    output: Path
+    block: str = "16x1"
+    sparsity: float = 0.8
+    text: tuple[Path, ...] = ()  # plain text to distil on, beside the task's own
+    teacher: Path | None = None  # a tuned model to learn from, instead of tuning `model`
+    start: Path | None = None  # a pruned folder to go on from: its zeros stay
+    criterion: Literal["obs", "magnitude", "movement", "snip"] = "obs"
+    budget: Literal["layer", "global"] = "layer"
+    permute: bool = True
+    one_shot: bool = False
+    quantise: bool = True
+    epochs: Epochs = field(default_factory=Epochs)
+    rates: Rates = field(default_factory=Rates)
+    distillation: Distillation | None = None  # None: DISTILLATION of the task's head
+    max_length: int = 128  # tokens of a row
+    tokens_per_batch: int = 1024
+    text_share: float = 1.0  # of the text that an epoch sees
+    joined: bool = True  # also distil on phrases of `train` joined to sentence length
+    prune_until: float = 0.5  # share of the prune stage in which the pattern changes
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 0  # 0: all cores
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("criterion", CRITERIA), ("budget", BUDGETS), ("device", DEVICES),
+        ):  # fmt: skip
+            if getattr(self, name) not in allowed:
+                raise InvalidInput(
+                    f"{name} {getattr(self, name)!r}: wanted one of {', '.join(allowed)}"
+                )
+        if not 0.0 < self.sparsity < 1.0:
+            raise InvalidInput(
+                f"--sparsity {self.sparsity}: wanted a share between 0 and 1, such as 0.8"
+            )
+        for group in filter(None, (self.epochs, self.rates, self.distillation)):
+            for name, value in asdict(group).items():
+                if not 0.0 <= value < float("inf"):
+                    raise InvalidInput(f"{name} {value}: wanted 0 or more")
+        if not 0.0 < self.prune_until <= 1.0:
+            raise InvalidInput(
+                f"prune_until {self.prune_until}: wanted a share above 0, at most 1"
+            )
+        for name in ("max_length", "tokens_per_batch"):
+            if getattr(self, name) < 8:
+                raise InvalidInput(f"{name} {getattr(self, name)}: wanted at least 8 tokens")
+
+    def distillation_for(self, head: Head) -> Distillation:
+        """Return the weights of the losses for a model with this head."""
+        return self.distillation or DISTILLATION[head]
+
+    def to_json(self) -> str:
+        """Return the recipe as the text of recipe.json."""
+        return json.dumps(asdict(self), indent=1, default=str) + "\n"
+
+    def differences(self, text: str) -> list[str]:
+        """Return the fields in which the recipe.json `text` differs, but where it was written."""
+        try:
+            there: dict[str, Any] = json.loads(text)
+        except ValueError:
+            return ["everything: recipe.json is not readable"]
+        here = json.loads(self.to_json())
+        harmless = {"output", "threads"}
+        return [k for k in here if k not in harmless and here[k] != there.get(k)]
