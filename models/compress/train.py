@@ -21,13 +21,12 @@ from sparsec.models.compress import checkpoint
 from sparsec.models.compress.data import Batch, Encoded, batches
 from sparsec.models.compress.distil import LossWeights, Observed, losses, total
 from sparsec.models.compress.runlog import RunLog
-from sparsec.models.compress.tasks import Task
+from sparsec.models.compress.tasks import Task, evaluate
 
 Tensor = Any
 
 LOG_EVERY = 20  # steps
 GRADIENT_NORM = 1.0  # gradients are scaled down to it
-EVALUATION_TOKENS = 4096  # of a batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,23 +333,21 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Return the task's metrics of the student on dev, computed in fp32."""
-        return evaluate(self.student, self.task, self.dev, self.device)
+        return evaluate_model(self.student, self.task, self.dev, self.device)
 
 
-def evaluate(model: Any, task: Task, encoded: Encoded, device: Device) -> dict[str, float]:
+def evaluate_model(model: Any, task: Task, encoded: Encoded, device: Device) -> dict[str, float]:
     """Return the metrics of `model` on the examples of `encoded`, computed in fp32."""
-    observed = Observed(model)
+    observed, nothing = Observed(model), LossWeights()
+
+    def run(arrays: dict[str, Any]) -> dict[str, Any]:
+        batch = device.put({name: torch.from_numpy(array) for name, array in arrays.items()})
+        outputs = observed(batch, nothing).outputs
+        return {name: tensor.cpu().numpy() for name, tensor in outputs.items()}
+
     was_training = model.training
     model.eval()
-    nothing = LossWeights(relations=0.0)
-    found: dict[int, Any] = {}
     with torch.no_grad():
-        tokens = max(EVALUATION_TOKENS // encoded.rows_per_example, 1)
-        for indices in batches(encoded.lengths, tokens, seed=0, epoch=0):
-            batch = encoded.batch(indices)
-            outputs = observed(device.put(batch), nothing).outputs
-            arrays = {name: tensor.float().cpu().numpy() for name, tensor in outputs.items()}
-            given = {name: tensor.numpy() for name, tensor in batch.items()}
-            found.update(zip(indices, task.predict(arrays, given), strict=True))
+        metrics = evaluate(run, task, encoded)
     model.train(was_training)
-    return task.score([found[i] for i in range(len(found))], encoded)
+    return metrics

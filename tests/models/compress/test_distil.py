@@ -64,10 +64,9 @@ def test_spans_do_not_end_in_padding() -> None:
 
 def test_logits_are_softened_and_scaled_back() -> None:
     ours, theirs = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]])
-    p = torch.sigmoid(torch.tensor(-1.0))  # of class 0 by the teacher at temperature 2
-    wanted = (
-        4 * ((1 - p) - p) * torch.tensor(1.0)
-    )  # logit distance 2 x (1 - 2p), times T^2 / 2 x 2
+    # At temperature 2 the classes are one logit apart, so p = sigmoid(1) against 1 - p; the
+    # divergence is (2 p - 1) x 1, and it is scaled by 2^2.
+    wanted = 4 * (2 * torch.sigmoid(torch.tensor(1.0)) - 1)
     assert torch.isclose(logits_loss(ours, theirs, 2.0), wanted)
 
 

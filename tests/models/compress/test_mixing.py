@@ -7,8 +7,8 @@ import pytest
 
 pytest.importorskip("torch", reason="compress needs the extra compress")
 
-from sparsec.models.compress.data import Encoded  # noqa: E402
-from sparsec.models.compress.mixing import LONGEST_JOINED, joined, rows, some  # noqa: E402
+from sparsec.models.compress.data import Encoded
+from sparsec.models.compress.mixing import LONGEST_JOINED, joined, rows, some
 
 FIRST, LAST = 2, 3  # special tokens
 
@@ -17,7 +17,7 @@ def encoded(count: int) -> Encoded:
     """Row r is FIRST, then r % 7 + 1 times the number 10 + r, then LAST."""
     made = [[FIRST, *[10 + r] * (r % 7 + 1), LAST] for r in range(count)]
     starts = np.cumsum([0, *map(len, made)])
-    ids = np.array(sum(made, []), np.int32)
+    ids = np.concatenate(made).astype(np.int32)
     labels = {"labels": np.arange(count)}
     return Encoded(1, ids, np.zeros(len(ids), np.uint8), starts, labels, pad_id=0)
 

@@ -67,5 +67,5 @@ def test_refuses_what_is_no_pattern(text: str) -> None:
 
 @pytest.mark.parametrize("pattern", [BlockPattern(5, 1), BlockPattern(1, 5), GroupPattern(2, 5)])
 def test_names_the_weight_that_it_does_not_divide(pattern: BlockPattern | GroupPattern) -> None:
-    with pytest.raises(InvalidInput, match="layer.0.query"):
+    with pytest.raises(InvalidInput, match=r"layer\.0\.query"):
         pattern.check("layer.0.query", (32, 24))
