@@ -27,15 +27,16 @@ from torch.nn.utils import parametrize
 
 from sparsec.errors import CompilerError, InvalidInput
 from sparsec.models.compress.quantise import (
+    ROUNDING,
     enabled,
     make_plain,
     quantised_linears,
+    remove_hook,
     scale_parameters,
 )
 from sparsec.models.compress.rounding import (
-    SMALLEST,
-    WEIGHT_LEVELS,
     AttentionRounding,
+    rounded_rows,
 )
 from sparsec.models.compress.sites import embedding_parts
 from sparsec.models.evaluate import Evaluator, evaluator
@@ -53,7 +54,6 @@ from sparsec.models.registry import Head
 Array = NDArray[Any]
 
 OPSET = 17
-TABLE_BYTES = 4 << 20  # of fp32: smaller tables stay fp32, as the compiler leaves them
 # What _check wants: a wrong rounding changes every answer, one at an edge a few of them. Errors
 # that have nothing to do with each other any more differ by 1.4 times their size.
 PAIRS = (32, 2)  # batch, seq
@@ -66,19 +66,16 @@ def export(
     path: Path,
     head: Head,
     tokenizer_folder: Path | None = None,
-    *,
-    table_bytes: int | None = TABLE_BYTES,
 ) -> ExportResult:
     """Write a prepared model to `path`, unless ONNX and torch disagree about its outputs.
 
-    Embedding tables of `table_bytes` of fp32 or more are stored in int8, none where it is None.
     The folder's tokenizer.json, if it has one, is copied beside the file. The model itself is
     left alone. Raises InvalidInput for a model that is not prepared and calibrated, and for a
     path that cannot be written; CompilerError where the file would not be what torch computes.
     """
     check_writable(path)
     _check_ready(model)
-    loaded = wrap_model(_stored(model, table_bytes), head, with_pooler=True)
+    loaded = wrap_model(_stored(model), head, with_pooler=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tracing: what they fear is checked below
         traced = trace_model(loaded, OPSET, "torchscript")
@@ -113,7 +110,7 @@ class _Stored(nn.Module):  # type: ignore[misc]
         return torch.fake_quantize_per_channel_affine(weight, self.scale, self.zero, 0, -128, 127)
 
 
-def _stored(model: nn.Module, table_bytes: int | None) -> nn.Module:
+def _stored(model: nn.Module) -> nn.Module:
     """A copy on the CPU whose weights and large tables are what the file will hold."""
     found = copy.deepcopy(model).cpu().eval()
     for linear in quantised_linears(found).values():
@@ -121,22 +118,16 @@ def _stored(model: nn.Module, table_bytes: int | None) -> nn.Module:
         make_plain(linear)
         parametrize.register_parametrization(linear, "weight", _Stored(scale))
     for table in embedding_parts(found).tables:
-        if table_bytes is not None and table.weight.nbytes >= table_bytes:
-            data, scale = rounded_rows(table.weight.detach().numpy())
-            table.weight.data = torch.from_numpy(data)
-            parametrize.register_parametrization(table, "weight", _Stored(torch.from_numpy(scale)))
+        rounding = getattr(table, ROUNDING, None)
+        if rounding is not None:
+            levels, scale = rounded_rows(table.weight.detach())
+            table.weight.data = levels * scale
+            remove_hook(table, rounding)
+            parametrize.register_parametrization(table, "weight", _Stored(scale.reshape(-1)))
     for module in found.modules():
         if isinstance(module, AttentionRounding):
             module.probabilities = False  # the file has none of its roundings
     return found
-
-
-def rounded_rows(table: Array) -> tuple[Array, Array]:
-    """fp32 `[rows, channels]` in whole steps, 127 of each sign, and the scale of each row."""
-    most = np.abs(table).max(axis=1, initial=0.0)
-    scale = np.where(most < SMALLEST, 1.0, most / WEIGHT_LEVELS).astype(np.float32)
-    steps = np.rint(table.astype(np.float64) / scale[:, None]).astype(np.float32)
-    return steps * scale[:, None], scale
 
 
 def store_constants(model: onnx.ModelProto) -> None:

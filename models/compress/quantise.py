@@ -4,8 +4,9 @@
     what the linears read           u8, a learned scale and zero point per tensor
     queries, keys, values           u8 around 128, a learned scale each
     probabilities of attention      255 steps of the largest of each query
+    large embedding tables          s8, a scale per row
 
-Sums, the residual stream, layer norm, GELU, embeddings, pooler and heads stay fp32, as they do in
+Sums, the residual stream, layer norm, GELU, small tables, pooler and heads stay fp32, as in
 `sparsec compile --precision int8`.
 """
 
@@ -26,6 +27,7 @@ from sparsec.errors import InvalidInput
 from sparsec.models.compress.rounding import (
     AttentionRounding,
     Rounding,
+    RowRounding,
     WeightRounding,
     rounded_attention,
 )
@@ -35,12 +37,16 @@ from sparsec.ranges import Observation, choose_range
 ATTENTION = "sparsec_int8"
 ROUNDING = "rounding"  # the submodule that rounds what its owner reads
 ATTENTION_INPUT = "input_rounding"  # of the module that holds q, k and v
+TABLE_BYTES = 4 << 20  # of fp32: the compiler leaves smaller tables in fp32
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
-def prepare(model: nn.Module, *, attention: bool = True) -> list[nn.Parameter]:
+def prepare(
+    model: nn.Module, *, attention: bool = True, table_bytes: int = TABLE_BYTES
+) -> list[nn.Parameter]:
     """Attach fake quantisation to an encoder; returns the parameters of its scales.
 
+    Embedding tables of `table_bytes` of fp32 or more are rounded too.
     They are logarithms of scales and shares of a range: one learning rate (1e-3 or less) serves
     all, weight decay must be 0. Activations are NaN until `calibrate` or `load_state_dict`.
     Raises InvalidInput for an unknown encoder, or one that is prepared already.
@@ -60,6 +66,11 @@ def prepare(model: nn.Module, *, attention: bool = True) -> list[nn.Parameter]:
             _round_input(linear, ROUNDING)
         rounding = WeightRounding(linear.out_features)
         parametrize.register_parametrization(linear, "weight", rounding)
+    for table in embedding_parts(model).tables:
+        if table.weight.nbytes >= table_bytes:
+            rows = RowRounding()
+            table.add_module(ROUNDING, rows)
+            table.register_forward_hook(rows.round_result)
     device = next(iter(linears.values())).bias.device
     for module in _roundings(model):
         module.to(device)
@@ -133,9 +144,9 @@ def bake(model: nn.Module) -> None:
     for module in list(model.modules()):
         for name in (ROUNDING, ATTENTION_INPUT):
             rounding = module._modules.get(name)
-            if isinstance(rounding, Rounding | AttentionRounding):
+            if isinstance(rounding, Rounding | AttentionRounding | RowRounding):
                 del module._modules[name]
-                _remove_hook(module, rounding)
+                remove_hook(module, rounding)
     if hasattr(model, "float_attention"):
         model.set_attn_implementation(model.float_attention)
         del model.float_attention
@@ -187,7 +198,7 @@ def _fit_weight(linear: nn.Linear) -> None:
 
 
 def _roundings(model: nn.Module) -> list[Any]:
-    return [m for m in model.modules() if isinstance(m, Rounding | WeightRounding)]
+    return [m for m in model.modules() if isinstance(m, Rounding | WeightRounding | RowRounding)]
 
 
 def _round_input(module: nn.Module, name: str) -> None:
@@ -196,8 +207,10 @@ def _round_input(module: nn.Module, name: str) -> None:
     module.register_forward_pre_hook(rounding.round_first, with_kwargs=True)
 
 
-def _remove_hook(module: nn.Module, rounding: nn.Module) -> None:
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if getattr(hook, "__self__", None) is rounding:
-            del module._forward_pre_hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
+def remove_hook(module: nn.Module, rounding: nn.Module) -> None:
+    """Undo the registration of a method of `rounding` as a hook of `module`."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if getattr(hook, "__self__", None) is rounding:
+                del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)

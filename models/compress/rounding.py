@@ -229,6 +229,28 @@ class WeightRounding(nn.Module):  # type: ignore[misc]
         return Round.apply(weight.float(), self.log_scale, None, gain)
 
 
+class RowRounding(nn.Module):  # type: ignore[misc]
+    """Rounds the rows that a table gives as the compiler stores the table: s8, a scale per row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active = True
+
+    def round_result(self, module: nn.Module, args: Any, rows: Tensor) -> Tensor:
+        """Round what a look-up gives, `[..., channels]`; a forward hook."""
+        if not self.active:
+            return rows
+        levels, scale = rounded_rows(rows.detach())
+        return rows + (levels * scale - rows).detach()
+
+
+def rounded_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 `[..., channels]` -> whole steps in fp32, and the fp32 scale of each row `[..., 1]`."""
+    most = rows.abs().amax(-1, keepdim=True)
+    scale = torch.where(most < SMALLEST, torch.ones_like(most), most / WEIGHT_LEVELS)
+    return (rows.double() / scale).round().float(), scale
+
+
 class AttentionRounding(nn.Module):  # type: ignore[misc]
     """What the int8 attention kernel rounds: queries, keys, values and probabilities."""
 
