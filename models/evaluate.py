@@ -9,10 +9,14 @@ import onnx
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+Evaluator = Callable[[Mapping[str, Array]], dict[str, Array]]
 
 
-def evaluator(model: onnx.ModelProto) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
-    """Return a function from named inputs to named outputs."""
+def evaluator(model: onnx.ModelProto, *, optimise: bool = True) -> Evaluator:
+    """Return a function from named inputs to named outputs.
+
+    Without `optimise` ONNX Runtime computes each node as it stands, in fp32 between roundings.
+    """
     names = [output.name for output in model.graph.output]
     try:
         import onnxruntime
@@ -23,6 +27,9 @@ def evaluator(model: onnx.ModelProto) -> Callable[[Mapping[str, Array]], dict[st
     else:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only
+        if not optimise:
+            level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.graph_optimization_level = level
         run = onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         ).run

@@ -10,7 +10,7 @@ import inspect
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ import onnx
 from numpy.typing import NDArray
 
 from sparsec.errors import CompilerError, InvalidInput
-from sparsec.models.evaluate import evaluator
+from sparsec.models.evaluate import Evaluator, evaluator
 from sparsec.models.files import write_model
 from sparsec.models.registry import Head
 
@@ -87,7 +87,7 @@ def export_file(
         warnings.simplefilter("ignore")  # of tracing: what they fear is checked below
         loaded = _load(folder, head)
         on_step("exporting")
-        model = _export(loaded, opset, exporter)
+        model = trace_model(loaded, opset, exporter)
     on_step("comparing with torch")
     differences = _differences(loaded, model)
     for name, difference in differences.items():
@@ -131,7 +131,7 @@ def _load(folder: Path, head: Head) -> Loaded:
             f"{folder}: has no weights for {', '.join(missing[:4])}"
             f"{' ...' if len(missing) > 4 else ''}; choose another --head than {head!r}"
         )
-    return _wrap(model.eval(), head, with_pooler=not without_pooler)
+    return wrap_model(model.eval(), head, with_pooler=not without_pooler)
 
 
 def _import_transformers() -> Any:
@@ -147,7 +147,7 @@ def _import_transformers() -> Any:
     return transformers
 
 
-def _wrap(model: Any, head: Head, *, with_pooler: bool) -> Loaded:
+def wrap_model(model: Any, head: Head, *, with_pooler: bool) -> Loaded:
     """Give the model a plain signature: tensors in, tuple of tensors out."""
     import torch
 
@@ -174,7 +174,8 @@ def _wrap(model: Any, head: Head, *, with_pooler: bool) -> Loaded:
     return Loaded(Plain().eval(), tuple(inputs), tuple(outputs), config.vocab_size, positions)
 
 
-def _export(loaded: Loaded, opset: int, exporter: Exporter) -> onnx.ModelProto:
+def trace_model(loaded: Loaded, opset: int, exporter: Exporter) -> onnx.ModelProto:
+    """Return the ONNX model that torch's exporter makes of it, batch and seq free."""
     import torch
 
     feed = _example(loaded, 2, min(16, loaded.positions))
@@ -245,21 +246,28 @@ def _example(loaded: Loaded, batch: int, seq: int) -> dict[str, Array]:
 
 def _differences(loaded: Loaded, model: onnx.ModelProto) -> dict[str, float]:
     """Largest absolute difference of each output over several shapes."""
+    worst = dict.fromkeys(loaded.outputs, 0.0)
+    for name, wanted, got in compared(loaded, evaluator(model)):
+        worst[name] = float(np.maximum(worst[name], np.abs(got - wanted).max()))
+    return worst
+
+
+def compared(
+    loaded: Loaded, run: Evaluator, shapes: Iterable[tuple[int, int]] = CHECKED_SHAPES
+) -> Iterator[tuple[str, Array, Array]]:
+    """Each output's name, torch's answer and that of `run`, for shapes of [batch, seq]."""
     import torch
 
-    run = evaluator(model)
-    worst = dict.fromkeys(loaded.outputs, 0.0)
-    for batch, seq in CHECKED_SHAPES:
+    for batch, seq in shapes:
         feed = _example(loaded, batch, min(seq, loaded.positions))
         feed = {name: feed[name] for name in loaded.inputs}
         with torch.no_grad():
             wanted = loaded.module(*(torch.from_numpy(value) for value in feed.values()))
-        got: Mapping[str, Array] = run(feed)
+        got = run(feed)
         for name, tensor in zip(loaded.outputs, wanted, strict=True):
             if got[name].shape != tuple(tensor.shape):
                 raise CompilerError(
                     f"the exported {name} has shape {list(got[name].shape)} where torch gives "
                     f"{list(tensor.shape)}; nothing was written"
                 )
-            worst[name] = float(np.maximum(worst[name], np.abs(got[name] - tensor.numpy()).max()))
-    return worst
+            yield name, tensor.numpy(), got[name]

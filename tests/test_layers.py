@@ -40,7 +40,7 @@ RANKS = {
     "cli": 10,
     "__main__": 11,
 }
-MODELS_MAY_USE = {"errors", "sparse"}
+MODELS_MAY_USE = {"errors", "sparse", "ranges"}
 COMPRESS = "sparsec.models.compress"
 COMPRESS_USERS = {"sparsec.tools.compress"}  # outside models
 ONNX_HOMES = {"frontend", "tools", "models"}  # tools read ONNX for `inspect` and `verify`

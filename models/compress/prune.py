@@ -108,13 +108,6 @@ def found_masks(linears: Mapping[str, Any], pattern: Pattern) -> dict[str, Tenso
     return found
 
 
-def bake(linears: Mapping[str, Any]) -> None:
-    """Make every masked weight a plain parameter again."""
-    for linear in linears.values():
-        if parametrize.is_parametrized(linear, "weight"):
-            parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
-
-
 @dataclass(frozen=True, slots=True)
 class Pruner:
     """Chooses the cells that stay: by a criterion, under a budget, never reviving for "obs".
