@@ -93,7 +93,7 @@ class Stage:
     seed: int
     warmup: float = 0.06  # share of the steps in which the rate rises from 0; then it falls to 0
     weight_decay: float = 0.01
-    scale_rate: float = 0.1  # learning rate of quantisation scales, relative
+    scale_rate: float = 10.0  # learning rate of quantisation scales, relative
     evaluations: int = 4  # on dev, evenly spread, the last one at the end
     tightening: Tightening | None = None
 

@@ -1,0 +1,340 @@
+"""From a dense model and a task to a block-sparse, quantised ONNX file, stage by stage.
+
+teacher -> permute -> prune -> tune -> quantise -> export. Every stage leaves what it made in the
+output folder; a run that was killed goes on from there.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsec.errors import InvalidInput
+from sparsec.models.compress import export_qdq, mixing, prune, quantise
+from sparsec.models.compress.data import Batch, Encoded, batches, load_tokenizer
+from sparsec.models.compress.distil import LossWeights
+from sparsec.models.compress.folders import load_model, save_model
+from sparsec.models.compress.oneshot import prune_one_shot
+from sparsec.models.compress.pattern import BlockPattern, parse_pattern, sparsity_of
+from sparsec.models.compress.plain import bake
+from sparsec.models.compress.recipe import Recipe
+from sparsec.models.compress.runlog import RunLog
+from sparsec.models.compress.sites import embedding_parts, encoder_linears
+from sparsec.models.compress.tasks import TASKS, Task, find_task
+from sparsec.models.compress.train import (
+    Device,
+    Source,
+    Stage,
+    Tightening,
+    Trainer,
+    evaluate_model,
+)
+from sparsec.models.export import check_folder, export_file
+
+Tell = Callable[[str, int, int], None]
+
+CALIBRATION_TOKENS = 16384  # for OBS and the first ranges of quantisation
+OBS_STEPS = 6  # moments at which OBS prunes further
+OTHER_STEPS = 60  # moments for the criteria that cost nothing
+LABELS_ONLY = LossWeights(labels=1.0, logits=0.0, hidden=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Compressed:
+    """What a run made. `dev` has metrics by stage, `layers` the sparsity of each linear."""
+
+    onnx: Path
+    teacher: Path
+    sparse: Path
+    dev: dict[str, dict[str, float]]
+    layers: dict[str, float]
+
+
+def compress(
+    recipe: Recipe,
+    *,
+    targets: Mapping[str, float] | None = None,
+    tell: Tell = lambda text, step, steps: None,
+) -> Compressed:
+    """Run every stage that is not done yet.
+
+    `targets` gives linears by name their own sparsity instead of `recipe.sparsity` for all.
+    Raises InvalidInput for whatever is wrong with the recipe, its folders and its files.
+    """
+    run = _Run(recipe, targets, tell)
+    run.check()
+    teacher = run.teacher()
+    dev = {"teacher": run.evaluate(teacher)}
+    student = run.student(teacher)
+    linears = encoder_linears(student)
+    masks = run.pruned(student, teacher, dev)
+    layers = {name: sparsity_of([mask.kept]) for name, mask in masks.items()}
+    sparse = run.output / "sparse"
+    plain = copy.deepcopy(student)
+    bake(encoder_linears(plain).values())
+    save_model(plain, recipe.model, sparse)
+    del plain, linears
+    onnx = run.exported(student, teacher, dev)
+    return Compressed(onnx, run.teacher_folder, sparse, dev, layers)
+
+
+@dataclass
+class _Run:
+    recipe: Recipe
+    targets: Mapping[str, float] | None
+    tell: Tell
+
+    @property
+    def output(self) -> Path:
+        return self.recipe.output
+
+    @property
+    def teacher_folder(self) -> Path:
+        return self.recipe.teacher or self.output / "teacher"
+
+    @cached_property
+    def task(self) -> Task:
+        return find_task(self.recipe.task)
+
+    @cached_property
+    def device(self) -> Device:
+        name = self.recipe.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cuda" and not torch.cuda.is_available():
+            raise InvalidInput("--device cuda: torch sees no CUDA device here; take cpu")
+        bf16 = name == "cuda" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return Device(name, bf16)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.recipe.model)
+
+    @cached_property
+    def train_data(self) -> Encoded:
+        return self.task.read(self.recipe.train, self.tokenizer, self.recipe.max_length)
+
+    @cached_property
+    def dev_data(self) -> Encoded:
+        return self.task.read(self.recipe.dev, self.tokenizer, self.recipe.max_length)
+
+    @cached_property
+    def texts(self) -> list[Encoded]:
+        read = TASKS["text"].read
+        return [read(path, self.tokenizer, self.recipe.max_length) for path in self.recipe.text]
+
+    @cached_property
+    def log(self) -> RunLog:
+        return RunLog(self.output / "log.jsonl")
+
+    @cached_property
+    def pattern(self) -> Any:
+        return parse_pattern(self.recipe.block)
+
+    def check(self) -> None:
+        """Read all input before anything is trained; make the folder and keep the recipe."""
+        torch.set_num_threads(self.recipe.threads or len(os.sched_getaffinity(0)))
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        blocks = isinstance(self.pattern, BlockPattern)
+        if not blocks and (self.recipe.criterion == "obs" or self.recipe.budget == "global"):
+            raise InvalidInput(
+                f"--block {self.pattern}: N:M goes with --criterion magnitude, movement or snip "
+                "and --budget layer"
+            )
+        _ = self.device, self.train_data, self.dev_data, self.texts
+        for folder in filter(None, (self.recipe.teacher, self.recipe.start)):
+            check_folder(folder)
+        model, _missing = load_model(self.recipe.model, self.task, self.recipe.seed)
+        for name, linear in encoder_linears(model).items():
+            self.pattern.check(name, tuple(linear.weight.shape))
+        self.output.mkdir(parents=True, exist_ok=True)
+        (self.output / "recipe.json").write_text(self.recipe.to_json(), encoding="utf-8")
+
+    def evaluate(self, model: Any) -> dict[str, float]:
+        return evaluate_model(model, self.task, self.dev_data, self.device)
+
+    def teacher(self) -> Any:
+        """Load or tune the model that the student learns from."""
+        ready = self.recipe.teacher or (self.output / "teacher")
+        if self.recipe.teacher is not None or ready.is_dir():
+            model, missing = load_model(ready, self.task, self.recipe.seed)
+            if missing and self.task.head != "none":
+                raise InvalidInput(
+                    f"{ready}: has no weights for {', '.join(missing[:4])}; give a model that is "
+                    f"tuned for {self.task.name}"
+                )
+            return model.to(self.device.name).eval()
+        model, _missing = load_model(self.recipe.model, self.task, self.recipe.seed)
+        model = model.to(self.device.name)
+        if self.recipe.epochs.teacher > 0 and self.train_data.targets:
+            stage = self._stage("teacher", self.recipe.rates.teacher, self.recipe.epochs.teacher)
+            stage = replace(stage, weights=LABELS_ONLY, sources=stage.sources[:1])
+            self._train(stage, model, None)
+        save_model(model, self.recipe.model, ready)
+        return model.eval()
+
+    def student(self, teacher: Any) -> Any:
+        """Return what is pruned: a copy of the teacher, or the pruned model to start from."""
+        if self.recipe.start is not None:
+            student, _missing = load_model(self.recipe.start, self.task, self.recipe.seed)
+        elif self.recipe.teacher is None:
+            student = copy.deepcopy(teacher)
+        else:
+            student, _missing = load_model(
+                self.recipe.teacher if self._same_size(teacher) else self.recipe.model,
+                self.task, self.recipe.seed,
+            )  # fmt: skip
+        student = student.to(self.device.name)
+        for module in student.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0  # the teacher has none either, and says the same each time
+        for table in embedding_parts(student).tables:
+            table.weight.requires_grad_(False)
+        if self.recipe.permute and self.recipe.start is None and self._is_blocks:
+            from sparsec.models.compress.permute import permute
+
+            permute(student, self.pattern, self.recipe.sparsity, residual=False)
+        return student
+
+    def _same_size(self, teacher: Any) -> bool:
+        model, _missing = load_model(self.recipe.model, self.task, self.recipe.seed)
+        ours, theirs = model.config, teacher.config
+        names = ("num_hidden_layers", "hidden_size", "num_attention_heads")
+        return all(getattr(ours, n, None) == getattr(theirs, n, None) for n in names)
+
+    @property
+    def _is_blocks(self) -> bool:
+        return isinstance(self.pattern, BlockPattern)
+
+    def pruned(
+        self, student: Any, teacher: Any, dev: dict[str, dict[str, float]]
+    ) -> dict[str, prune.BlockMask]:
+        """Prune and tune `student`; its masks keep the pattern from then on."""
+        recipe, linears = self.recipe, encoder_linears(student)
+        start = prune.found_masks(linears, self.pattern) if recipe.start else None
+        masks = prune.attach(linears, self.pattern, start)
+        goals = dict.fromkeys(linears, recipe.sparsity) | dict(self.targets or {})
+        if recipe.one_shot:
+            self._one_shot(student, masks, goals, teacher)
+            dev["one-shot"] = self.evaluate(student)
+            return masks
+        stage = self._stage("prune", recipe.rates.prune, recipe.epochs.prune)
+        tightening = self._tightening(student, masks, goals)
+        dev["prune"] = self._train(replace(stage, tightening=tightening), student, teacher)
+        if recipe.epochs.tune > 0:
+            stage = self._stage("tune", recipe.rates.tune, recipe.epochs.tune)
+            dev["tune"] = self._train(stage, student, teacher)
+        return masks
+
+    def exported(self, student: Any, teacher: Any, dev: dict[str, dict[str, float]]) -> Path:
+        """Quantise with learned scales, and write model.onnx."""
+        recipe, path = self.recipe, self.output / "model.onnx"
+        if not recipe.quantise:
+            export_file(self.output / "sparse", path, head=self.task.head)
+            return path
+        scales = quantise.prepare(student)
+        quantise.calibrate(student, self._calibration())
+        if recipe.epochs.quantise > 0 and not recipe.one_shot:
+            stage = self._stage("quantise", recipe.rates.quantise, recipe.epochs.quantise)
+            dev["quantise"] = self._train(stage, student, teacher, scales)
+        else:
+            dev["quantise"] = self.evaluate(student)
+        export_qdq.export(student.cpu().eval(), path, self.task.head)
+        return path
+
+    def _train(
+        self, stage: Stage, student: Any, teacher: Any | None, scales: Any = ()
+    ) -> dict[str, float]:
+        return Trainer(
+            stage, student, teacher, self.task, self.dev_data, self.output / "stages" / stage.name,
+            self.log, self.device, scales, self.tell,
+        ).run()  # fmt: skip
+
+    def _stage(self, name: str, rate: float, epochs: float) -> Stage:
+        d = self.recipe.distillation_for(self.task.head)
+        weights = LossWeights(
+            d.labels, d.logits, d.hidden, d.relations, d.embedding, d.temperature
+        )
+        return Stage(
+            name, self._sources(), epochs, rate, weights,
+            self.recipe.tokens_per_batch, self.recipe.seed,
+        )  # fmt: skip
+
+    def _sources(self) -> list[Source]:
+        recipe, seed = self.recipe, self.recipe.seed
+        labelled = bool(self.train_data.targets)
+        found = [Source("train", lambda epoch: self.train_data, labelled)]
+        if recipe.joined and labelled and self.train_data.rows_per_example == 1:
+            join = lru_cache(1)(lambda epoch: mixing.joined(self.train_data, seed, epoch))
+            found.append(Source("joined", join, False))
+        for path, text in zip(recipe.text, self.texts, strict=True):
+            share = lru_cache(1)(_share(text, recipe.text_share, seed))
+            found.append(Source(path.name, share, False))
+        return found
+
+    def _calibration(self) -> list[Batch]:
+        """Some batches of all sources, the same for a seed, on the device."""
+        found: list[Batch] = []
+        sources = self._sources()
+        for source in sources:
+            encoded = source.at(0)
+            per_batch = max(self.recipe.tokens_per_batch // encoded.rows_per_example, 1)
+            room = CALIBRATION_TOKENS // len(sources)
+            for indices in batches(encoded.lengths, per_batch, self.recipe.seed, 0):
+                batch = encoded.batch(indices)
+                room -= int(batch["attention_mask"].sum())
+                found.append(self.device.put(batch))
+                if room <= 0:
+                    break
+        return found
+
+    def _tightening(
+        self, student: Any, masks: dict[str, prune.BlockMask], goals: dict[str, float]
+    ) -> Tightening:
+        linears = encoder_linears(student)
+        pruner = prune.Pruner(self.recipe.criterion, self.recipe.budget, goals)
+        began = {name: sparsity_of([mask.kept]) for name, mask in masks.items()}
+        if self.recipe.criterion != "obs":
+            return Tightening(
+                lambda progress: pruner.update(linears, masks, began, progress),
+                OTHER_STEPS, self.recipe.prune_until,
+                lambda: pruner.start(masks), lambda: pruner.stop(masks),
+            )  # fmt: skip
+
+        def to(progress: float) -> float:
+            now = pruner.goals(began, progress)
+            self._one_shot(student, masks, now, None)
+            return sparsity_of(mask.kept for mask in masks.values())
+
+        return Tightening(to, OBS_STEPS, self.recipe.prune_until)
+
+    def _one_shot(
+        self, student: Any, masks: dict[str, prune.BlockMask], goals: dict[str, float],
+        reference: Any | None,
+    ) -> None:  # fmt: skip
+        """Prune to `goals` with OBS, the weights that stay refitted; masks only lose cells."""
+        plain = copy.deepcopy(student)
+        bake(encoder_linears(plain).values())
+        kept = {name: mask.kept for name, mask in masks.items()}
+        found = prune_one_shot(
+            plain, self._calibration(), self.pattern, goals, reference=reference, kept=kept
+        )
+        new, old = encoder_linears(plain), encoder_linears(student)
+        with torch.no_grad():
+            for name, mask in masks.items():
+                mask.kept.copy_(found[name])
+                old[name].parametrizations.weight.original.copy_(new[name].weight)
+                if new[name].bias is not None:
+                    old[name].bias.copy_(new[name].bias)
+
+
+def _share(text: Encoded, share: float, seed: int) -> Callable[[int], Encoded]:
+    return lambda epoch: mixing.some(text, share, seed, epoch)

@@ -1,0 +1,144 @@
+"""All stages on a tiny model: from a dense folder to a block-sparse ONNX file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sparsec.errors import InvalidInput
+
+torch = pytest.importorskip("torch", reason="compress needs the extra compress")
+
+from onnx import load, numpy_helper  # noqa: E402
+
+from sparsec.models.compress.data import load_tokenizer  # noqa: E402
+from sparsec.models.compress.pipeline import compress  # noqa: E402
+from sparsec.models.compress.recipe import Epochs, Rates, Recipe  # noqa: E402
+from sparsec.models.compress.tasks import evaluate, find_task  # noqa: E402
+from sparsec.models.evaluate import evaluator  # noqa: E402
+from sparsec.sparse.bsr import block_zeros  # noqa: E402
+
+EPOCHS = Epochs(teacher=6, prune=2, tune=1, quantise=0.5)
+RATES = Rates(teacher=3e-3, prune=2e-3, tune=1e-3, quantise=3e-4)
+
+
+@pytest.fixture
+def recipe(tiny_folder: Path, sst2_files: tuple[Path, Path], tmp_path: Path) -> Recipe:
+    train, dev = sst2_files
+    return Recipe(
+        tiny_folder, "sst2", train, dev, tmp_path / "out", block="8x1", sparsity=0.5,
+        epochs=EPOCHS, rates=RATES, tokens_per_batch=128, max_length=32, device="cpu", threads=1, permute=False,
+    )  # fmt: skip
+
+
+def accuracy(onnx: Path, recipe: Recipe) -> float:
+    """Of the ONNX file, by the evaluator that is installed."""
+    task = find_task(recipe.task)
+    dev = task.read(recipe.dev, load_tokenizer(recipe.model), recipe.max_length)
+    model = load(onnx)
+    names = [i.name for i in model.graph.input]
+    run = evaluator(model)
+    return evaluate(lambda arrays: run({n: arrays[n] for n in names}), task, dev)["accuracy"]
+
+
+def weights_s8(onnx: Path) -> list[np.ndarray]:
+    """The quantised weights `[out, in]` of products."""
+    found = (numpy_helper.to_array(t) for t in load(onnx).graph.initializer)
+    return [array.T for array in found if array.dtype == np.int8 and array.ndim == 2]
+
+
+@pytest.mark.parametrize("criterion", ["obs", "magnitude", "movement", "snip"])
+def test_makes_a_sparse_int8_model_that_does_the_task(recipe: Recipe, criterion: str) -> None:
+    recipe = replace(recipe, criterion=criterion)
+    made = compress(recipe)
+    assert made.dev["teacher"]["accuracy"] > 0.9
+    assert made.dev["quantise"]["accuracy"] > 0.9
+    assert accuracy(made.onnx, recipe) == pytest.approx(made.dev["quantise"]["accuracy"], abs=0.04)
+    assert all(share == pytest.approx(0.5, abs=0.05) for share in made.layers.values())
+    weights = weights_s8(made.onnx)
+    assert len(weights) == 12
+    for weight in weights:
+        assert block_zeros(weight, [(8, 1)])[8, 1] >= 0.45
+    lines = [json.loads(text) for text in (recipe.output / "log.jsonl").read_text().splitlines()]
+    stages = [line["stage"] for line in lines]
+    assert list(dict.fromkeys(stages)) == ["teacher", "prune", "tune", "quantise"]
+
+
+def test_a_second_run_finds_everything_done(recipe: Recipe) -> None:
+    first = compress(recipe)
+    before = first.onnx.read_bytes()
+    steps: list[str] = []
+    again = compress(recipe, tell=lambda text, step, of: steps.append(text))
+    assert again == first
+    assert again.onnx.read_bytes() == before
+    assert not steps
+
+
+def test_another_block_starts_from_the_same_teacher_and_a_sparser_one_from_the_sparse_folder(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    first = compress(recipe)
+    sparser = replace(
+        recipe, output=tmp_path / "sparser", teacher=first.teacher, start=first.sparse,
+        sparsity=0.75, criterion="magnitude",
+    )  # fmt: skip
+    made = compress(sparser)
+    assert made.dev["teacher"] == first.dev["teacher"]
+    assert all(share == pytest.approx(0.75, abs=0.05) for share in made.layers.values())
+
+
+def test_one_shot_needs_no_training(recipe: Recipe, tmp_path: Path) -> None:
+    teacher = compress(replace(recipe, epochs=Epochs(6, 0.1, 0, 0))).teacher
+    steps: list[str] = []
+    recipe = replace(recipe, output=tmp_path / "one", teacher=teacher, one_shot=True)
+    made = compress(recipe, tell=lambda text, step, of: steps.append(text))
+    assert not steps
+    assert made.dev["one-shot"]["accuracy"] > 0.7
+    assert all(share == pytest.approx(0.5, abs=0.05) for share in made.layers.values())
+
+
+def test_without_quantisation_the_file_is_fp32(recipe: Recipe) -> None:
+    made = compress(replace(recipe, quantise=False))
+    assert not weights_s8(made.onnx)
+    assert accuracy(made.onnx, recipe) == made.dev["tune"]["accuracy"]
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"block": "7x1"}, "does not divide bert.encoder.layer.0"),
+    ({"block": "2:4"}, "--criterion magnitude"),
+    ({"block": "2:4", "criterion": "snip", "budget": "global"}, "--budget layer"),
+    ({"model": Path("nowhere")}, "nowhere"),
+    ({"train": Path("nowhere.tsv")}, "nowhere.tsv"),
+    ({"dev": Path("nowhere.tsv")}, "nowhere.tsv"),
+    ({"task": "sst3"}, "sst3"),
+    ({"teacher": Path("nowhere")}, "nowhere"),
+])  # fmt: skip
+def test_bad_requests_leave_nothing_behind(
+    recipe: Recipe, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        compress(replace(recipe, **changes))
+    assert not recipe.output.exists()
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"sparsity": 0.0}, "--sparsity"), ({"sparsity": 1.0}, "--sparsity"),
+    ({"sparsity": float("nan")}, "--sparsity"), ({"criterion": "luck"}, "criterion 'luck'"),
+    ({"epochs": Epochs(tune=-1)}, "tune -1"), ({"prune_until": 0.0}, "prune_until"),
+    ({"max_length": 3}, "max_length 3"), ({"device": "tpu"}, "device 'tpu'"),
+])  # fmt: skip
+def test_a_recipe_refuses_what_makes_no_sense(
+    recipe: Recipe, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        replace(recipe, **changes)
+
+
+def test_a_recipe_names_what_differs(recipe: Recipe) -> None:
+    other = replace(recipe, sparsity=0.9, output=Path("elsewhere"), threads=2)
+    assert recipe.differences(recipe.to_json()) == []
+    assert recipe.differences(other.to_json()) == ["sparsity"]
