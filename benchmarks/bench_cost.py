@@ -13,7 +13,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from sparsec.codegen.kernels.int8_epilogue import Epilogue
 from sparsec.codegen.kernels.int8_family import PARAMS, Int8GemmFamily, kernel_of
 from sparsec.codegen.kernels.layer_norm import RESULTS, LayerNorm
 from sparsec.ir.schedule import Schedule, Workload
+from sparsec.models.compress.metrics import spearman
 from sparsec.sparse.bsr import block_zeros
 from sparsec.target import Target
 from sparsec.tuning.cost import expected_seconds
@@ -196,12 +197,6 @@ def measure(candidates: list[Any], rounds: int) -> None:
             c.call()
             if index:
                 c.seconds.append(time.thread_time() - start)
-
-
-def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """Rank correlation; no two values are equal."""
-    ranks = (np.argsort(np.argsort(v)).astype(float) for v in (a, b))
-    return float(np.corrcoef(*ranks)[0, 1])
 
 
 def report(name: str, found: list[Sample]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsec import __version__
+from sparsec.cli_compress import add_commands as add_compress_commands
 from sparsec.cli_timing import add_commands as add_timing_commands
 from sparsec.cli_timing import add_isa
 from sparsec.cli_tuning import add_commands as add_tuning_commands
@@ -207,6 +208,7 @@ def _parser() -> argparse.ArgumentParser:
         add(commands)
     add_timing_commands(commands)
     add_tuning_commands(commands)
+    add_compress_commands(commands)
     return parser
 
 

@@ -69,3 +69,17 @@ def test_without_the_compiler_packages_compile_model_says_what_to_install() -> N
         "    sys.exit(0 if 'sparsec[compiler]' in str(error) else 1)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_torch_compress_says_what_to_install() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules['torch'] = None\n"
+        "from sparsec.cli import main\n"
+        "data = ['--task', 'sst2', '--train', 'a.tsv', '--dev', 'a.tsv', '-o', 'out']\n"
+        "sys.exit(main(['compress', 'folder', *data]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "pip install 'sparsec[compress]'" in done.stderr

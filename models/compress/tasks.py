@@ -27,6 +27,11 @@ from sparsec.models.registry import Head
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]
 
+OUTPUTS: dict[Head, tuple[str, ...]] = {
+    "none": ("last_hidden_state",),
+    "classify": ("logits",),
+    "qa": ("start_logits", "end_logits"),
+}
 EVALUATION_TOKENS = 4096  # of a batch
 LEAST_NORM = 1e-12  # of an embedding, so that one of zeros has the cosine 0
 
@@ -55,6 +60,11 @@ class Task:
     loss: Callable[[Mapping[str, torch.Tensor], Batch], torch.Tensor | None]
     predict: Callable[[Arrays, Arrays], Any]
     score: Callable[[Any, Encoded], dict[str, float]]
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What a model has to give for this task."""
+        return OUTPUTS[self.head]
 
 
 def find_task(name: str) -> Task:
