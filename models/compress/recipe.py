@@ -101,8 +101,8 @@ class Recipe:
             raise InvalidInput(
                 f"--sparsity {self.sparsity}: wanted a share between 0 and 1, such as 0.8"
             )
-        for group in filter(None, (self.epochs, self.rates, self.distillation)):
-            for name, value in asdict(group).items():
+        for values in (self.epochs, self.rates, self.distillation or Distillation()):
+            for name, value in asdict(values).items():
                 if not 0.0 <= value < float("inf"):
                     raise InvalidInput(f"{name} {value}: wanted 0 or more")
         if not 0.0 < self.prune_until <= 1.0:

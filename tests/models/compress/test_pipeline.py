@@ -31,7 +31,8 @@ def recipe(tiny_folder: Path, sst2_files: tuple[Path, Path], tmp_path: Path) -> 
     train, dev = sst2_files
     return Recipe(
         tiny_folder, "sst2", train, dev, tmp_path / "out", block="8x1", sparsity=0.5,
-        epochs=EPOCHS, rates=RATES, tokens_per_batch=128, max_length=32, device="cpu", threads=1, permute=False,
+        epochs=EPOCHS, rates=RATES, tokens_per_batch=128, max_length=32, device="cpu", threads=1,
+        permute=False,
     )  # fmt: skip
 
 
