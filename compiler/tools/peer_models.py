@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx.helper
+import onnx.numpy_helper
 
 from sparsec.errors import InvalidInput
 
@@ -67,6 +69,52 @@ def quantize_dynamic(path: Path, output: Path) -> None:
             weight_type=QuantType.QInt8,
             extra_options={"WeightSymmetric": True},
         )
+
+
+def without_roundings(path: Path, output: Path) -> None:
+    """Write the fp32 form of a QDQ file: weights dequantised, no rounding of activations."""
+    model = onnx.load(path)
+    graph = model.graph
+    constants = {t.name: t for t in graph.initializer}
+    rounded = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "QuantizeLinear"}
+    aliases: dict[str, str] = {}
+    kept = []
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in constants:
+            constants[node.output[0]] = _dequantized(node, constants)
+        elif node.op_type == "DequantizeLinear" and node.input[0] in rounded:
+            aliases[node.output[0]] = rounded[node.input[0]]
+        elif node.op_type != "QuantizeLinear":
+            kept.append(node)
+    used = set()
+    for node in kept:
+        for i, name in enumerate(node.input):
+            while name in aliases:
+                name = aliases[name]
+            node.input[i] = name
+            used.add(name)
+    for value in graph.output:
+        if value.name in aliases:  # a name that the caller knows
+            kept.append(onnx.helper.make_node("Identity", [aliases[value.name]], [value.name]))
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(kept)
+    graph.initializer.extend(t for name, t in constants.items() if name in used)
+    with _whole(output) as partial:
+        onnx.save(model, partial)
+
+
+def _dequantized(
+    node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]
+) -> onnx.TensorProto:
+    """What a DequantizeLinear of constants gives, per tensor or along its axis."""
+    values, scale, *zero = (onnx.numpy_helper.to_array(constants[name]) for name in node.input)
+    axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+    shape = [1] * values.ndim
+    if scale.ndim:
+        shape[axis] = -1
+    shifted = values.astype(np.int32) - (zero[0].astype(np.int32).reshape(shape) if zero else 0)
+    array = shifted.astype(np.float32) * scale.reshape(shape)
+    return onnx.numpy_helper.from_array(array, node.output[0])
 
 
 class _Samples:

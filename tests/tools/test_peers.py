@@ -17,7 +17,7 @@ from onnx.reference import ReferenceEvaluator
 from sparsec.errors import InvalidInput
 from sparsec.tools.instances import Engine, Layout, core_cpus, places_of, run_together
 from sparsec.tools.peer_instances import PEER_ENGINES
-from sparsec.tools.peer_models import quantize_dynamic, quantize_static
+from sparsec.tools.peer_models import quantize_dynamic, quantize_static, without_roundings
 from sparsec.tools.peers import PEERS, Arrays, Runner, onnxruntime_runner, openvino_runner
 
 CHANNELS = 32
@@ -174,3 +174,23 @@ def test_dynamic_file_multiplies_integers(model: Path) -> None:
     kinds = [node.op_type for node in onnx.load(output).graph.node]
     assert "MatMulInteger" in kinds
     assert not list(output.parent.glob("partial-*"))
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_without_roundings_a_quantised_file_is_fp32_again(
+    attention: bool, runner: Runner, model: Path, rng: np.random.Generator
+) -> None:
+    pytest.importorskip("onnxruntime", reason="the quantiser is ONNX Runtime's")
+    quantised, output = model.with_name("int8.onnx"), model.with_name("fp32.onnx")
+    quantize_static(model, quantised, feed(rng, (8, 6)), attention=attention)
+    without_roundings(quantised, output)
+    graph = onnx.load(output).graph
+    assert not {"QuantizeLinear", "DequantizeLinear"} & {node.op_type for node in graph.node}
+    used = {name for node in graph.node for name in node.input}
+    assert {tensor.name for tensor in graph.initializer} <= used
+    arrays = feed(rng, (1, 6))
+    got, wanted = runner(output, 1)[1](arrays), expected(model, arrays)
+    # Weights alone are rounded: half a step of 1/127 of the largest of a channel (below 1), times
+    # x in [-1, 1] over 32 channels.
+    limit = CHANNELS / 254
+    np.testing.assert_allclose(got["linear_out"], wanted["linear_out"], atol=limit)

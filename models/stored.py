@@ -1,0 +1,68 @@
+"""Trained block-sparse models that are kept here, compressed, and how they were made.
+
+models/trained/NAME/model.onnx.xz  tokenizer.json.xz  result.json
+"""
+
+from __future__ import annotations
+
+import lzma
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsec.errors import InvalidInput
+
+FOLDER = Path(__file__).parent / "trained"
+FILES = ("model.onnx", "tokenizer.json")
+RESULT = "result.json"  # recipe, seeds, metrics and latencies of the run that made the model
+LARGEST_BYTES = 16_000_000  # of a stored model
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A model taken out of the repository: files in a folder of the user's."""
+
+    onnx: Path
+    tokenizer: Path
+
+
+def stored_names() -> list[str]:
+    """Return the names of the models that are kept here."""
+    return sorted(path.parent.name for path in FOLDER.glob(f"*/{RESULT}"))
+
+
+def unpack(name: str, folder: Path) -> Stored:
+    """Write the files of a stored model into `folder`, unless they are there already."""
+    source = FOLDER / name
+    if name not in stored_names():
+        raise InvalidInput(f"no trained model is called {name!r}; known: {stored_names()}")
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in FILES:
+        data = lzma.decompress((source / f"{file}.xz").read_bytes())
+        _write(folder / file, data)
+    return Stored(*(folder / file for file in FILES))
+
+
+def pack(run: Path, name: str, tokenizer: Path) -> Path:
+    """Keep what `sparsec compress` wrote to `run` under `name`; returns its folder here."""
+    target = FOLDER / name
+    target.mkdir(parents=True, exist_ok=True)
+    for file, source in zip(FILES, (run / "model.onnx", tokenizer), strict=True):
+        packed = lzma.compress(source.read_bytes(), preset=9 | lzma.PRESET_EXTREME)
+        if len(packed) > LARGEST_BYTES:
+            raise InvalidInput(
+                f"{source}: {len(packed) / 1e6:.1f} MB compressed; at most "
+                f"{LARGEST_BYTES / 1e6:.0f} MB are kept in the repository"
+            )
+        _write(target / f"{file}.xz", packed)
+    _write(target / RESULT, (run / RESULT).read_bytes())
+    return target
+
+
+def _write(path: Path, data: bytes) -> None:
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise InvalidInput(f"{path}: cannot be written: {error.strerror or error}") from error
