@@ -264,18 +264,19 @@ class _Run:
             d.labels, d.logits, d.hidden, d.relations, d.embedding, d.temperature
         )
         return Stage(
-            name, self._sources(), epochs, rate, weights,
+            name, self._sources(texts=name == "prune"), epochs, rate, weights,
             self.recipe.tokens_per_batch, self.recipe.seed,
         )  # fmt: skip
 
-    def _sources(self) -> list[Source]:
+    def _sources(self, *, texts: bool) -> list[Source]:
+        """Return the task's own examples, and with `texts` plain text beside them."""
         recipe, seed = self.recipe, self.recipe.seed
         labelled = bool(self.train_data.targets)
         found = [Source("train", lambda epoch: self.train_data, labelled)]
         if recipe.joined and labelled and self.train_data.rows_per_example == 1:
             join = lru_cache(1)(lambda epoch: mixing.joined(self.train_data, seed, epoch))
             found.append(Source("joined", join, False))
-        for path, text in zip(recipe.text, self.texts, strict=True):
+        for path, text in zip(recipe.text, self.texts, strict=True) if texts else ():
             share = lru_cache(1)(_share(text, recipe.text_share, seed))
             found.append(Source(path.name, share, False))
         return found
@@ -283,7 +284,7 @@ class _Run:
     def _calibration(self) -> list[Batch]:
         """Some batches of all sources, the same for a seed, on the device."""
         found: list[Batch] = []
-        sources = self._sources()
+        sources = self._sources(texts=True)
         for source in sources:
             encoded = source.at(0)
             per_batch = max(self.recipe.tokens_per_batch // encoded.rows_per_example, 1)
