@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sparsec.errors import InvalidInput
+
 # Options that are fields of a recipe (sparsec.models.compress.recipe, the home of defaults).
 FIELDS = (
     "model", "task", "train", "dev", "output", "block", "sparsity", "text", "teacher", "start",
-    "criterion", "budget", "permute", "one_shot", "quantise", "epochs", "rates", "distillation",
-    "max_length", "tokens_per_batch", "text_share", "joined", "prune_until", "seed", "device",
-    "threads",
+    "criterion", "budget", "latency_ms", "latency_tokens", "permute", "one_shot", "quantise",
+    "epochs", "rates", "distillation", "max_length", "tokens_per_batch", "text_share", "joined",
+    "prune_until", "seed", "device", "threads",
 )  # fmt: skip
 
 
@@ -22,9 +24,7 @@ def add_commands(commands: Any) -> None:
     )
     p.add_argument("model", type=Path, metavar="MODEL_DIR", help="the dense model")
     p.add_argument("--task", required=True, help="sst2, stsb, embed or squad")
-    p.add_argument(
-        "--train", type=Path, required=True, metavar="FILE", help="examples to learn from"
-    )
+    p.add_argument("--train", type=Path, metavar="FILE", help="examples to learn from")
     p.add_argument("--dev", type=Path, required=True, metavar="FILE", help="to select and measure")
     p.add_argument("-o", "--output", type=Path, required=True, metavar="OUT_DIR")
     p.add_argument("--resume", action="store_true", help="go on with the run in OUT_DIR")
@@ -38,6 +38,8 @@ def _compress(args: argparse.Namespace) -> int:
     from sparsec.tools.compress import compress, make_recipe, print_outcome
     from sparsec.tools.compress_progress import training_progress
 
+    if args.latency_ms is not None and args.sparsity is not None:
+        raise InvalidInput("--latency-ms finds the sparsity of each layer: leave out --sparsity")
     given = {name: getattr(args, name) for name in FIELDS}
     given["text"] = tuple(given["text"])
     recipe = make_recipe({name: value for name, value in given.items() if value is not None})
@@ -59,6 +61,9 @@ def _compress(args: argparse.Namespace) -> int:
 def _add_pattern(p: Any) -> None:
     p.add_argument("--block", metavar="RxC|N:M", help="output x input channels, such as 16x1")
     p.add_argument("--sparsity", type=float, metavar="S", help="share of zero blocks, like 0.8")
+    p.add_argument("--latency-ms", type=float, metavar="L",
+                   help="instead of --sparsity: each layer gets what that needs")  # fmt: skip
+    p.add_argument("--latency-tokens", type=int, metavar="N", help="batch x seq of that run")
     p.add_argument("--criterion", help="obs, magnitude, movement or snip: what goes first")
     p.add_argument("--budget", help="layer: S in every layer; global: S of all layers together")
     p.add_argument("--no-permute", dest="permute", action="store_false", default=None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -19,7 +20,10 @@ from rich.table import Table
 from sparsec import __version__
 from sparsec.driver import compile_model
 from sparsec.errors import InvalidInput, MissingPackage
+from sparsec.options import Calibration, CompileOptions
 from sparsec.runtime import Model, load
+from sparsec.target import Target
+from sparsec.tools.advise import AdviseOptions, advise
 from sparsec.tools.bench import bench
 from sparsec.tools.compress_plot import plot_run
 from sparsec.tools.compress_progress import Tell
@@ -34,6 +38,8 @@ if TYPE_CHECKING:
 SCHEMA = 1  # of result.json; fields may be added to it, none is taken away or changed
 LENGTHS = (32, 128)  # tokens of the one sequence whose latency is measured
 BENCH_SECONDS = 2.0
+ADVISED = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)  # shares that a latency is met with
+EQUAL = 5e-3  # sparsities that differ by less are told in one line
 USUAL_POSITIONS = 512
 GROUPS = ("epochs", "rates", "distillation")  # fields of a recipe that are records themselves
 
@@ -87,7 +93,7 @@ def make_recipe(given: Mapping[str, Any]) -> Recipe:
         name: _changed(name, defaults[name], given[name]) for name in GROUPS if name in given
     }
     values = {name: _absolute(value) for name, value in given.items()} | groups
-    return recipe.Recipe(**values)
+    return recipe.Recipe(**{"train": None, **values})
 
 
 def _absolute(value: Any) -> Any:
@@ -136,7 +142,7 @@ def compress(recipe: Recipe, *, resume: bool, tell: Tell) -> Outcome:
     from sparsec.tuning.rates_file import cache_folder
 
     check_output(recipe, resume)
-    made: Compressed = pipeline.compress(recipe, tell=tell)
+    made: Compressed = pipeline.compress(recipe, targets=latency_targets(recipe, tell), tell=tell)
     library = recipe.output / LIBRARY
     compiled = compile_model(
         made.onnx, library, rates=cache_folder(),
@@ -152,6 +158,46 @@ def compress(recipe: Recipe, *, resume: bool, tell: Tell) -> Outcome:
     outcome = Outcome(library, dev, latency, made.layers, notes)
     _write_result(recipe, made, outcome)
     return outcome
+
+
+def latency_targets(recipe: Recipe, tell: Tell) -> dict[str, float] | None:
+    """The sparsity of each linear that the recipe's latency needs; None when it has none.
+
+    Raises InvalidInput when no sparsity of ADVISED is enough.
+    """
+    from sparsec.models.compress.budget import sparsities_for
+    from sparsec.models.compress.folders import load_model
+    from sparsec.models.compress.pattern import BlockPattern, parse_pattern
+    from sparsec.models.compress.sites import encoder_linears
+    from sparsec.models.compress.tasks import find_task
+
+    if recipe.latency_ms is None:
+        return None
+    tell("advise: what each layer takes", 0, 0)
+    pattern = parse_pattern(recipe.block)
+    assert isinstance(pattern, BlockPattern), pattern
+    model, _ = load_model(recipe.model, find_task(recipe.task), recipe.seed)
+    linears = encoder_linears(model)
+    for name, linear in linears.items():
+        pattern.check(name, tuple(linear.weight.shape))
+    advice = _advice(recipe, (pattern.rows, pattern.cols))
+    return sparsities_for(advice, linears, pattern, recipe.latency_ms)
+
+
+def _advice(recipe: Recipe, block: tuple[int, int]) -> dict[str, Any]:
+    """What docs/advise.md describes, for int8 on this machine. A head costs next to nothing."""
+    from sparsec.models.export import export_file
+    from sparsec.tuning.rates_file import cache_folder
+
+    options = CompileOptions(
+        target=Target.host(), precision="int8", calibration=Calibration(random=True),
+        rates=cache_folder(),
+    )  # fmt: skip
+    wanted = AdviseOptions(recipe.latency_tokens, 1, (block,), ADVISED, recipe.latency_ms)
+    with tempfile.TemporaryDirectory() as folder:
+        dense = Path(folder, "dense.onnx")
+        export_file(recipe.model, dense)
+        return advise(dense, options, wanted)
 
 
 def check_output(recipe: Recipe, resume: bool) -> None:
@@ -257,7 +303,7 @@ def print_outcome(recipe: Recipe, outcome: Outcome) -> None:
         table.add_row(name, *(f"{figures[m]:.4f}" for m in metrics),
                       *(times if row == "library" else [""] * len(times)))  # fmt: skip
     console().print(table)
-    console().print(_layers_table(recipe, outcome))
+    _print_layers(recipe, outcome.layers)
     size = outcome.library.stat().st_size
     print(f"{outcome.library}: {size / 1e6:.1f} MB; latency on one core; all figures: {RESULT}")
     for note in outcome.notes:
@@ -270,10 +316,15 @@ def _rows(outcome: Outcome) -> dict[str, tuple[str, Mapping[str, float]]]:
     return {stage: (name, outcome.dev[stage]) for name, stage in last.items()}
 
 
-def _layers_table(recipe: Recipe, outcome: Outcome) -> Table:
-    table = Table(title=f"share of zero blocks of {recipe.block}, asked for: {recipe.sparsity:g}")
+def _print_layers(recipe: Recipe, layers: Mapping[str, float]) -> None:
+    """The share of zero blocks: a line where all layers have the same, else a table."""
+    what = f"zero blocks of {recipe.block}"
+    if max(layers.values()) - min(layers.values()) < EQUAL:
+        print(f"{what}: {max(layers.values()):.3f} of each of {len(layers)} linears")
+        return
+    table = Table(title=what)
     table.add_column("linear")
-    table.add_column("sparsity", justify="right")
-    for name, sparsity in outcome.layers.items():
+    table.add_column("share", justify="right")
+    for name, sparsity in layers.items():
         table.add_row(name, f"{sparsity:.3f}")
-    return table
+    console().print(table)

@@ -118,7 +118,9 @@ class _Run:
         return load_tokenizer(self.recipe.model)
 
     @cached_property
-    def train_data(self) -> Encoded:
+    def train_data(self) -> Encoded | None:
+        if self.recipe.train is None:
+            return None
         return self.task.read(self.recipe.train, self.tokenizer, self.recipe.max_length)
 
     @cached_property
@@ -149,7 +151,10 @@ class _Run:
                 f"--block {self.pattern}: N:M goes with --criterion magnitude, movement or snip "
                 "and --budget layer"
             )
-        _ = self.device, self.train_data, self.dev_data, self.texts
+        _ = self.device, self.train_data, self.texts
+        if not self.dev_data.targets:
+            raise InvalidInput(f"{self.recipe.dev}: has nothing to score by; {self.task.name} "
+                               "wants sentence pairs in a .csv file")  # fmt: skip
         for folder in filter(None, (self.recipe.teacher, self.recipe.start)):
             check_folder(folder)
         model, _missing = load_model(self.recipe.model, self.task, self.recipe.seed)
@@ -172,9 +177,15 @@ class _Run:
                     f"tuned for {self.task.name}"
                 )
             return model.to(self.device.name).eval()
-        model, _missing = load_model(self.recipe.model, self.task, self.recipe.seed)
+        model, missing = load_model(self.recipe.model, self.task, self.recipe.seed)
         model = model.to(self.device.name)
-        if self.recipe.epochs.teacher > 0 and self.train_data.targets:
+        learns = self.recipe.epochs.teacher > 0 and self.train_data is not None
+        if missing and self.task.head != "none" and not learns:
+            raise InvalidInput(
+                f"{self.recipe.model}: has no weights for {', '.join(missing[:4])} and nothing "
+                "to learn them from; give --train and epochs of the teacher, or a tuned --teacher"
+            )
+        if learns and self.train_data and self.train_data.targets:
             stage = self._stage("teacher", self.recipe.rates.teacher, self.recipe.epochs.teacher)
             stage = replace(stage, weights=LABELS_ONLY, sources=stage.sources[:1])
             self._train(stage, model, None)
@@ -270,11 +281,12 @@ class _Run:
 
     def _sources(self, *, texts: bool) -> list[Source]:
         """Return the task's own examples, and with `texts` plain text beside them."""
-        recipe, seed = self.recipe, self.recipe.seed
-        labelled = bool(self.train_data.targets)
-        found = [Source("train", lambda epoch: self.train_data, labelled)]
-        if recipe.joined and labelled and self.train_data.rows_per_example == 1:
-            join = lru_cache(1)(lambda epoch: mixing.joined(self.train_data, seed, epoch))
+        recipe, seed, train = self.recipe, self.recipe.seed, self.train_data
+        found = []
+        if train is not None:
+            found.append(Source("train", lambda epoch: train, bool(train.targets)))
+        if train is not None and recipe.joined and self.task.head == "classify":
+            join = lru_cache(1)(lambda epoch: mixing.joined(train, seed, epoch))
             found.append(Source("joined", join, False))
         for path, text in zip(recipe.text, self.texts, strict=True) if texts else ():
             share = lru_cache(1)(_share(text, recipe.text_share, seed))

@@ -64,7 +64,7 @@ class Recipe:
 
     model: Path  # Hugging Face folder: config.json, safetensors, tokenizer.json
     task: str
-    train: Path
+    train: Path | None  # None: one_shot on `text`
     dev: Path
     output: Path
     block: str = "16x1"
@@ -74,6 +74,8 @@ class Recipe:
     start: Path | None = None  # a pruned folder to go on from: its zeros stay
     criterion: Literal["obs", "magnitude", "movement", "snip"] = "obs"
     budget: Literal["layer", "global"] = "layer"
+    latency_ms: float | None = None  # of int8 on one core: layers get what sparsity that takes
+    latency_tokens: int = 128  # batch x seq of the run that is meant
     permute: bool = True
     one_shot: bool = False
     quantise: bool = True
@@ -109,9 +111,30 @@ class Recipe:
             raise InvalidInput(
                 f"prune_until {self.prune_until}: wanted a share above 0, at most 1"
             )
-        for name in ("max_length", "tokens_per_batch"):
-            if getattr(self, name) < 8:
-                raise InvalidInput(f"{name} {getattr(self, name)}: wanted at least 8 tokens")
+        if not 0.0 < self.text_share <= 1.0:
+            raise InvalidInput(f"text_share {self.text_share}: wanted a share above 0, at most 1")
+        for name, least in (
+            ("max_length", 8), ("tokens_per_batch", 8), ("seed", 0), ("threads", 0),
+        ):  # fmt: skip
+            if getattr(self, name) < least:
+                raise InvalidInput(f"{name} {getattr(self, name)}: wanted at least {least}")
+        if self.train is None and not (self.one_shot and self.text):
+            raise InvalidInput("--train FILE is missing; only --one-shot with --text needs none")
+        self._check_latency()
+
+    def _check_latency(self) -> None:
+        if self.latency_ms is None:
+            return
+        if not 0.0 < self.latency_ms < float("inf") or self.latency_tokens < 1:
+            raise InvalidInput(
+                f"--latency-ms {self.latency_ms} --latency-tokens {self.latency_tokens}: wanted "
+                "more than 0"
+            )
+        if ":" in self.block or self.budget != "layer":
+            raise InvalidInput(
+                "--latency-ms gives every layer its own sparsity: it goes with blocks, such as "
+                "16x1, and --budget layer"
+            )
 
     def distillation_for(self, head: Head) -> Distillation:
         """Return the weights of the losses for a model with this head."""

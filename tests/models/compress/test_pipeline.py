@@ -102,6 +102,27 @@ def test_one_shot_needs_no_training(recipe: Recipe, tmp_path: Path) -> None:
     assert all(share == pytest.approx(0.5, abs=0.05) for share in made.layers.values())
 
 
+def test_one_shot_needs_no_data_of_the_task_but_a_model_that_knows_it(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    teacher = compress(replace(recipe, epochs=Epochs(6, 0.1, 0, 0))).teacher
+    text = tmp_path / "text.txt"
+    lines = recipe.train.read_text().splitlines()[1:] if recipe.train else []
+    text.write_text("\n".join(line.split("\t")[0] for line in lines))
+    alone = replace(recipe, output=tmp_path / "one", train=None, text=(text,), one_shot=True)
+    made = compress(replace(alone, teacher=teacher))
+    assert made.dev["one-shot"]["accuracy"] > 0.7
+    with pytest.raises(InvalidInput, match=r"has no weights for classifier.* nothing to learn"):
+        compress(replace(alone, output=tmp_path / "two"))
+
+
+def test_embeddings_need_pairs_to_be_scored(recipe: Recipe, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a film\n")
+    with pytest.raises(InvalidInput, match=r"text\.txt: has nothing to score by"):
+        compress(replace(recipe, task="embed", train=text, dev=text))
+
+
 def test_without_quantisation_the_file_is_fp32(recipe: Recipe) -> None:
     made = compress(replace(recipe, quantise=False))
     assert not weights_s8(made.onnx)
@@ -131,6 +152,12 @@ def test_bad_requests_leave_nothing_behind(
     ({"sparsity": float("nan")}, "--sparsity"), ({"criterion": "luck"}, "criterion 'luck'"),
     ({"epochs": Epochs(tune=-1)}, "tune -1"), ({"prune_until": 0.0}, "prune_until"),
     ({"max_length": 3}, "max_length 3"), ({"device": "tpu"}, "device 'tpu'"),
+    ({"seed": -1}, "seed -1"), ({"threads": -1}, "threads -1"), ({"text_share": 0}, "text_share"),
+    ({"train": None}, "--train FILE is missing"),
+    ({"train": None, "one_shot": True}, "--one-shot with --text"),
+    ({"latency_ms": 0.0}, "--latency-ms 0.0"),
+    ({"latency_ms": 1.0, "budget": "global"}, "--budget layer"),
+    ({"latency_ms": 1.0, "block": "2:4"}, "it goes with blocks"),
 ])  # fmt: skip
 def test_a_recipe_refuses_what_makes_no_sense(
     recipe: Recipe, changes: dict[str, object], message: str
