@@ -53,9 +53,10 @@ def test_an_activation_is_rounded_as_onnx_does(shape: tuple[int, ...]) -> None:
     one = Rounding()
     one.set_range(-1.3, 2.9)
     scale = np.asarray(one.scale, np.float32)
+    step = float(scale)
     assert (one.scale, one.zero_point) == pytest.approx(affine_u8(-1.3, 2.9), rel=1e-6)
     x = 2 * torch.randn(shape)  # many are outside
-    x.view(-1)[::2] = torch.round(x.view(-1)[::2] / scale) * scale + scale / 2  # ties
+    x.view(-1)[::2] = torch.round(x.view(-1)[::2] / step) * step + step / 2  # ties
     expected = onnx_pair(x.numpy(), scale, np.asarray(one.zero_point, np.uint8))
     np.testing.assert_array_equal(one(x).detach().numpy(), expected)
 
