@@ -28,13 +28,13 @@ from torch.nn.utils import parametrize
 from sparsec.errors import CompilerError, InvalidInput
 from sparsec.models.compress.plain import make_plain
 from sparsec.models.compress.quantise import (
-    ROUNDING,
     enabled,
     quantised_linears,
     remove_hook,
     scale_parameters,
 )
 from sparsec.models.compress.rounding import (
+    ROUNDING,
     AttentionRounding,
     rounded_rows,
 )

@@ -26,6 +26,7 @@ from transformers.masking_utils import eager_mask
 from sparsec.errors import InvalidInput
 from sparsec.models.compress.plain import make_plain
 from sparsec.models.compress.rounding import (
+    ROUNDING,
     AttentionRounding,
     Rounding,
     RowRounding,
@@ -36,7 +37,6 @@ from sparsec.models.compress.sites import embedding_parts, encoder_linears, laye
 from sparsec.ranges import Observation, choose_range
 
 ATTENTION = "sparsec_int8"
-ROUNDING = "rounding"  # the submodule that rounds what its owner reads
 ATTENTION_INPUT = "input_rounding"  # of the module that holds q, k and v
 TABLE_BYTES = 4 << 20  # of fp32: the compiler leaves smaller tables in fp32
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")

@@ -3,12 +3,14 @@
     y = (clamp(round(x / scale) + zero_point, lowest, highest) - zero_point) * scale
 
 Rounding is half to even. Gradients are those of LSQ (Esser et al., "Learned Step Size
-Quantization", arXiv 1902.08153, section 2): rounding passes them on, clamping stops them, and the
-scale gets sum(g * (round(x / scale) - x / scale)) from values inside the range and g times the
-level of the end from those outside, times 1 / sqrt(values per scale * highest). What is learned
-is the logarithm of a scale, so that one learning rate serves scales of any size (Jain et al.,
-"Trained Quantization Thresholds", arXiv 1903.08066, section 3), and the zero point as a share of
-the 255 steps, rounded whenever it is used; values below or above the range alone move it.
+Quantization", arXiv 1902.08153, section 2.1): rounding passes them on, clamping stops them, and
+the scale gets g * (round(x / scale) - x / scale) of each value inside the range and g times the
+level of the end of each outside. What is learned is the logarithm of a scale, so that one
+learning rate serves scales of any size (Jain et al., "Trained Quantization Thresholds", arXiv
+1903.08066, section 3), and the zero point as a share of the 255 steps, rounded whenever it is
+used: values outside the range alone move it. LSQ's factor 1 / sqrt(values * levels), which
+balances scales and weights in plain gradient descent, is left out: Adam's steps do not depend on
+it, but its epsilon would swallow gradients so small.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+ROUNDING = "rounding"  # the submodule that rounds what its owner reads or gives
 WEIGHT_LEVELS = 127  # of each sign: -128 is not used
 LEVELS = 255  # steps of u8
 CENTRE = 128  # the zero point of attention's operands
@@ -31,19 +34,16 @@ _FRACTIONS = tuple(1.0 - i / 80 for i in range(41))
 
 
 class Round(torch.autograd.Function):  # type: ignore[misc]
-    """`apply(x, log_scale, zero_share, gain)` -> fp32 of the shape of x, which is fp32.
+    """`apply(x, log_scale, zero_share)` -> fp32 of the shape of x, which is fp32.
 
     u8 with one scale where `zero_share` is a tensor; -127..127 with a scale per row of a matrix
-    where it is None. `gain` scales the gradient of both.
+    where it is None.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, log_scale: Tensor, zero_share: Tensor | None, gain: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, log_scale: Tensor, zero_share: Tensor | None) -> Tensor:
         scale = log_scale.exp()
         ctx.save_for_backward(x, scale, zero_share)
-        ctx.gain = gain
         result = torch.empty_like(x, memory_format=torch.contiguous_format)
         zero_point = None if zero_share is None else _zero_point(zero_share)
         for part, step, level in zip(_pieces(x), _scales(scale, x), _pieces(result), strict=True):
@@ -62,11 +62,11 @@ class Round(torch.autograd.Function):  # type: ignore[misc]
         pieces = zip(_pieces(x), _scales(scale, x), _pieces(g), _pieces(result), strict=True)
         if zero_share is None:
             totals = [_weight_gradient(*piece) for piece in pieces]
-            return result, torch.cat(totals) * scale * ctx.gain, None, None
+            return result, torch.cat(totals) * scale, None
         zero_point = _zero_point(zero_share)
         totals = [_value_gradient(*piece, zero_point) for piece in pieces]
-        for_scale, for_zero = torch.stack(totals).sum(0) * scale * ctx.gain
-        return result, for_scale, for_zero * LEVELS, None
+        for_scale, for_zero = torch.stack(totals).sum(0) * scale
+        return result, for_scale, for_zero * LEVELS
 
 
 def _weight_gradient(x: Tensor, scale: Tensor, g: Tensor, result: Tensor) -> Tensor:
@@ -184,8 +184,7 @@ class Rounding(nn.Module):  # type: ignore[misc]
             return x
         if torch.onnx.is_in_onnx_export():
             return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, 0, LEVELS)
-        gain = 1.0 / math.sqrt(max(x[:1].numel(), 1) * LEVELS)
-        return Round.apply(x.float(), self.log_scale, self.zero_share, gain)
+        return Round.apply(x.float(), self.log_scale, self.zero_share)
 
     def round_first(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Round a module's first argument; a forward pre-hook with keywords."""
@@ -225,8 +224,7 @@ class WeightRounding(nn.Module):  # type: ignore[misc]
     def forward(self, weight: Tensor) -> Tensor:
         if not self.active:
             return weight
-        gain = 1.0 / math.sqrt(weight.shape[1] * WEIGHT_LEVELS)
-        return Round.apply(weight.float(), self.log_scale, None, gain)
+        return Round.apply(weight.float(), self.log_scale, None)
 
 
 class RowRounding(nn.Module):  # type: ignore[misc]
@@ -269,7 +267,7 @@ class AttentionRounding(nn.Module):  # type: ignore[misc]
         """fp32 probabilities, rounded unless rounding is off; ONNX files get a plain softmax."""
         plain = self.query.observer is not None or not (self.query.active and self.probabilities)
         if plain or torch.onnx.is_in_onnx_export():
-            return torch.softmax(scores.float(), dim=-1)
+            return _plain_softmax(scores)
         return RoundProbabilities.apply(scores.float())
 
 
@@ -288,19 +286,25 @@ def rounded_attention(
     q, k and v are `[batch, heads, seq, head_size]`, the mask is added to the scores; returns
     `[batch, seq, heads, head_size]` and the probabilities `[batch, heads, seq, seq]`.
     """
-    rounding = module.rounding
-    query, key, value = (
-        round_operand(x.transpose(1, 2)).transpose(1, 2)  # as it lies in memory
-        for round_operand, x in zip(rounding.operands, (query, key, value), strict=True)
-    )
+    rounding = getattr(module, ROUNDING, None)
+    if rounding is not None:  # a teacher may share the configuration that names this function
+        query, key, value = (
+            round_operand(x.transpose(1, 2)).transpose(1, 2)  # as it lies in memory
+            for round_operand, x in zip(rounding.operands, (query, key, value), strict=True)
+        )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    probabilities = rounding.softmax(scores)
+    softmax = _plain_softmax if rounding is None else rounding.softmax
+    probabilities = softmax(scores)
     probabilities = nn.functional.dropout(probabilities, p=dropout, training=module.training)
     context = torch.matmul(probabilities, value)
     return context.transpose(1, 2).contiguous(), probabilities
+
+
+def _plain_softmax(scores: Tensor) -> Tensor:
+    return torch.softmax(scores.float(), dim=-1)
 
 
 def _zero_point(zero_share: Tensor) -> Tensor:
