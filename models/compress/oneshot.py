@@ -14,7 +14,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ from sparsec.models.compress.obs import (
     obs_scores,
     refit,
 )
+from sparsec.models.compress.pattern import BlockPattern
 from sparsec.models.compress.sites import LayerParts, encoder_linears, layer_parts
 
 Batch = Mapping[str, torch.Tensor]
@@ -48,15 +49,6 @@ SUMS = {"attention_output": "attention_norm", "ffn_out": "output_norm"}
 TOKENS_AT_ONCE = 2048
 
 
-class BlockShape(Protocol):
-    """Output x input channels of one block."""
-
-    @property
-    def rows(self) -> int: ...
-    @property
-    def cols(self) -> int: ...
-
-
 @dataclass(frozen=True, slots=True)
 class PrunedSite:
     """What happened to one linear; `error` is in units of its centred targets' squares."""
@@ -71,7 +63,7 @@ class _Plan:
     """What `prune_one_shot` was asked for."""
 
     names: Mapping[int, str]  # by the identity of a linear
-    pattern: BlockShape
+    pattern: BlockPattern
     sparsity: Mapping[str, float]
     kept: Mapping[str, torch.Tensor]
     damping: float
@@ -82,7 +74,7 @@ class _Plan:
 def prune_one_shot(
     model: nn.Module,
     batches: Iterable[Batch],
-    pattern: BlockShape,
+    pattern: BlockPattern,
     sparsity: float | Mapping[str, float],
     *,
     reference: nn.Module | None = None,
@@ -264,7 +256,7 @@ def _set_weight(linear: nn.Linear, weight: torch.Tensor) -> None:
 
 
 def _check(
-    linears: Mapping[str, nn.Linear], pattern: BlockShape, sparsity: Mapping[str, float]
+    linears: Mapping[str, nn.Linear], pattern: BlockPattern, sparsity: Mapping[str, float]
 ) -> None:
     for name, share in sparsity.items():
         if name not in linears:

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize  # noqa: E402
 
 from sparsec.errors import InvalidInput  # noqa: E402
 from sparsec.models.compress.oneshot import PrunedSite, prune_one_shot  # noqa: E402
+from sparsec.models.compress.pattern import BlockPattern  # noqa: E402
 from sparsec.models.compress.sites import encoder_linears  # noqa: E402
 
 COMMON = {
@@ -32,13 +33,6 @@ CONFIGS: dict[str, Any] = {
         vocab_size=50, dim=32, n_heads=4, hidden_dim=64, n_layers=2, initializer_range=0.2
     ),
 }
-
-
-class Block:
-    """A block shape as prune_one_shot takes it."""
-
-    def __init__(self, rows: int, cols: int) -> None:
-        self.rows, self.cols = rows, cols
 
 
 def encoder(name: str = "bert") -> Any:
@@ -84,7 +78,7 @@ def test_pruned_model_is_nearer_to_the_dense_one_than_by_magnitude(
 ) -> None:
     dense, model, plain = encoder(name), encoder(name), encoder(name)
     sites: list[PrunedSite] = []
-    masks = prune_one_shot(model, texts(), Block(rows, cols), 0.5, progress=sites.append)
+    masks = prune_one_shot(model, texts(), BlockPattern(rows, cols), 0.5, progress=sites.append)
     assert list(masks) == list(encoder_linears(model)) == [s.name for s in sites]
     for key, linear in encoder_linears(model).items():
         zeros = ~masks[key].repeat_interleave(rows, 0).repeat_interleave(cols, 1)
@@ -98,23 +92,23 @@ def test_pruned_model_is_nearer_to_the_dense_one_than_by_magnitude(
 def test_nothing_to_prune_changes_nothing() -> None:
     """At sparsity 0 the refit finds the dense weights again, up to float32 of the products."""
     dense, model = encoder(), encoder()
-    prune_one_shot(model, texts(), Block(8, 1), 0.0)
+    prune_one_shot(model, texts(), BlockPattern(8, 1), 0.0)
     for old, new in zip(dense.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(old, new, rtol=0, atol=1e-3)
 
 
 def test_same_input_gives_same_bits_and_padding_does_not_matter() -> None:
     first, second, padded = encoder(), encoder(), encoder()
-    prune_one_shot(first, texts(), Block(8, 1), 0.5)
+    prune_one_shot(first, texts(), BlockPattern(8, 1), 0.5)
     second.train()
-    prune_one_shot(second, texts(), Block(8, 1), 0.5)
+    prune_one_shot(second, texts(), BlockPattern(8, 1), 0.5)
     assert second.training
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
     longer = [
         {key: torch.nn.functional.pad(value, (0, 5)) for key, value in t.items()} for t in texts()
     ]
-    prune_one_shot(padded, longer, Block(8, 1), 0.5)
+    prune_one_shot(padded, longer, BlockPattern(8, 1), 0.5)
     for a, b in zip(first.parameters(), padded.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
 
@@ -131,23 +125,23 @@ def test_sparsity_is_raised_from_masks_towards_another_model() -> None:
             return weight * self.kept.repeat_interleave(8, 0)
 
     dense, model = encoder(), encoder()
-    half = prune_one_shot(model, texts(), Block(8, 1), 0.5)
+    half = prune_one_shot(model, texts(), BlockPattern(8, 1), 0.5)
     for key, linear in encoder_linears(model).items():
         parametrize.register_parametrization(linear, "weight", Mask(half[key]))
     alone = copy.deepcopy(model)
-    fewer = prune_one_shot(model, texts(), Block(8, 1), 0.75, reference=dense, kept=half)
+    fewer = prune_one_shot(model, texts(), BlockPattern(8, 1), 0.75, reference=dense, kept=half)
     for key, kept in fewer.items():
         assert bool((half[key] | ~kept).all())
         assert float(kept.double().mean()) == pytest.approx(0.25)
         assert not encoder_linears(model)[key].weight[~kept.repeat_interleave(8, 0)].any()
-    prune_one_shot(alone, texts(), Block(8, 1), 0.75, kept=half)
+    prune_one_shot(alone, texts(), BlockPattern(8, 1), 0.75, kept=half)
     assert distance(model, dense) < distance(alone, dense)
 
 
 def test_only_named_linears_are_pruned() -> None:
     dense, model = encoder(), encoder()
     name = "encoder.layer.1.intermediate.dense"
-    masks = prune_one_shot(model, texts(), Block(8, 1), {name: 0.25})
+    masks = prune_one_shot(model, texts(), BlockPattern(8, 1), {name: 0.25})
     assert list(masks) == [name]
     for key, linear in encoder_linears(model).items():
         same = torch.equal(linear.weight, encoder_linears(dense)[key].weight)
@@ -158,12 +152,12 @@ def test_mistakes_are_named() -> None:
     model = encoder()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(InvalidInput, match=r"layer\.0.*query.*24x1.*do not divide"):
-        prune_one_shot(model, texts(), Block(24, 1), 0.5)
+        prune_one_shot(model, texts(), BlockPattern(24, 1), 0.5)
     with pytest.raises(InvalidInput, match=r"no\.such is no linear of the encoder"):
-        prune_one_shot(model, texts(), Block(8, 1), {"no.such": 0.5})
+        prune_one_shot(model, texts(), BlockPattern(8, 1), {"no.such": 0.5})
     with pytest.raises(InvalidInput, match="sparsity 1 is not from 0 to below 1"):
-        prune_one_shot(model, texts(), Block(8, 1), 1.0)
+        prune_one_shot(model, texts(), BlockPattern(8, 1), 1.0)
     with pytest.raises(InvalidInput, match="no calibration text"):
-        prune_one_shot(model, [], Block(8, 1), 0.5)
+        prune_one_shot(model, [], BlockPattern(8, 1), 0.5)
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
