@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,10 @@ def load_model(folder: Path, task: Task, seed: int) -> tuple[Any, list[str]]:
     return model, missing
 
 
-def save_model(model: Any, tokenizer_folder: Path, folder: Path) -> None:
-    """Write `model` and the tokenizer's files as a model folder."""
+def save_model(
+    model: Any, tokenizer_folder: Path, folder: Path, more: Mapping[str, str] | None = None
+) -> None:
+    """Write `model`, the tokenizer's files and `more` texts by file name as a model folder."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -56,6 +59,8 @@ def save_model(model: Any, tokenizer_folder: Path, folder: Path) -> None:
         for name in COPIED:
             if (tokenizer_folder / name).is_file():
                 shutil.copyfile(tokenizer_folder / name, part / name)
+        for name, text in (more or {}).items():
+            (part / name).write_text(text, encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         part.replace(folder)
     except OSError as error:

@@ -15,7 +15,7 @@ pairs of channels change places while the kept weight grows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -149,7 +149,9 @@ def permute(
     readers = _stream_readers(model) if residual else []
     before = {name: work.kept(linear) for name, linear in linears.items()}
     with torch.no_grad():
-        stream = _order_stream(work, model, layers, readers) if residual else None
+        stream = _stream_order(work, layers) if residual else None
+        if stream is not None:
+            _apply_to_stream(work, model, layers, readers, stream)
         for layer in layers:
             _order_layer(work, layer)
     after = {name: work.kept(linear) for name, linear in linears.items()}
@@ -173,22 +175,43 @@ def _order_layer(work: _Work, layer: LayerParts) -> None:
     work.order_columns(layer.attention_output, order)
 
 
-def _order_stream(
-    work: _Work, model: nn.Module, layers: Iterable[LayerParts], readers: list[nn.Linear]
-) -> torch.Tensor:
-    """Reorder the residual stream and return its order."""
-    sources, uses = [], []
-    norms = []
-    for layer in layers:
-        sources += [layer.attention_output, layer.ffn_out]
-        uses += [layer.query, layer.key, layer.value, layer.ffn_in]
-        norms += [layer.attention_norm, layer.output_norm]
+def reorder_stream(model: nn.Module, order: Sequence[int]) -> None:
+    """Bring the residual stream into an order that `permute` returned for a model like this one.
+
+    Raises `InvalidInput` when `order` is none of the stream's channels.
+    """
+    layers = layer_parts(model)
+    channels = len(layers[0].ffn_out.weight)
+    if sorted(order) != list(range(channels)):
+        raise InvalidInput(f"the order is no permutation of the stream's {channels} channels")
+    work = _Work(BlockPattern(1, 1), 0.0)  # no saliency is kept in step
+    with torch.no_grad():
+        _apply_to_stream(work, model, layers, _stream_readers(model), torch.tensor(order))
+
+
+def _stream_order(work: _Work, layers: Sequence[LayerParts]) -> torch.Tensor:
+    """Return the order of the residual stream in which blocks keep most."""
+    sources, uses = _stream_linears(layers)
     views = [work.row_view(s) for s in sources] + [work.column_view(u) for u in uses]
-    order = _best_order(views, len(sources[0].weight))
-    for linear in sources:
+    return _best_order(views, len(sources[0].weight))
+
+
+def _stream_linears(layers: Sequence[LayerParts]) -> tuple[list[nn.Linear], list[nn.Linear]]:
+    """Return the encoder linears that write to the residual stream, and those that read it."""
+    writers = [linear for x in layers for linear in (x.attention_output, x.ffn_out)]
+    return writers, [linear for x in layers for linear in (x.query, x.key, x.value, x.ffn_in)]
+
+
+def _apply_to_stream(
+    work: _Work, model: nn.Module, layers: Sequence[LayerParts], readers: list[nn.Linear],
+    order: torch.Tensor,
+) -> None:  # fmt: skip
+    writers, uses = _stream_linears(layers)
+    for linear in writers:
         work.order_rows(linear, order)
     for linear in [*uses, *readers]:
         work.order_columns(linear, order)
+    norms = [norm for x in layers for norm in (x.attention_norm, x.output_norm)]
     embeddings = embedding_parts(model)
     if embeddings.projection is not None:
         work.order_rows(embeddings.projection, order)
@@ -199,7 +222,6 @@ def _order_stream(
     for norm in norms:
         _reorder(norm.weight, 0, order)
         _reorder(norm.bias, 0, order)
-    return order
 
 
 def _best_order(views: list[_View], span: int) -> torch.Tensor:

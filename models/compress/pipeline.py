@@ -7,6 +7,7 @@ output folder; a run that was killed goes on from there.
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from sparsec.models.compress.distil import LossWeights
 from sparsec.models.compress.folders import load_model, save_model
 from sparsec.models.compress.oneshot import prune_one_shot
 from sparsec.models.compress.pattern import BlockPattern, parse_pattern, sparsity_of
+from sparsec.models.compress.permute import permute, reorder_stream
 from sparsec.models.compress.plain import bake
 from sparsec.models.compress.recipe import Recipe
 from sparsec.models.compress.runlog import RunLog
@@ -40,6 +42,7 @@ from sparsec.models.export import check_folder, export_file
 
 Tell = Callable[[str, int, int], None]
 
+STREAM = "stream.json"  # in `sparse`: the order of the residual stream's channels
 CALIBRATION_TOKENS = 16384  # for OBS and the first ranges of quantisation
 OBS_STEPS = 6  # moments at which OBS prunes further
 OTHER_STEPS = 60  # moments for the criteria that cost nothing
@@ -73,14 +76,9 @@ def compress(
     teacher = run.teacher()
     dev = {"teacher": run.evaluate(teacher)}
     student = run.student(teacher)
-    linears = encoder_linears(student)
     masks = run.pruned(student, teacher, dev)
     layers = {name: sparsity_of([mask.kept]) for name, mask in masks.items()}
-    sparse = run.output / "sparse"
-    plain = copy.deepcopy(student)
-    bake(encoder_linears(plain).values())
-    save_model(plain, recipe.model, sparse)
-    del plain, linears
+    sparse = run.saved(student)
     onnx = run.exported(student, teacher, dev)
     return Compressed(onnx, run.teacher_folder, sparse, dev, layers)
 
@@ -90,6 +88,7 @@ class _Run:
     recipe: Recipe
     targets: Mapping[str, float] | None
     tell: Tell
+    stream: list[int] | None = None  # old places of the residual stream's channels
 
     @property
     def output(self) -> Path:
@@ -194,36 +193,55 @@ class _Run:
 
     def student(self, teacher: Any) -> Any:
         """Return what is pruned: a copy of the teacher, or the pruned model to start from."""
+        self._order_channels(teacher)
         if self.recipe.start is not None:
             student, _missing = load_model(self.recipe.start, self.task, self.recipe.seed)
-        elif self.recipe.teacher is None:
+        elif self._same_size(teacher):
             student = copy.deepcopy(teacher)
         else:
-            student, _missing = load_model(
-                self.recipe.teacher if self._same_size(teacher) else self.recipe.model,
-                self.task, self.recipe.seed,
-            )  # fmt: skip
+            student, _missing = load_model(self.recipe.model, self.task, self.recipe.seed)
+        self._check_widths(student, teacher)
         student = student.to(self.device.name)
         for module in student.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0  # the teacher has none either, and says the same each time
         for table in embedding_parts(student).tables:
             table.weight.requires_grad_(False)
-        if self.recipe.permute and self.recipe.start is None and self._is_blocks:
-            from sparsec.models.compress.permute import permute
-
-            permute(student, self.pattern, self.recipe.sparsity, residual=False)
         return student
+
+    def _check_widths(self, student: Any, teacher: Any) -> None:
+        ours, theirs = (model.config.hidden_size for model in (student, teacher))
+        wanted = self.recipe.distillation_for(self.task.head)
+        if ours != theirs and (wanted.hidden > 0 or wanted.embedding > 0):
+            raise InvalidInput(
+                f"the teacher has {theirs} hidden channels, the student {ours}: hidden states can "
+                "not be compared; give --distillation hidden=0,embedding=0,relations=1"
+            )
+
+    def _order_channels(self, teacher: Any) -> None:
+        """Bring the teacher's channels into an order in which blocks keep more of the weight.
+
+        The student starts as its copy, so that their hidden states stay comparable. The residual
+        stream is left alone where its order is to be seen in the model's output. A student that
+        was pruned in another run keeps its order, and the teacher takes it.
+        """
+        recipe, start = self.recipe, self.recipe.start
+        if start is not None:
+            if (start / STREAM).is_file():
+                self.stream = json.loads((start / STREAM).read_text(encoding="utf-8"))
+                reorder_stream(teacher, self.stream)
+            return
+        if recipe.permute and isinstance(self.pattern, BlockPattern) and self._same_size(teacher):
+            done = permute(
+                teacher, self.pattern, recipe.sparsity, residual=self.task.head != "none"
+            )
+            self.stream = list(done.stream) if done.stream else None
 
     def _same_size(self, teacher: Any) -> bool:
         model, _missing = load_model(self.recipe.model, self.task, self.recipe.seed)
         ours, theirs = model.config, teacher.config
         names = ("num_hidden_layers", "hidden_size", "num_attention_heads")
         return all(getattr(ours, n, None) == getattr(theirs, n, None) for n in names)
-
-    @property
-    def _is_blocks(self) -> bool:
-        return isinstance(self.pattern, BlockPattern)
 
     def pruned(
         self, student: Any, teacher: Any, dev: dict[str, dict[str, float]]
@@ -260,6 +278,14 @@ class _Run:
             dev["quantise"] = self.evaluate(student)
         export_qdq.export(student.cpu().eval(), path, self.task.head)
         return path
+
+    def saved(self, student: Any) -> Path:
+        """Write the sparse fp32 model as a Hugging Face folder."""
+        plain, folder = copy.deepcopy(student), self.output / "sparse"
+        bake(encoder_linears(plain).values())
+        more = {} if self.stream is None else {STREAM: json.dumps(self.stream)}
+        save_model(plain, self.recipe.model, folder, more)
+        return folder
 
     def _train(
         self, stage: Stage, student: Any, teacher: Any | None, scales: Any = ()
