@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +19,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E4
 
 import sparsec  # noqa: E402
 from sparsec.cli import main  # noqa: E402
+from sparsec.cli_compress import FIELDS  # noqa: E402
 from sparsec.errors import InvalidInput  # noqa: E402
 from sparsec.models.compress.data import load_tokenizer  # noqa: E402
+from sparsec.models.compress.recipe import Recipe  # noqa: E402
 from sparsec.models.compress.tasks import TASKS, evaluate  # noqa: E402
 from sparsec.models.evaluate import evaluator  # noqa: E402
 from sparsec.models.tiny import tiny_model  # noqa: E402
@@ -174,6 +177,10 @@ def test_wrong_options_are_refused(
     assert wanted in capsys.readouterr().err
     assert seen == []
     assert not (folder / "out").exists()
+
+
+def test_every_field_of_a_recipe_has_an_option() -> None:
+    assert sorted(FIELDS) == sorted(entry.name for entry in fields(Recipe))
 
 
 def test_folders_that_should_not_be_written_are_refused(

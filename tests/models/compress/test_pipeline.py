@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,8 @@ def test_makes_a_sparse_int8_model_that_does_the_task(recipe: Recipe, criterion:
     lines = [json.loads(text) for text in (recipe.output / "log.jsonl").read_text().splitlines()]
     stages = [line["stage"] for line in lines]
     assert list(dict.fromkeys(stages)) == ["teacher", "prune", "tune", "quantise"]
+    later = [line["sparsity"] for line in lines if line["stage"] in ("tune", "quantise")]
+    assert later == pytest.approx([0.5] * len(later), abs=0.05)
 
 
 def test_a_second_run_finds_everything_done(recipe: Recipe) -> None:
@@ -114,6 +117,17 @@ def test_one_shot_needs_no_data_of_the_task_but_a_model_that_knows_it(
     assert made.dev["one-shot"]["accuracy"] > 0.7
     with pytest.raises(InvalidInput, match=r"has no weights for classifier.* nothing to learn"):
         compress(replace(alone, output=tmp_path / "two"))
+
+
+def test_embeddings_are_learnt_from_the_dense_model_alone(recipe: Recipe, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.csv"
+    words = ["film plot", "great scene", "dull actor", "warm music", "cold story", "poor film"]
+    pairs.write_text("".join(f"{a},{b},{k % 6}\n" for k, (a, b) in enumerate(pairwise(words))))
+    made = compress(replace(recipe, task="embed", train=pairs, dev=pairs))
+    lines = [json.loads(text) for text in (recipe.output / "log.jsonl").read_text().splitlines()]
+    assert {line["stage"] for line in lines} == {"prune", "tune", "quantise"}
+    assert {"embedding", "hidden"} == set(lines[0]["losses"])
+    assert made.dev["teacher"]["spearman"] <= 1
 
 
 def test_embeddings_need_pairs_to_be_scored(recipe: Recipe, tmp_path: Path) -> None:
