@@ -178,13 +178,15 @@ class _Run:
             return model.to(self.device.name).eval()
         model, missing = load_model(self.recipe.model, self.task, self.recipe.seed)
         model = model.to(self.device.name)
-        learns = self.recipe.epochs.teacher > 0 and self.train_data is not None
+        learns = (
+            self.recipe.epochs.teacher > 0 and self.train_data is not None and self.task.has_labels
+        )
         if missing and self.task.head != "none" and not learns:
             raise InvalidInput(
                 f"{self.recipe.model}: has no weights for {', '.join(missing[:4])} and nothing "
                 "to learn them from; give --train and epochs of the teacher, or a tuned --teacher"
             )
-        if learns and self.train_data and self.train_data.targets:
+        if learns:
             stage = self._stage("teacher", self.recipe.rates.teacher, self.recipe.epochs.teacher)
             stage = replace(stage, weights=LABELS_ONLY, sources=stage.sources[:1])
             self._train(stage, model, None)
@@ -310,7 +312,7 @@ class _Run:
         recipe, seed, train = self.recipe, self.recipe.seed, self.train_data
         found = []
         if train is not None:
-            found.append(Source("train", lambda epoch: train, bool(train.targets)))
+            found.append(Source("train", lambda epoch: train, self.task.has_labels))
         if train is not None and recipe.joined and self.task.head == "classify":
             join = lru_cache(1)(lambda epoch: mixing.joined(train, seed, epoch))
             found.append(Source("joined", join, False))

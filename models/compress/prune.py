@@ -70,6 +70,11 @@ def _note_snip(statistic: Tensor, products: Tensor, pattern: Pattern) -> Tensor:
     return SNIP_MOMENTUM * statistic + pattern.cells(products.abs())
 
 
+def masked_sparsity(model: torch.nn.Module) -> float:
+    """Return the share of zeroed cells of all masks in a model; 0 where there are none."""
+    return sparsity_of(m.kept for m in model.modules() if isinstance(m, BlockMask))
+
+
 NOTES: dict[Criterion, Note | None] = {
     "magnitude": None,
     "movement": _note_movement,

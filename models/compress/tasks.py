@@ -62,6 +62,11 @@ class Task:
     score: Callable[[Any, Encoded], dict[str, float]]
 
     @property
+    def has_labels(self) -> bool:
+        """Whether there is a loss from labels; else a model learns from another one alone."""
+        return self.loss is not _no_loss
+
+    @property
     def outputs(self) -> tuple[str, ...]:
         """What a model has to give for this task."""
         return OUTPUTS[self.head]

@@ -20,6 +20,7 @@ from sparsec.errors import CompilerError
 from sparsec.models.compress import checkpoint
 from sparsec.models.compress.data import Batch, Encoded, batches
 from sparsec.models.compress.distil import LossWeights, Observed, losses, total
+from sparsec.models.compress.prune import masked_sparsity
 from sparsec.models.compress.runlog import RunLog
 from sparsec.models.compress.tasks import Task, evaluate
 
@@ -190,6 +191,7 @@ class Trainer:
         """Load the checkpoint; returns the step to go on from."""
         torch.manual_seed(self.stage.seed)
         if not self._part.exists():
+            self._sparsity = masked_sparsity(self.student)
             self.log.rewind(self.stage.name, -1)
             return 0
         state = checkpoint.load(self._part, self.device.name)

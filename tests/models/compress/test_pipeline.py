@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -36,14 +37,18 @@ def recipe(tiny_folder: Path, sst2_files: tuple[Path, Path], tmp_path: Path) -> 
     )  # fmt: skip
 
 
-def accuracy(onnx: Path, recipe: Recipe) -> float:
+def score(onnx: Path, recipe: Recipe) -> dict[str, float]:
     """Of the ONNX file, by the evaluator that is installed."""
     task = find_task(recipe.task)
     dev = task.read(recipe.dev, load_tokenizer(recipe.model), recipe.max_length)
     model = load(onnx)
     names = [i.name for i in model.graph.input]
     run = evaluator(model)
-    return evaluate(lambda arrays: run({n: arrays[n] for n in names}), task, dev)["accuracy"]
+    return evaluate(lambda arrays: run({n: arrays[n] for n in names}), task, dev)
+
+
+def accuracy(onnx: Path, recipe: Recipe) -> float:
+    return score(onnx, recipe)["accuracy"]
 
 
 def weights_s8(onnx: Path) -> list[np.ndarray]:
@@ -67,6 +72,8 @@ def test_makes_a_sparse_int8_model_that_does_the_task(recipe: Recipe, criterion:
     lines = [json.loads(text) for text in (recipe.output / "log.jsonl").read_text().splitlines()]
     stages = [line["stage"] for line in lines]
     assert list(dict.fromkeys(stages)) == ["teacher", "prune", "tune", "quantise"]
+    later = [line["sparsity"] for line in lines if line["stage"] in ("tune", "quantise")]
+    assert later == pytest.approx([0.5] * len(later), abs=0.05)
 
 
 def test_a_second_run_finds_everything_done(recipe: Recipe) -> None:
@@ -114,6 +121,43 @@ def test_one_shot_needs_no_data_of_the_task_but_a_model_that_knows_it(
     assert made.dev["one-shot"]["accuracy"] > 0.7
     with pytest.raises(InvalidInput, match=r"has no weights for classifier.* nothing to learn"):
         compress(replace(alone, output=tmp_path / "two"))
+
+
+def test_embeddings_are_learnt_from_the_dense_model_alone(recipe: Recipe, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.csv"
+    words = ["film plot", "great scene", "dull actor", "warm music", "cold story", "poor film"]
+    pairs.write_text("".join(f"{a},{b},{k % 6}\n" for k, (a, b) in enumerate(pairwise(words))))
+    made = compress(replace(recipe, task="embed", train=pairs, dev=pairs))
+    lines = [json.loads(text) for text in (recipe.output / "log.jsonl").read_text().splitlines()]
+    assert {line["stage"] for line in lines} == {"prune", "tune", "quantise"}
+    assert {"embedding", "hidden"} == set(lines[0]["losses"])
+    assert made.dev["teacher"]["spearman"] <= 1
+
+
+def test_answers_are_found_in_windows(recipe: Recipe, tmp_path: Path) -> None:
+    """Questions name the word in front of the answer; contexts take two windows."""
+    vocabulary = sorted(load_tokenizer(recipe.model).get_vocab())
+    known = [word for word in vocabulary if word.isalpha()]
+    rng = np.random.default_rng(0)
+    paragraphs = []
+    for k in range(40):
+        words = [str(word) for word in rng.permutation(known * 3)]
+        context, place = " ".join(words), int(rng.integers(1, len(words)))
+        start = len(" ".join(words[:place])) + 1
+        answer = {"text": words[place], "answer_start": start}
+        asked = {"id": str(k), "question": words[place - 1], "answers": [answer]}
+        paragraphs.append({"context": context, "qas": [asked]})
+    data = tmp_path / "squad.json"
+    data.write_text(json.dumps({"version": "1.1", "data": [{"paragraphs": paragraphs}]}))
+    recipe = replace(recipe, task="squad", train=data, dev=data, epochs=Epochs(2, 1, 0, 0.5))
+    made = compress(recipe)
+    assert set(made.dev) == {"teacher", "prune", "quantise"}
+    simulated = made.dev["quantise"]
+    assert 0 <= simulated["exact_match"] <= simulated["f1"] <= 100
+    assert score(made.onnx, recipe) == pytest.approx(simulated, abs=10)  # 2.5 a question
+    lines = [json.loads(text) for text in (recipe.output / "log.jsonl").read_text().splitlines()]
+    teacher = [line["loss"] for line in lines if line["stage"] == "teacher"]
+    assert teacher[-1] < teacher[0]
 
 
 def test_embeddings_need_pairs_to_be_scored(recipe: Recipe, tmp_path: Path) -> None:
