@@ -96,7 +96,7 @@ def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def calibrate(
-    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, method: str = "minmax"
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, method: str = "mse"
 ) -> None:
     """Set the scales: weights by least squared error, activations by what `batches` make them.
 

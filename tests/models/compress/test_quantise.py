@@ -198,6 +198,7 @@ def test_padding_does_not_count() -> None:
 
 def test_calibration_covers_what_was_seen() -> None:
     model = ready()
+    calibrate(model, [batch(i) for i in range(3)], method="minmax")
     seen: list[Any] = []
     inner = layer_parts(model)[1].ffn_out
     inner.rounding.observer = seen.append
