@@ -36,6 +36,8 @@ def load_model(folder: Path, task: Task, seed: int) -> tuple[Any, list[str]]:
             local_files_only=True,
             use_safetensors=True,
             dtype="float32",
+            # On a CPU, training steps take a third of the time of torch's fused attention.
+            attn_implementation="eager",
             output_loading_info=True,
             **classes,
         )
