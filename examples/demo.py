@@ -23,7 +23,12 @@ from onnx import load
 
 import sparsec
 from sparsec.models.stored import stored_names, unpack
-from sparsec.tools.peer_models import quantize_dynamic, quantize_static, without_roundings
+from sparsec.tools.peer_models import (
+    quantize_dynamic,
+    quantize_static,
+    with_fp32_tables,
+    without_roundings,
+)
 from sparsec.tools.peers import onnxruntime_runner
 
 SAMPLES = 16  # of 64 random tokens, for ONNX Runtime's static quantisation
@@ -66,10 +71,11 @@ def trained(name: str, folder: Path, sentences: tuple[str, ...] | list[str]) -> 
         status = run(module, arguments)
         if status:
             return status
-    classify(library, stored.onnx, stored.tokenizer, sentences)
-    fp32 = stored.onnx.with_name(f"{name}-fp32.onnx")
+    fp32, int8 = (stored.onnx.with_name(f"{name}-{kind}.onnx") for kind in ("fp32", "int8"))
     without_roundings(stored.onnx, fp32)
-    forms = {"fp32": fp32, "int8, as trained": stored.onnx, **quantized_forms(fp32)}
+    with_fp32_tables(stored.onnx, int8)
+    classify(library, int8, stored.tokenizer, sentences)
+    forms = {"fp32": fp32, "int8, as trained": int8, **quantized_forms(fp32)}
     return compare(library, forms)
 
 

@@ -103,6 +103,32 @@ def without_roundings(path: Path, output: Path) -> None:
         onnx.save(model, partial)
 
 
+def with_fp32_tables(path: Path, output: Path) -> None:
+    """Write a QDQ file with its look-up tables in fp32.
+
+    ONNX Runtime would dequantise a whole table in every run, to read some rows of it.
+    """
+    model = onnx.load(path)
+    graph = model.graph
+    constants = {t.name: t for t in graph.initializer}
+    tables = {node.input[0] for node in graph.node if node.op_type == "Gather"}
+    folded = [
+        node
+        for node in graph.node
+        if node.op_type == "DequantizeLinear"
+        and node.input[0] in constants
+        and node.output[0] in tables
+    ]
+    for node in folded:
+        constants[node.output[0]] = _dequantized(node, constants)
+        graph.node.remove(node)
+    used = {name for node in graph.node for name in node.input}
+    del graph.initializer[:]
+    graph.initializer.extend(t for name, t in constants.items() if name in used)
+    with _whole(output) as partial:
+        onnx.save(model, partial)
+
+
 def _dequantized(
     node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]
 ) -> onnx.TensorProto:

@@ -17,7 +17,12 @@ from onnx.reference import ReferenceEvaluator
 from sparsec.errors import InvalidInput
 from sparsec.tools.instances import Engine, Layout, core_cpus, places_of, run_together
 from sparsec.tools.peer_instances import PEER_ENGINES
-from sparsec.tools.peer_models import quantize_dynamic, quantize_static, without_roundings
+from sparsec.tools.peer_models import (
+    quantize_dynamic,
+    quantize_static,
+    with_fp32_tables,
+    without_roundings,
+)
 from sparsec.tools.peers import PEERS, Arrays, Runner, onnxruntime_runner, openvino_runner
 
 CHANNELS = 32
@@ -194,3 +199,36 @@ def test_without_roundings_a_quantised_file_is_fp32_again(
     # x in [-1, 1] over 32 channels.
     limit = CHANNELS / 254
     np.testing.assert_allclose(got["linear_out"], wanted["linear_out"], atol=limit)
+
+
+def test_tables_of_a_quantised_file_become_fp32_and_its_weights_stay(tmp_path: Path) -> None:
+    tensor, node = numpy_helper.from_array, helper.make_node
+    table = np.arange(-6, 6, dtype=np.int8).reshape(4, 3)
+    scales = np.array([0.5, 1, 2, 4], np.float32)
+    weight = np.arange(-3, 3, dtype=np.int8).reshape(3, 2)
+    graph = helper.make_graph(
+        [
+            node("DequantizeLinear", ["table", "table_scale"], ["rows"], axis=0),
+            node("Gather", ["rows", "ids"], ["x"], axis=0),
+            node("DequantizeLinear", ["weight", "weight_scale"], ["w"]),
+            node("MatMul", ["x", "w"], ["y"]),
+        ],
+        "g",
+        [helper.make_tensor_value_info("ids", TensorProto.INT64, [2])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 2])],
+        [
+            tensor(table, "table"), tensor(scales, "table_scale"),
+            tensor(weight, "weight"), tensor(np.float32(0.25), "weight_scale"),
+        ],
+    )  # fmt: skip
+    path, output = tmp_path / "int8.onnx", tmp_path / "tables.onnx"
+    opset = helper.make_opsetid("", 17)
+    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=10), path)
+    with_fp32_tables(path, output)
+    made = onnx.load(output)
+    kinds = [n.op_type for n in made.graph.node]
+    assert kinds == ["Gather", "DequantizeLinear", "MatMul"]
+    assert {t.name for t in made.graph.initializer} == {"rows", "weight", "weight_scale"}
+    feed = {"ids": np.array([3, 1])}
+    wanted = ReferenceEvaluator(str(path)).run(None, feed)
+    np.testing.assert_array_equal(ReferenceEvaluator(str(output)).run(None, feed), wanted)
