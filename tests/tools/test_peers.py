@@ -222,7 +222,7 @@ def test_tables_of_a_quantised_file_become_fp32_and_its_weights_stay(tmp_path: P
         ],
     )  # fmt: skip
     path, output = tmp_path / "int8.onnx", tmp_path / "tables.onnx"
-    opset = helper.make_opsetid("", 17)
+    opset = helper.make_opsetid("", 19)
     onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=10), path)
     with_fp32_tables(path, output)
     made = onnx.load(output)
