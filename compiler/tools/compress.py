@@ -163,16 +163,22 @@ def compress(recipe: Recipe, *, resume: bool, tell: Tell) -> Outcome:
 def latency_targets(recipe: Recipe, tell: Tell) -> dict[str, float] | None:
     """The sparsity of each linear that the recipe's latency needs; None when it has none.
 
-    Raises InvalidInput when no sparsity of ADVISED is enough.
+    A run that goes on keeps those it began with, whatever the cost model says by now. Raises
+    InvalidInput when no sparsity of ADVISED is enough.
     """
     from sparsec.models.compress.budget import sparsities_for
     from sparsec.models.compress.folders import load_model
     from sparsec.models.compress.pattern import BlockPattern, parse_pattern
+    from sparsec.models.compress.pipeline import SPARSITIES
     from sparsec.models.compress.sites import encoder_linears
     from sparsec.models.compress.tasks import find_task
 
     if recipe.latency_ms is None:
         return None
+    begun = recipe.output / SPARSITIES
+    if begun.is_file():
+        found: dict[str, float] = json.loads(begun.read_text(encoding="utf-8"))
+        return found
     tell("advise: what each layer takes", 0, 0)
     pattern = parse_pattern(recipe.block)
     assert isinstance(pattern, BlockPattern), pattern

@@ -42,6 +42,7 @@ from sparsec.models.export import check_folder, export_file
 
 Tell = Callable[[str, int, int], None]
 
+SPARSITIES = "sparsities.json"  # of each linear, where they are not the recipe's one
 STREAM = "stream.json"  # in `sparse`: the order of the residual stream's channels
 CALIBRATION_TOKENS = 16384  # for OBS and the first ranges of quantisation
 OBS_STEPS = 6  # moments at which OBS prunes further
@@ -161,6 +162,9 @@ class _Run:
             self.pattern.check(name, tuple(linear.weight.shape))
         self.output.mkdir(parents=True, exist_ok=True)
         (self.output / "recipe.json").write_text(self.recipe.to_json(), encoding="utf-8")
+        if self.targets is not None:
+            text = json.dumps(dict(self.targets), indent=1)
+            (self.output / SPARSITIES).write_text(text + "\n", encoding="utf-8")
 
     def evaluate(self, model: Any) -> dict[str, float]:
         return evaluate_model(model, self.task, self.dev_data, self.device)

@@ -20,8 +20,6 @@ class RunLog:
 
     def rewind(self, stage: str, step: int) -> None:
         """Forget what `stage` logged after `step`: it will happen again."""
-        if not self._path.exists():
-            return
         kept = [line for line in self.lines() if line["stage"] != stage or line["step"] <= step]
         part = self._path.with_name(self._path.name + ".part")
         part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
@@ -29,6 +27,8 @@ class RunLog:
 
     def lines(self) -> list[dict[str, Any]]:
         """Return every whole line."""
+        if not self._path.exists():
+            return []
         found = []
         for text in self._path.read_text(encoding="utf-8").splitlines():
             try:

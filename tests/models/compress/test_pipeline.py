@@ -99,6 +99,16 @@ def test_another_block_starts_from_the_same_teacher_and_a_sparser_one_from_the_s
     assert all(share == pytest.approx(0.75, abs=0.05) for share in made.layers.values())
 
 
+def test_sparsities_of_a_latency_are_kept_for_a_run_that_goes_on(recipe: Recipe) -> None:
+    recipe = replace(recipe, one_shot=True, epochs=Epochs(0.1, 0, 0, 0))
+    first = compress(recipe)
+    targets = dict.fromkeys(first.layers, 0.25)  # grids of 128 and 256 blocks
+    again = replace(recipe, output=recipe.output.with_name("again"), teacher=first.teacher)
+    made = compress(again, targets=targets)
+    assert set(made.layers.values()) == {0.25}
+    assert json.loads((again.output / "sparsities.json").read_text()) == targets
+
+
 def test_one_shot_needs_no_training(recipe: Recipe, tmp_path: Path) -> None:
     teacher = compress(replace(recipe, epochs=Epochs(6, 0.1, 0, 0))).teacher
     steps: list[str] = []
