@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT := out
 DATA ?= data
-MODEL ?= bert-mini
+MODEL ?= sst2
+TEXT ?=
 # EXTRAS=compress: with torch, so that the tests of models/compress run and are not skipped.
 EXTRAS ?=
 READY := $(VENV)/.ready$(EXTRAS:%=-%)
@@ -12,7 +13,7 @@ READY := $(VENV)/.ready$(EXTRAS:%=-%)
 .PHONY: demo test checks tests bench accuracy conformance clean
 
 demo: $(VENV)/.ready
-	@$(BIN)/python examples/demo.py --model $(MODEL) --folder $(OUT)
+	@$(BIN)/python examples/demo.py --model $(MODEL) --folder $(OUT) $(if $(TEXT),"$(TEXT)")
 
 test: checks tests
 
@@ -47,6 +48,8 @@ accuracy: $(VENV)/.ready-compress
 		--stsb $(DATA)/stsb/dev.csv --stsb-train $(DATA)/stsb/train.csv
 	$(BIN)/python benchmarks/bench_padding.py --onnx $(OUT)/minilm.onnx \
 		--stsb $(DATA)/stsb/dev.csv --stsb-train $(DATA)/stsb/train.csv
+	$(BIN)/python benchmarks/bench_compress.py --task sst2 --data $(DATA) --folder $(OUT)/compress $(COMPRESS)
+	$(BIN)/python benchmarks/bench_compress.py --task embed --data $(DATA) --folder $(OUT)/compress $(COMPRESS)
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -55,7 +55,7 @@ def _tokenizer(path: Path) -> Any:
         from tokenizers import Tokenizer
     except ImportError:
         raise InvalidInput(
-            "the package tokenizers is not installed; pip install 'sparsec[compress]'"
+            "the package tokenizers is not installed; pip install 'sparsec[compiler]'"
         ) from None
     try:
         tokenizer = Tokenizer.from_file(str(path))
