@@ -29,6 +29,16 @@ def sentences(count: int, seed: int) -> list[tuple[str, int]]:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT of two layers with 32 channels, and its tokenizer, as Hugging Face saves them."""
+    return _folder(tmp_path_factory.mktemp("tiny"), layers=2, channels=32)
+
+
+@pytest.fixture(scope="session")
+def larger_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with four layers of 48 channels."""
+    return _folder(tmp_path_factory.mktemp("larger"), layers=4, channels=48)
+
+
+def _folder(folder: Path, layers: int, channels: int) -> Path:
     torch = pytest.importorskip("torch", reason="compress needs the extra compress")
     import tokenizers
     import transformers
@@ -36,10 +46,9 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = [*SPECIAL, *GOOD, *BAD, *OTHER]
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=64, max_position_embeddings=64,
+        vocab_size=len(words), hidden_size=channels, num_hidden_layers=layers,
+        num_attention_heads=2, intermediate_size=64, max_position_embeddings=64,
     )  # fmt: skip
-    folder = tmp_path_factory.mktemp("tiny")
     transformers.BertModel(config).save_pretrained(str(folder))
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]")

@@ -18,7 +18,7 @@ from onnx import load, numpy_helper  # noqa: E402
 
 from sparsec.models.compress.data import load_tokenizer  # noqa: E402
 from sparsec.models.compress.pipeline import compress  # noqa: E402
-from sparsec.models.compress.recipe import Epochs, Rates, Recipe  # noqa: E402
+from sparsec.models.compress.recipe import Distillation, Epochs, Rates, Recipe  # noqa: E402
 from sparsec.models.compress.tasks import evaluate, find_task  # noqa: E402
 from sparsec.models.evaluate import evaluator  # noqa: E402
 from sparsec.sparse.bsr import block_zeros  # noqa: E402
@@ -107,6 +107,20 @@ def test_sparsities_of_a_latency_are_kept_for_a_run_that_goes_on(recipe: Recipe)
     made = compress(again, targets=targets)
     assert set(made.layers.values()) == {0.25}
     assert json.loads((again.output / "sparsities.json").read_text()) == targets
+
+
+def test_a_larger_teacher_is_learnt_from_by_logits_and_relations(
+    recipe: Recipe, larger_folder: Path, tmp_path: Path
+) -> None:
+    short = replace(recipe, one_shot=True, quantise=False, epochs=Epochs(6, 0, 0, 0))
+    teacher = compress(replace(short, model=larger_folder, output=tmp_path / "large")).teacher
+    other = replace(recipe, teacher=teacher, quantise=False)
+    with pytest.raises(InvalidInput, match="hidden=0,embedding=0,relations=1"):
+        compress(other)
+    weights = Distillation(labels=0, logits=1, hidden=0, relations=1)
+    made = compress(replace(other, distillation=weights, epochs=Epochs(0, 6, 1, 0)))
+    assert made.dev["teacher"]["accuracy"] > 0.9
+    assert made.dev["tune"]["accuracy"] > 0.9
 
 
 def test_one_shot_needs_no_training(recipe: Recipe, tmp_path: Path) -> None:
