@@ -8,33 +8,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional
 
+from sparsec.models.compress.recipe import Distillation
 from sparsec.models.compress.sites import LayerParts, layer_parts
 
 Tensor = Any
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-
-
-@dataclass(frozen=True, slots=True)
-class LossWeights:
-    """How much each part counts; parts of weight 0 are not computed."""
-
-    labels: float = 1.0
-    logits: float = 1.0
-    hidden: float = 1.0
-    relations: float = 0.0
-    embedding: float = 0.0
-    temperature: float = 2.0  # of the logits
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether any part looks at a teacher."""
-        return any((self.logits, self.hidden, self.relations, self.embedding))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +42,7 @@ class Observed:
         self._last: LayerParts = layer_parts(model)[-1]
         self._accepts = _accepted_inputs(model)
 
-    def __call__(self, batch: Mapping[str, Tensor], weights: LossWeights) -> Seen:
+    def __call__(self, batch: Mapping[str, Tensor], weights: Distillation) -> Seen:
         """Run the model on the inputs in `batch`."""
         feed = {name: batch[name] for name in self._accepts if name in batch}
         with self._relations(weights.relations > 0) as kept:
@@ -87,7 +71,7 @@ def _accepted_inputs(model: Any) -> tuple[str, ...]:
     return tuple(name for name in INPUTS if name in accepted)
 
 
-def losses(student: Seen, teacher: Seen, mask: Tensor, weights: LossWeights) -> dict[str, Tensor]:
+def losses(student: Seen, teacher: Seen, mask: Tensor, weights: Distillation) -> dict[str, Tensor]:
     """Return the parts that look at the teacher, unweighted; `mask` is [rows, seq] of 0 and 1."""
     parts: dict[str, Callable[[], Tensor]] = {
         "logits": lambda: _outputs_loss(student, teacher, mask, weights.temperature),
@@ -98,10 +82,9 @@ def losses(student: Seen, teacher: Seen, mask: Tensor, weights: LossWeights) -> 
     return {name: part() for name, part in parts.items() if getattr(weights, name) > 0}
 
 
-def total(parts: Mapping[str, Tensor], weights: LossWeights) -> Tensor:
+def total(parts: Mapping[str, Tensor], weights: Distillation) -> Tensor:
     """Return the weighted sum of the parts."""
-    known = {field.name for field in fields(weights)}
-    return sum(getattr(weights, name) * part for name, part in parts.items() if name in known)
+    return sum(getattr(weights, name) * part for name, part in parts.items())
 
 
 def logits_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

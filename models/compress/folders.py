@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from sparsec.errors import InvalidInput
 from sparsec.models.compress.data import TOKENIZER_FILE
 from sparsec.models.compress.tasks import Task
-from sparsec.models.export import AUTO_CLASSES, check_folder
+from sparsec.models.export import load_pretrained
 
 COPIED = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
@@ -24,27 +23,9 @@ def load_model(folder: Path, task: Task, seed: int) -> tuple[Any, list[str]]:
     Weights that are missing (a new head) depend on `seed`. Raises InvalidInput for a folder that
     holds no model, or one with another number of classes.
     """
-    check_folder(folder)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    auto = getattr(transformers, AUTO_CLASSES[task.head])
     classes = {"num_labels": task.classes} if task.head == "classify" else {}
     torch.manual_seed(seed)
-    try:
-        model, info = auto.from_pretrained(
-            str(folder),
-            local_files_only=True,
-            use_safetensors=True,
-            dtype="float32",
-            # On a CPU, training steps take a third of the time of torch's fused attention.
-            attn_implementation="eager",
-            output_loading_info=True,
-            **classes,
-        )
-    except Exception as error:  # transformers and safetensors raise many kinds for a bad folder
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
-        raise InvalidInput(f"{folder}: cannot be loaded by transformers: {first_line}") from error
-    missing = sorted(str(key) for key in info["missing_keys"])
+    model, missing = load_pretrained(folder, task.head, **classes)
     if missing and any(".layer." in key or "embeddings" in key for key in missing):
         raise InvalidInput(f"{folder}: has no weights for {', '.join(missing[:4])}")
     return model, missing

@@ -20,13 +20,12 @@ import torch
 from sparsec.errors import InvalidInput
 from sparsec.models.compress import export_qdq, mixing, prune, quantise
 from sparsec.models.compress.data import Batch, Encoded, batches, load_tokenizer
-from sparsec.models.compress.distil import LossWeights
 from sparsec.models.compress.folders import load_model, save_model
 from sparsec.models.compress.oneshot import prune_one_shot
 from sparsec.models.compress.pattern import BlockPattern, parse_pattern, sparsity_of
 from sparsec.models.compress.permute import permute, reorder_stream
 from sparsec.models.compress.plain import bake
-from sparsec.models.compress.recipe import Recipe
+from sparsec.models.compress.recipe import Distillation, Recipe
 from sparsec.models.compress.runlog import RunLog
 from sparsec.models.compress.sites import embedding_parts, encoder_linears
 from sparsec.models.compress.tasks import TASKS, Task, find_task
@@ -47,7 +46,7 @@ STREAM = "stream.json"  # in `sparse`: the order of the residual stream's channe
 CALIBRATION_TOKENS = 16384  # for OBS and the first ranges of quantisation
 OBS_STEPS = 6  # moments at which OBS prunes further
 OTHER_STEPS = 60  # moments for the criteria that cost nothing
-LABELS_ONLY = LossWeights(labels=1.0, logits=0.0, hidden=0.0)
+LABELS_ONLY = Distillation(labels=1.0, logits=0.0, hidden=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,10 +301,7 @@ class _Run:
         ).run()  # fmt: skip
 
     def _stage(self, name: str, rate: float, epochs: float) -> Stage:
-        d = self.recipe.distillation_for(self.task.head)
-        weights = LossWeights(
-            d.labels, d.logits, d.hidden, d.relations, d.embedding, d.temperature
-        )
+        weights = self.recipe.distillation_for(self.task.head)
         return Stage(
             name, self._sources(texts=name == "prune"), epochs, rate, weights,
             self.recipe.tokens_per_batch, self.recipe.seed,

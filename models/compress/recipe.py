@@ -37,7 +37,10 @@ class Epochs:
 
 @dataclass(frozen=True, slots=True)
 class Distillation:
-    """Weights of the losses in all stages but the teacher's (see LossWeights); labels too."""
+    """How much each loss counts in all stages but the teacher's; one of weight 0 is not computed.
+
+    `temperature` softens the logits.
+    """
 
     labels: float = 0.0
     logits: float = 0.0
@@ -45,6 +48,11 @@ class Distillation:
     relations: float = 0.0
     embedding: float = 0.0
     temperature: float = 2.0
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any loss looks at a teacher."""
+        return any((self.logits, self.hidden, self.relations, self.embedding))
 
 
 DISTILLATION: dict[Head, Distillation] = {

@@ -19,8 +19,9 @@ import torch
 from sparsec.errors import CompilerError
 from sparsec.models.compress import checkpoint
 from sparsec.models.compress.data import Batch, Encoded, batches
-from sparsec.models.compress.distil import LossWeights, Observed, losses, total
+from sparsec.models.compress.distil import Observed, losses, total
 from sparsec.models.compress.prune import masked_sparsity
+from sparsec.models.compress.recipe import Distillation
 from sparsec.models.compress.runlog import RunLog
 from sparsec.models.compress.tasks import Task, evaluate
 
@@ -89,7 +90,7 @@ class Stage:
     sources: Sequence[Source]
     epochs: float  # of all sources together
     learning_rate: float
-    weights: LossWeights
+    weights: Distillation
     tokens_per_batch: int  # padded tokens
     seed: int
     warmup: float = 0.06  # share of the steps in which the rate rises from 0; then it falls to 0
@@ -340,7 +341,7 @@ class Trainer:
 
 def evaluate_model(model: Any, task: Task, encoded: Encoded, device: Device) -> dict[str, float]:
     """Return the metrics of `model` on the examples of `encoded`, computed in fp32."""
-    observed, nothing = Observed(model), LossWeights()
+    observed, nothing = Observed(model), Distillation()
 
     def run(arrays: dict[str, Any]) -> dict[str, Any]:
         batch = device.put({name: torch.from_numpy(array) for name, array in arrays.items()})

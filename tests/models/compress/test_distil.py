@@ -7,7 +7,6 @@ import pytest
 torch = pytest.importorskip("torch", reason="compress needs the extra compress")
 
 from sparsec.models.compress.distil import (  # noqa: E402
-    LossWeights,
     Seen,
     embedding_loss,
     hidden_loss,
@@ -17,9 +16,10 @@ from sparsec.models.compress.distil import (  # noqa: E402
     relation_loss,
     total,
 )
+from sparsec.models.compress.recipe import Distillation  # noqa: E402
 
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-ALL = LossWeights(labels=0, logits=1, hidden=2, relations=3, embedding=4)
+ALL = Distillation(labels=0, logits=1, hidden=2, relations=3, embedding=4)
 
 
 def seen(seed: int, layers: int = 2, channels: int = 8, heads: int = 2) -> Seen:
@@ -37,10 +37,10 @@ def test_a_student_that_is_its_teacher_loses_nothing() -> None:
 
 
 def test_parts_are_weighted_and_those_without_weight_are_not_computed() -> None:
-    parts = losses(seen(0), seen(1), MASK, LossWeights(logits=1, hidden=2))
+    parts = losses(seen(0), seen(1), MASK, Distillation(logits=1, hidden=2))
     assert sorted(parts) == ["hidden", "logits"]
     wanted = parts["logits"] + 2 * parts["hidden"] + 5 * torch.tensor(0.5)
-    weights = LossWeights(labels=5, logits=1, hidden=2)
+    weights = Distillation(labels=5, logits=1, hidden=2)
     assert torch.isclose(total({**parts, "labels": torch.tensor(0.5)}, weights), wanted)
 
 
@@ -58,7 +58,7 @@ def test_spans_do_not_end_in_padding() -> None:
     outputs = [{"start_logits": torch.zeros(2, 4), "end_logits": torch.zeros(2, 4)} for _ in "ab"]
     outputs[0]["end_logits"][1, 3] = 50.0  # padding
     ours, theirs = (Seen(o, (), (), 1) for o in outputs)
-    weights = LossWeights(logits=1, hidden=0)
+    weights = Distillation(logits=1, hidden=0)
     assert losses(ours, theirs, MASK, weights)["logits"].item() == pytest.approx(0.0, abs=1e-6)
 
 

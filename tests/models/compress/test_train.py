@@ -14,9 +14,9 @@ torch = pytest.importorskip("torch", reason="compress needs the extra compress")
 
 from sparsec.models.compress import checkpoint, prune  # noqa: E402
 from sparsec.models.compress.data import load_tokenizer  # noqa: E402
-from sparsec.models.compress.distil import LossWeights  # noqa: E402
 from sparsec.models.compress.folders import load_model  # noqa: E402
 from sparsec.models.compress.pattern import BlockPattern  # noqa: E402
+from sparsec.models.compress.recipe import Distillation  # noqa: E402
 from sparsec.models.compress.runlog import RunLog  # noqa: E402
 from sparsec.models.compress.sites import encoder_linears  # noqa: E402
 from sparsec.models.compress.tasks import find_task  # noqa: E402
@@ -29,7 +29,7 @@ from sparsec.models.compress.train import (  # noqa: E402
 )
 
 CPU = Device("cpu", bf16=False)
-LABELS = LossWeights(labels=1.0, logits=0.0, hidden=0.0)
+LABELS = Distillation(labels=1.0, logits=0.0, hidden=0.0)
 
 
 class Killed(Exception):
