@@ -5,9 +5,11 @@ models/trained/NAME/model.onnx.xz  tokenizer.json.xz  result.json
 
 from __future__ import annotations
 
+import json
 import lzma
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sparsec.errors import InvalidInput
 
@@ -54,8 +56,22 @@ def pack(run: Path, name: str, tokenizer: Path) -> Path:
                 f"{LARGEST_BYTES / 1e6:.0f} MB are kept in the repository"
             )
         _write(target / f"{file}.xz", packed)
-    _write(target / RESULT, (run / RESULT).read_bytes())
+    result = json.loads((run / RESULT).read_text(encoding="utf-8"))
+    result["recipe"] = _without_folders(result["recipe"])
+    _write(target / RESULT, (json.dumps(result, indent=1) + "\n").encode())
     return target
+
+
+def _without_folders(value: Any) -> Any:
+    """Files and folders of the machine that ran a recipe, by their last name."""
+    match value:
+        case dict():
+            return {name: _without_folders(one) for name, one in value.items()}
+        case list():
+            return [_without_folders(one) for one in value]
+        case str() if value.startswith("/"):
+            return Path(value).name
+    return value
 
 
 def _write(path: Path, data: bytes) -> None:

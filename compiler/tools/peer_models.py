@@ -93,6 +93,7 @@ def without_roundings(path: Path, output: Path) -> None:
                 name = aliases[name]
             node.input[i] = name
             used.add(name)
+    kept = [n for n in kept if n.op_type != "Constant" or n.output[0] in used]  # were scales
     for value in graph.output:
         if value.name in aliases:  # a name that the caller knows
             kept.append(onnx.helper.make_node("Identity", [aliases[value.name]], [value.name]))

@@ -17,8 +17,10 @@ def run_folder(tmp_path: Path) -> Path:
     """What a run of `sparsec compress` leaves, as far as it is kept."""
     folder = tmp_path / "run"
     folder.mkdir()
-    for name in ("model.onnx", "tokenizer.json", "result.json"):
+    for name in ("model.onnx", "tokenizer.json"):
         (folder / name).write_text(f"{name} " * 1000)
+    recipe = {"model": str(folder / "dense"), "text": [str(folder / "a.txt")], "block": "16x1"}
+    (folder / "result.json").write_text(json.dumps({"recipe": recipe, "dev": {}}))
     return folder
 
 
@@ -29,6 +31,8 @@ def test_a_packed_model_unpacks_as_it_was(
     kept = stored.pack(run_folder, "tiny", run_folder / "tokenizer.json")
     assert stored.stored_names() == ["tiny"]
     assert (kept / "model.onnx.xz").stat().st_size < 1000
+    recipe = json.loads((kept / "result.json").read_text())["recipe"]
+    assert recipe == {"model": "dense", "text": ["a.txt"], "block": "16x1"}  # no place of here
     made = stored.unpack("tiny", tmp_path / "out")
     assert made.onnx.read_bytes() == (run_folder / "model.onnx").read_bytes()
     assert made.tokenizer.read_bytes() == (run_folder / "tokenizer.json").read_bytes()
