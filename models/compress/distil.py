@@ -15,10 +15,9 @@ import torch
 from torch.nn import functional
 
 from sparsec.models.compress.recipe import Distillation
-from sparsec.models.compress.sites import LayerParts, layer_parts
+from sparsec.models.compress.sites import LayerParts, layer_parts, model_inputs
 
 Tensor = Any
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +39,10 @@ class Observed:
     def __init__(self, model: Any) -> None:
         self.model = model
         self._last: LayerParts = layer_parts(model)[-1]
-        self._accepts = _accepted_inputs(model)
 
     def __call__(self, batch: Mapping[str, Tensor], weights: Distillation) -> Seen:
         """Run the model on the inputs in `batch`."""
-        feed = {name: batch[name] for name in self._accepts if name in batch}
+        feed = model_inputs(self.model, batch)
         with self._relations(weights.relations > 0) as kept:
             result = self.model(**feed, output_hidden_states=True)
         outputs = {k: v for k, v in result.items() if isinstance(v, torch.Tensor)}
@@ -62,13 +60,6 @@ class Observed:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _accepted_inputs(model: Any) -> tuple[str, ...]:
-    import inspect
-
-    accepted = inspect.signature(model.forward).parameters
-    return tuple(name for name in INPUTS if name in accepted)
 
 
 def losses(student: Seen, teacher: Seen, mask: Tensor, weights: Distillation) -> dict[str, Tensor]:

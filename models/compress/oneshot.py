@@ -31,7 +31,7 @@ from sparsec.models.compress.obs import (
     refit,
 )
 from sparsec.models.compress.pattern import BlockPattern
-from sparsec.models.compress.sites import LayerParts, encoder_linears, layer_parts
+from sparsec.models.compress.sites import LayerParts, encoder_linears, layer_parts, model_inputs
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -163,7 +163,9 @@ def _first_layer(model: nn.Module, texts: tuple[Batch, ...]) -> _Calls:
     try:
         for text in texts:
             with suppress(_Stop):
-                model(**{key: value.to(device) for key, value in text.items()})
+                model(
+                    **{key: value.to(device) for key, value in model_inputs(model, text).items()}
+                )
     finally:
         hook.remove()
     real = tuple(text["attention_mask"].to(device).bool() for text in texts)

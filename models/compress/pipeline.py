@@ -89,6 +89,7 @@ class _Run:
     targets: Mapping[str, float] | None
     tell: Tell
     stream: list[int] | None = None  # old places of the residual stream's channels
+    config: Any = None  # of the dense model
 
     @property
     def output(self) -> Path:
@@ -159,6 +160,7 @@ class _Run:
         model, _missing = load_model(self.recipe.model, self.task, self.recipe.seed)
         for name, linear in encoder_linears(model).items():
             self.pattern.check(name, tuple(linear.weight.shape))
+        self.config = model.config
         self.output.mkdir(parents=True, exist_ok=True)
         (self.output / "recipe.json").write_text(self.recipe.to_json(), encoding="utf-8")
         if self.targets is not None:
@@ -170,7 +172,7 @@ class _Run:
 
     def teacher(self) -> Any:
         """Load or tune the model that the student learns from."""
-        ready = self.recipe.teacher or (self.output / "teacher")
+        ready = self.teacher_folder
         if self.recipe.teacher is not None or ready.is_dir():
             model, missing = load_model(ready, self.task, self.recipe.seed)
             if missing and self.task.head != "none":
@@ -243,10 +245,10 @@ class _Run:
             self.stream = list(done.stream) if done.stream else None
 
     def _same_size(self, teacher: Any) -> bool:
-        model, _missing = load_model(self.recipe.model, self.task, self.recipe.seed)
-        ours, theirs = model.config, teacher.config
         names = ("num_hidden_layers", "hidden_size", "num_attention_heads")
-        return all(getattr(ours, n, None) == getattr(theirs, n, None) for n in names)
+        return all(
+            getattr(self.config, n, None) == getattr(teacher.config, n, None) for n in names
+        )
 
     def pruned(
         self, student: Any, teacher: Any, dev: dict[str, dict[str, float]]
@@ -275,7 +277,7 @@ class _Run:
             export_file(self.output / "sparse", path, head=self.task.head)
             return path
         scales = quantise.prepare(student)
-        quantise.calibrate(student, self._calibration())
+        quantise.calibrate(student, self._calibration)
         if recipe.epochs.quantise > 0 and not recipe.one_shot:
             stage = self._stage("quantise", recipe.rates.quantise, recipe.epochs.quantise)
             dev["quantise"] = self._train(stage, student, teacher, scales)
@@ -321,6 +323,7 @@ class _Run:
             found.append(Source(path.name, share, False))
         return found
 
+    @cached_property
     def _calibration(self) -> list[Batch]:
         """Some batches of all sources, the same for a seed, on the device."""
         found: list[Batch] = []
@@ -362,19 +365,12 @@ class _Run:
         reference: Any | None,
     ) -> None:  # fmt: skip
         """Prune to `goals` with OBS, the weights that stay refitted; masks only lose cells."""
-        plain = copy.deepcopy(student)
-        bake(encoder_linears(plain).values())
         kept = {name: mask.kept for name, mask in masks.items()}
         found = prune_one_shot(
-            plain, self._calibration(), self.pattern, goals, reference=reference, kept=kept
+            student, self._calibration, self.pattern, goals, reference=reference, kept=kept
         )
-        new, old = encoder_linears(plain), encoder_linears(student)
-        with torch.no_grad():
-            for name, mask in masks.items():
-                mask.kept.copy_(found[name])
-                old[name].parametrizations.weight.original.copy_(new[name].weight)
-                if new[name].bias is not None:
-                    old[name].bias.copy_(new[name].bias)
+        for name, mask in masks.items():
+            mask.kept.copy_(found[name])
 
 
 def _share(text: Encoded, share: float, seed: int) -> Callable[[int], Encoded]:

@@ -33,13 +33,17 @@ from sparsec.models.compress.rounding import (
     WeightRounding,
     rounded_attention,
 )
-from sparsec.models.compress.sites import embedding_parts, encoder_linears, layer_parts
+from sparsec.models.compress.sites import (
+    embedding_parts,
+    encoder_linears,
+    layer_parts,
+    model_inputs,
+)
 from sparsec.ranges import Observation, choose_range
 
 ATTENTION = "sparsec_int8"
 ATTENTION_INPUT = "input_rounding"  # of the module that holds q, k and v
 TABLE_BYTES = 4 << 20  # of fp32: the compiler leaves smaller tables in fp32
-MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def prepare(
@@ -171,7 +175,7 @@ def _observe(
     model: nn.Module, batch: Mapping[str, Tensor], observers: Iterable[_Observer]
 ) -> None:
     device = next(model.parameters()).device
-    inputs = {name: batch[name].to(device) for name in MODEL_INPUTS if name in batch}
+    inputs = {name: value.to(device) for name, value in model_inputs(model, batch).items()}
     for observer in observers:
         observer.real = inputs["attention_mask"] != 0
     model(**inputs)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -16,6 +18,9 @@ LAYER_LISTS: Mapping[str, LayerNames] = {
     "encoder.layer": BERT_NAMES,
     "transformer.layer": DISTILBERT_NAMES,
 }
+
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # of a batch; others are targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +85,12 @@ def embedding_parts(model: nn.Module) -> EmbeddingParts:
         norm=_part(embeddings, "LayerNorm", "the embeddings"),
         projection=getattr(base, "embeddings_project", None),
     )
+
+
+def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a batch is an input of this model: DistilBERT has no `token_type_ids`."""
+    accepted = inspect.signature(model.forward).parameters
+    return {name: batch[name] for name in INPUTS if name in accepted and name in batch}
 
 
 def _encoder_root(model: nn.Module) -> nn.Module:

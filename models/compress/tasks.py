@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from sparsec.errors import InvalidInput
 from sparsec.models.compress import metrics
 from sparsec.models.compress.data import Batch, Encoded, batches, encode
+from sparsec.models.compress.distil import mean_pooled
 from sparsec.models.compress.readers import (
     LARGEST_SCORE,
     read_pairs,
@@ -126,7 +127,8 @@ def _class_loss(outputs: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tens
 
 def _cosine_loss(outputs: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor | None:
     """Mean squared error of the cosines against the scores brought to 0 .. 1."""
-    left, right = sentence_embeddings(outputs, batch).chunk(2)
+    pooled = mean_pooled(outputs["last_hidden_state"], batch["attention_mask"])
+    left, right = pooled.chunk(2)
     cosine = torch.nn.functional.cosine_similarity(left, right)
     loss: torch.Tensor = torch.nn.functional.mse_loss(cosine, batch["labels"] / LARGEST_SCORE)
     return loss
@@ -134,13 +136,6 @@ def _cosine_loss(outputs: Mapping[str, torch.Tensor], batch: Batch) -> torch.Ten
 
 def _no_loss(outputs: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor | None:
     return None
-
-
-def sentence_embeddings(outputs: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor:
-    """The mean of the last hidden states over real tokens, fp32 [rows, hidden], not normalised."""
-    states = outputs["last_hidden_state"].float()
-    mask = batch["attention_mask"].unsqueeze(-1).to(states)
-    return (states * mask).sum(dim=1) / mask.sum(dim=1)
 
 
 def _predict_class(outputs: Arrays, batch: Arrays) -> Any:

@@ -14,6 +14,7 @@ from sparsec.models.compress.sites import (  # noqa: E402
     embedding_parts,
     encoder_linears,
     layer_parts,
+    model_inputs,
 )
 
 COMMON = {
@@ -79,3 +80,14 @@ def test_embeddings_are_found(name: str) -> None:
 def test_other_models_are_refused() -> None:
     with pytest.raises(InvalidInput, match=r"no list of layers.*take a BERT"):
         encoder_linears(torch.nn.Sequential(torch.nn.Linear(4, 4)))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_is_given_its_inputs_and_no_targets(name: str) -> None:
+    model = transformers.AutoModel.from_config(CONFIGS[name])
+    batch = dict.fromkeys(
+        ("input_ids", "attention_mask", "token_type_ids"), torch.ones(2, 3).long()
+    )
+    given = model_inputs(model, {**batch, "labels": torch.zeros(2)})
+    assert list(given) == list(batch)[: 2 if name == "distilbert" else 3]
+    assert model(**given).last_hidden_state.shape == (2, 3, 32)
