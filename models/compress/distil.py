@@ -107,11 +107,11 @@ def hidden_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], mask: 
     Layer i of n looks at the teacher's layer i * m / n, so a teacher may be m / n times as deep.
     """
     depth, deeper = len(student) - 1, len(teacher) - 1
-    real = mask.bool()
+    real = mask.flatten().nonzero().flatten()  # once: a GPU waits for the number of them
     terms = []
     for i in range(1, depth + 1):
-        ours = student[i][real].float()
-        theirs = teacher[round(i * deeper / depth)][real].float()
+        ours = student[i].flatten(0, 1)[real].float()
+        theirs = teacher[round(i * deeper / depth)].flatten(0, 1)[real].float()
         spread = theirs.var(dim=0, unbiased=False).mean().clamp_min(1e-6)
         terms.append(((ours - theirs) ** 2).mean() / spread)
     return sum(terms) / depth

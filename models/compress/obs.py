@@ -105,7 +105,7 @@ def obs_scores(
     if tuple(kept.shape) != blocks:
         raise InvalidInput(f"kept blocks have shape {tuple(kept.shape)}, the weight's {blocks}")
     width = int(kept.sum(1).max()) * cols
-    chunk = max(1, CHUNK_BYTES // max(4 * width * width, 1))
+    chunk = _rows_at_once(width)
     shared = torch.linalg.inv(problem.hessian) if bool(kept.all()) else None
     parts = []
     for start in range(0, blocks[0], chunk):
@@ -137,20 +137,22 @@ def keep_best(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
 
 def refit(problem: Problem, kept: torch.Tensor) -> torch.Tensor:
     """Return the best weight `[out, in]`, float64, that is zero outside of the `kept` blocks."""
-    block_rows, block_columns = kept.shape
     out, depth = problem.cross.shape
-    rows, cols = out // block_rows, depth // block_columns
-    weight = torch.zeros_like(problem.cross)
-    columns = kept.repeat_interleave(cols, dim=1)
-    for i in range(block_rows):
-        support = columns[i].nonzero().flatten()
-        if len(support) == 0:
-            continue
-        here = slice(i * rows, (i + 1) * rows)
-        factor = torch.linalg.cholesky(problem.hessian[support][:, support])
-        solved = torch.cholesky_solve(problem.cross[here, support].T, factor)
-        weight[here, support] = solved.T
-    return weight
+    rows, cols = out // kept.shape[0], depth // kept.shape[1]
+    cross = problem.cross.view(-1, rows, depth)
+    weight = torch.zeros_like(cross)
+    counts = kept.sum(1)
+    order = counts.argsort()  # those that are solved together have about as many columns
+    chunk = _rows_at_once(int(counts.max()) * cols)
+    for chosen in order.split(chunk):
+        columns, alive = _support(kept[chosen], cols)
+        factor = torch.linalg.cholesky(_principal(problem.hessian, columns, alive))
+        wanted = _take(cross[chosen], columns, 2) * alive[:, None]
+        half = torch.linalg.solve_triangular(factor, wanted.mT, upper=False)
+        solved = torch.linalg.solve_triangular(factor.mT, half, upper=True).mT
+        here = torch.zeros_like(cross[chosen])
+        weight[chosen] = here.scatter_(2, columns[:, None].expand(-1, rows, -1), solved)
+    return weight.view(out, depth)
 
 
 def block_grid(shape: tuple[int, ...], rows: int, cols: int) -> tuple[int, int]:
@@ -188,16 +190,13 @@ class _Elimination:
         cross = problem.cross[rows]
         cols = cross.shape[1] // total
         cross = cross.reshape(count, -1, cross.shape[1])
-        groups = int(kept.sum(1).max())
-        names = torch.argsort((~kept).byte(), dim=1, stable=True)[:, :groups]
+        columns, alive = _support(kept, cols)
         if shared is not None:
             inverse = shared.expand(count, -1, -1)
         else:
-            inverse = torch.stack([_padded_inverse(problem.hessian, r, groups) for r in kept])
-        columns = _columns(names, cols)
-        alive = kept.gather(1, names).repeat_interleave(cols, dim=1)
-        here = cross.gather(2, columns[:, None].expand(-1, cross.shape[1], -1))
-        weight = (here * alive[:, None]) @ inverse
+            inverse = _inverse(_principal(problem.hessian, columns, alive))
+        weight = (_take(cross, columns, 2) * alive[:, None]) @ inverse
+        names = columns[:, ::cols] // cols
         return _Elimination(names, inverse.float(), weight.float(), total)
 
     def scores(self, step_share: float) -> torch.Tensor:
@@ -231,23 +230,46 @@ class _Elimination:
         cols = self.weight.shape[2] // self.names.shape[1]
         gone, left = _columns(leaving, cols), _columns(staying, cols)
         across = _take(self.inverse, gone, 1)  # [b, gone, all]
-        corner, side = _take(across, gone, 2), _take(across, left, 2)
-        change = torch.cholesky_solve(side, torch.linalg.cholesky(corner))  # [b, gone, left]
+        factor = torch.linalg.cholesky(_take(across, gone, 2))
+        sides = torch.cat([_take(across, left, 2), _take(self.weight, gone, 2).mT], dim=2)
+        half = torch.linalg.solve_triangular(factor, sides, upper=False)
+        side, values = half.split([left.shape[1], self.weight.shape[1]], dim=2)
         inverse = _take(_take(self.inverse, left, 1), left, 2)
-        weight = _take(self.weight, left, 2)
-        self.inverse = inverse.baddbmm_(side.transpose(1, 2), change, alpha=-1)
-        self.weight = weight.baddbmm_(_take(self.weight, gone, 2), change, alpha=-1)
+        self.inverse = inverse.baddbmm_(side.mT, side, alpha=-1)
+        self.weight = _take(self.weight, left, 2).baddbmm_(values.mT, side, alpha=-1)
         self.names = self.names.gather(1, staying)
 
 
-def _padded_inverse(hessian: torch.Tensor, kept: torch.Tensor, groups: int) -> torch.Tensor:
-    """Return the inverse on the `kept` block columns, in order, filled up with ones."""
-    cols = hessian.shape[0] // len(kept)
-    support = kept.repeat_interleave(cols).nonzero().flatten()
-    inverse = torch.eye(groups * cols, dtype=hessian.dtype, device=hessian.device)
-    inner = torch.linalg.inv(hessian[support][:, support])
-    inverse[: len(support), : len(support)] = inner
-    return inverse
+def _rows_at_once(width: int) -> int:
+    """How many float32 matrices `[width, width]` make CHUNK_BYTES, at least one."""
+    return max(1, CHUNK_BYTES // max(4 * width * width, 1))
+
+
+def _support(kept: torch.Tensor, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the columns `[b, k]` of each row of blocks that it keeps, and bool which those are.
+
+    k is that of the fullest row; others are filled up with columns that they do not keep.
+    """
+    names = torch.argsort((~kept).byte(), dim=1, stable=True)[:, : int(kept.sum(1).max())]
+    return _columns(names, cols), kept.gather(1, names).repeat_interleave(cols, dim=1)
+
+
+def _principal(hessian: torch.Tensor, columns: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
+    """Return the Hessian `[b, k, k]` on the columns that are `alive`, ones for the others."""
+    found = hessian[columns[:, :, None], columns[:, None, :]]
+    found.masked_fill_(~(alive[:, :, None] & alive[:, None, :]), 0.0)
+    found.diagonal(dim1=1, dim2=2).masked_fill_(~alive, 1.0)
+    return found
+
+
+def _inverse(matrices: torch.Tensor) -> torch.Tensor:
+    """Return the inverses of symmetric positive matrices `[b, k, k]`."""
+    half = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(matrices),
+        torch.eye(matrices.shape[1], dtype=matrices.dtype, device=matrices.device),
+        upper=False,
+    )
+    return half.mT @ half
 
 
 def _columns(groups: torch.Tensor, cols: int) -> torch.Tensor:

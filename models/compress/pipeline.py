@@ -144,6 +144,7 @@ class _Run:
         """Read all input before anything is trained; make the folder and keep the recipe."""
         torch.set_num_threads(self.recipe.threads or len(os.sched_getaffinity(0)))
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         blocks = isinstance(self.pattern, BlockPattern)
         if not blocks and (self.recipe.criterion == "obs" or self.recipe.budget == "global"):

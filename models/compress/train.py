@@ -6,6 +6,7 @@ function of (seed, epoch), and a checkpoint holds weights, optimiser and random 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -227,9 +228,11 @@ class Trainer:
             self._tighten(step, steps)
             parts = self._step(step)
             evaluated = step + 1 in moments
-            if step % LOG_EVERY == 0 or evaluated or step + 1 == steps:
-                self._report(step, parts, time.monotonic() - began, evaluated)
-            if time.monotonic() - saved > self.checkpoint_seconds:
+            due = time.monotonic() - saved > self.checkpoint_seconds
+            if step % LOG_EVERY == 0 or evaluated or due or step + 1 == steps:
+                numbers = self._numbers(step, parts)
+                self._report(step, numbers, time.monotonic() - began, evaluated)
+            if due:
                 self._save(step + 1)
                 saved = time.monotonic()
         if self._best.exists():
@@ -252,7 +255,8 @@ class Trainer:
         times = self.stage.evaluations
         return {round(steps * (i + 1) / times) for i in range(times)}
 
-    def _step(self, step: int) -> dict[str, float]:
+    def _step(self, step: int) -> dict[str, Tensor]:
+        """Take one step; returns the losses and the gradient's norm, not waiting for a GPU."""
         epoch, number, indices = self._plan[step]
         source = self.stage.sources[number]
         batch = self.device.put(source.at(epoch).batch(indices))
@@ -262,14 +266,22 @@ class Trainer:
         loss = total(parts, self.stage.weights)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), GRADIENT_NORM)
-        if not torch.isfinite(norm):
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return {"loss": loss.detach(), "norm": norm, **{k: v.detach() for k, v in parts.items()}}
+
+    def _numbers(self, step: int, parts: dict[str, Tensor]) -> dict[str, float]:
+        """Return the losses; CompilerError for a step since the last call that went wrong.
+
+        What is no number stays in the weights, so no step needs to be looked at by itself.
+        """
+        found = {name: part.item() for name, part in parts.items()}
+        if not math.isfinite(found.pop("norm")):
             raise CompilerError(
                 f"{self.stage.name}: the loss is no number at step {step}; "
                 "try a lower learning rate"
             )
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        return {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
+        return found
 
     def _losses(self, batch: Batch, labelled: bool) -> dict[str, Tensor]:
         weights = self.stage.weights
