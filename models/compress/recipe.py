@@ -19,9 +19,9 @@ DEVICES = ("auto", "cpu", "cuda")
 class Rates:
     """Learning rates of the stages."""
 
-    teacher: float = 5e-5
-    prune: float = 3e-4
-    tune: float = 1e-4
+    teacher: float = 1e-4
+    prune: float = 2e-4
+    tune: float = 2e-4
     quantise: float = 3e-5
 
 
@@ -29,7 +29,7 @@ class Rates:
 class Epochs:
     """Passes over the stage's data; 0 leaves a stage out."""
 
-    teacher: float = 3.0
+    teacher: float = 2.0
     prune: float = 2.0
     tune: float = 2.0
     quantise: float = 1.0
@@ -91,7 +91,7 @@ class Recipe:
     rates: Rates = field(default_factory=Rates)
     distillation: Distillation | None = None  # None: DISTILLATION of the task's head
     max_length: int = 128  # tokens of a row
-    tokens_per_batch: int = 1024
+    tokens_per_batch: int = 1536
     text_share: float = 1.0  # of the text that an epoch sees
     joined: bool = True  # also distil on phrases of `train` joined to sentence length
     prune_until: float = 0.5  # share of the prune stage in which the pattern changes
