@@ -1,14 +1,16 @@
 """Speed of attention with integer products beside fp32 attention, both with u8 results, one core.
 
-    taskset -c 0 python benchmarks/bench_attention_int8.py
+    taskset -c 0 python benchmarks/bench_attention_int8.py [--isa avx2] [--mask full]
 
 Every round calls all in turn, the AMX kernel too where the system permits it. Printed are the
-best and the median call, and the share of the instruction set's multiply-accumulate peak (4 times
-the fp32 peak for VNNI, 32 times for AMX: Intel's numbers per cycle) that the best is.
+best and the median call, the share of the instruction set's multiply-accumulate peak (4 times
+the fp32 peak for VNNI, 32 times for AMX: Intel's numbers per cycle) that the best is, and the
+median ratio of the fp32 call's time to this one's in the same round.
 """
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from pathlib import Path
 from statistics import median
@@ -17,8 +19,8 @@ from typing import Any
 import numpy as np
 from bench_kernels import ATTENTION_SHAPES, Candidate, Library, aligned, measure, peak, peak_of
 
-from sparsec.codegen.isa import AVX512, amx, by_name
-from sparsec.codegen.isa.int8 import AMX_INT8, AVX512_VNNI
+from sparsec.codegen.isa import AVX2, AVX512, amx
+from sparsec.codegen.isa.int8 import AMX_INT8, AVX2_INT8, AVX512_VNNI
 from sparsec.codegen.kernels.attention import REGISTER_BLOCKS, Attention
 from sparsec.codegen.kernels.attention_int8 import AttentionInt8
 from sparsec.codegen.kernels.attention_int8_block import Block
@@ -30,6 +32,7 @@ from sparsec.tuning.machine import may_use_tiles
 SHAPES = [(1, 32, 4, 64), (1, 384, 4, 64), *ATTENTION_SHAPES]  # batch, seq, heads, head_size
 ROUNDS = 60
 PEAKS = {AVX512.name: 1, AVX512_VNNI.name: 4, AMX_INT8.name: 32}  # times that of fp32
+INT8 = {AVX2.name: [AVX2_INT8], AVX512.name: [AVX512_VNNI, AMX_INT8]}
 
 
 def candidate(library: Library, kernel: Any, shape: tuple[int, int, int, int]) -> Candidate:
@@ -45,7 +48,10 @@ def candidate(library: Library, kernel: Any, shape: tuple[int, int, int, int]) -
     offsets = [n for i in range(3) for n in (3 * channels, i * channels)]
     # Scores of about 3 for bytes that are spread evenly, as for the floats.
     scales = [3 / (74 * 74 * head_size**0.5), 0.013] if is_int8 else [head_size**-0.5]
-    mask, steps = np.zeros((batch, seq), np.float32), [seq, 0] if is_int8 else [seq, 0, 0]
+    queries = seq if kernel.mask == "full" else 1
+    mask, steps = np.zeros((batch, queries, seq), np.float32), [queries * seq, 0]
+    if kernel.mask == "full" or not is_int8:
+        steps.append(seq if kernel.mask == "full" else 0)
     sizes = [tokens, seq, heads, head_size, *offsets, *steps]
     args = [merged, merged, merged, mask, y, *sizes, *scales, 50.0, 128]
     if is_int8 and kernel.has_tiles:
@@ -58,28 +64,33 @@ def candidate(library: Library, kernel: Any, shape: tuple[int, int, int, int]) -
 
 
 def main() -> None:
-    groups, rows = REGISTER_BLOCKS[AVX512.lanes][0]
-    kernels: list[Any] = [
-        Attention(by_name(AVX512.name), groups, rows, "key", "u8"),
-        AttentionInt8(AVX512_VNNI, "key", "u8"),
-        *(
-            [AttentionInt8(AMX_INT8, "key", "u8")]
-            if Target.host().has(Isa.AMX) and may_use_tiles()
-            else []
-        ),
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--isa", choices=INT8, default=AVX512.name, help="of the fp32 kernel")
+    parser.add_argument("--mask", choices=("key", "full"), default="key")
+    args = parser.parse_args()
+    vector = AVX2 if args.isa == AVX2.name else AVX512
+    tiles = Target.host().has(Isa.AMX) and may_use_tiles()
+    kernels: list[Any] = [Attention(vector, *REGISTER_BLOCKS[vector.lanes][0], args.mask, "u8")]
+    kernels += [
+        AttentionInt8(isa, args.mask, "u8")
+        for isa in INT8[vector.name]
+        if tiles or isa is not AMX_INT8
     ]
     with tempfile.TemporaryDirectory() as folder:
-        library = Library([peak(AVX512.name), *kernels], kernels[-1].isa, Path(folder))
+        library = Library([peak(vector.name), *kernels], kernels[-1].isa, Path(folder))
         for shape in SHAPES:
             candidates = [candidate(library, k, shape) for k in kernels]
             measure(candidates, ROUNDS)
-            fma = peak_of(library, AVX512.name)
+            fma = peak_of(library, vector.name)
             for c, kernel in zip(candidates, kernels, strict=True):
-                best, most = min(c.seconds), PEAKS[kernel.isa] * fma
+                best, most = min(c.seconds), PEAKS.get(kernel.isa, 1) * fma
+                pairs = zip(candidates[0].seconds, c.seconds, strict=True)
+                ratio = median(a / b for a, b in pairs)
                 print(
                     "batch{} seq{} heads{} size{}".format(*shape).ljust(32),
                     f"{c.name}  best {best * 1e6:8.1f} us  median {median(c.seconds) * 1e6:8.1f}"
-                    f"  {c.work / best / 1e9:6.1f} G/s ({c.work / best / most:4.0%} of peak)",
+                    f"  {c.work / best / 1e9:6.1f} G/s ({c.work / best / most:4.0%} of peak)"
+                    f"  {ratio:5.2f}x",
                 )
 
 

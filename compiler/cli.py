@@ -140,6 +140,10 @@ def _notes(report: dict[str, Any]) -> list[str]:
         notes.append(f"generic (not hand-tuned) ops: {', '.join(slow)}")
     if report["isa"] != "avx2" and any("int8_gemm.avx2" in x["schedule"] for x in layers):
         notes.append("int8 products use AVX2 kernels: the target has AVX-512 without VNNI")
+    attention = next((p for p in report["passes"] if p["name"] == "quantize_attention"), None)
+    if attention is not None and attention["notes"]:
+        first, *more = attention["notes"]
+        notes.append(f"{first}" + (f"; and {len(more)} more attentions" if more else ""))
     padding = report["padding"]
     dropped = "padding tokens are not computed; outputs there are 0"
     return [*notes, dropped if padding["dropped"] else padding["why"]]

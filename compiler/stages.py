@@ -51,7 +51,7 @@ from sparsec.passes.plan_memory import plan_memory
 from sparsec.passes.quantize_tables import QuantizeTables
 from sparsec.ranges import Channels
 from sparsec.target import Isa, Target
-from sparsec.tuning.cost import CheapestLayout, expected_layers, usual_shape
+from sparsec.tuning.cost import CheapestLayout, expected_layers, fp32_is_faster, usual_shape
 from sparsec.tuning.log import TuningLog
 from sparsec.tuning.lookup import default_log, schedule_from
 from sparsec.tuning.rates_file import with_known_rates
@@ -168,7 +168,7 @@ def _transform(
         return schedule_for(node, target) is not None
 
     if prepared.quantization is not None:
-        pipeline, accuracy = _int8(graph, prepared.quantization, options, supported, clock)
+        pipeline, accuracy = _int8(prepared, options, layouts, supported, clock)
         clock.start("quantise")
         records += PassManager(pipeline, dump).run(graph)
     if options.uses_bf16:
@@ -184,13 +184,15 @@ def _transform(
 
 
 def _int8(
-    graph: Graph,
-    quantization: Quantization,
+    prepared: Prepared,
     options: CompileOptions,
+    layouts: CheapestLayout,
     supported: Callable[[Node], bool],
     clock: Clock,
 ) -> tuple[list[Pass], Accuracy | None]:
     """The passes, and what int8 loses by them where that is limited."""
+    graph, quantization = prepared.graph, prepared.quantization
+    assert quantization is not None
     attention, accuracy = options.attention in (None, "int8"), None
     if options.max_error is not None and options.calibration is not None:
         clock.start("fall back")
@@ -204,7 +206,13 @@ def _int8(
         )
         quantization = replace(quantization, fallback=accuracy.fp32)
     undo = [] if options.balance is None else [Unbalance(quantization.fallback)]
-    return [*undo, *int8_pipeline(quantization, supported, attention=attention)], accuracy
+
+    def objection(fp32: Node, int8: Node) -> str | None:
+        asked = options.attention == "int8"
+        return None if asked else fp32_is_faster(fp32, int8, layouts.shape, layouts.target)
+
+    passes = int8_pipeline(quantization, supported, attention=attention, objection=objection)
+    return [*undo, *passes], accuracy
 
 
 def _bf16(options: CompileOptions, supported: Callable[[Node], bool]) -> list[Pass]:

@@ -31,7 +31,12 @@ from sparsec.passes.quantize import (
     is_quantized,
     quantized_values,
 )
-from sparsec.passes.quantize_attention import QuantizeAttention, attention_parts, attention_values
+from sparsec.passes.quantize_attention import (
+    Objection,
+    QuantizeAttention,
+    attention_parts,
+    attention_values,
+)
 from sparsec.passes.quantize_tables import QuantizeTables
 from sparsec.passes.use_bf16 import UseBf16
 
@@ -107,14 +112,15 @@ def int8_pipeline(
     supported: Callable[[Node], bool] = lambda node: True,
     *,
     attention: bool = True,
+    objection: Objection = lambda fp32, int8: None,
 ) -> list[Pass]:
     """The passes that turn a graph of `graph_pipeline` into one of int8 ops.
 
     `supported` says whether a kernel computes a node on the target; without `attention` that
-    stays fp32.
+    stays fp32, and so does one to which there is an `objection`.
     """
     # Its operands are int8 by then.
-    last = [QuantizeAttention(quantization.ranges, supported, quantization.fallback)]
+    last = [QuantizeAttention(quantization.ranges, supported, quantization.fallback, objection)]
     return [
         Quantize(
             quantization.ranges,

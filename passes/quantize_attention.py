@@ -24,18 +24,22 @@ from sparsec.ranges import Channels
 STEPS = 127  # of each sign around the zero point
 SMALLEST = 1e-30  # a range below this is all zero
 OPERANDS = "qkv"
+Objection = Callable[[Node, Node], str | None]
+NO_KERNEL = "no int8 kernel takes its mask and head size on this target"
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizeAttention:
     """After fold_quantize. `supported` says whether a kernel computes a node on the target.
 
-    `fallback` names attentions that stay fp32.
+    `fallback` names attentions that stay fp32. `objection` is given an attention in fp32 and the
+    same in int8: why the first should stay, or None.
     """
 
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     supported: Callable[[Node], bool] = lambda node: True
     fallback: frozenset[str] = frozenset()
+    objection: Objection = lambda fp32, int8: None
     name: str = "quantize_attention"
 
     def run(self, graph: Graph) -> PassResult:
@@ -70,10 +74,10 @@ class QuantizeAttention:
         attrs = {**node.attrs, **named}
         inputs = [*operands, node.optional_input(3)]
         trial = graph.add_node("attention_int8", inputs, attrs, name=node.name)
-        accepted = self.supported(trial)
+        refusal = self.objection(node, trial) if self.supported(trial) else NO_KERNEL
         graph.erase(trial)
-        if not accepted:
-            return "no int8 kernel takes its mask and head size on this target"
+        if refusal is not None:
+            return refusal
         replace_node(graph, node, "attention_int8", inputs, attrs)
         for old, new in stored.items():
             _take_name(graph, old, new)

@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 from sparsec.codegen.isa import by_name
+from sparsec.codegen.isa.int8 import AVX2_INT8, Int8Isa, int8_isa
 from sparsec.codegen.isa.work import EXP_NEGATIVE
-from sparsec.codegen.kernels.attention_int8_block import QUAD, ROWS
+from sparsec.codegen.kernels.attention_int8 import BLOCKS
+from sparsec.codegen.kernels.attention_int8_block import QUAD
 from sparsec.codegen.kernels.counts import Counts, Loop
 from sparsec.codegen.kernels.panels import GROUP, WIDTH
 from sparsec.ir.schedule import Schedule, Workload
@@ -16,7 +18,7 @@ from sparsec.target import Target
 LATENCY_CYCLES = 4.0
 STEP_CYCLES = 20.0  # to start and end a register block
 RUN_CYCLES = 200.0  # to start and end a run of queries
-EXP2_OTHERS = 10  # difference, fraction, cubic, scale, to integer, shift, or
+EXP2_OTHERS = {16: 10, 8: 13}  # difference, fraction, cubic, scale, to integer, shift, or
 UNPACKS = 8
 LINE_BYTES = 64
 # Of a line that no prefetcher expects, with as many on their way as a core has buffers for.
@@ -40,13 +42,13 @@ def counts_int8(
     workload: Workload, schedule: Schedule, batch: int, seq: int, target: Target
 ) -> Counts:
     """Of a schedule of AttentionInt8Family."""
-    heads = workload.size("heads")
-    runs = query_runs(batch, seq, (4, 2))
+    heads, isa = workload.size("heads"), int8_isa(schedule.isa)
     loops = []
-    for groups, times in runs.items():
-        loops += _int8_run(groups, workload, seq, target, times * heads)
+    for groups, times in query_runs(batch, seq, (4, 2)).items():
+        loops += _preparation(isa, groups, workload, seq, times * heads)
+        loops += _int8_run(isa, groups, workload, seq, target, times * heads)
     items = -(-batch * seq // WIDTH) * heads
-    return Counts(f"u8s8.{schedule.isa}", 512, tuple(loops), items)
+    return Counts(f"u8s8.{schedule.isa}", 32 * isa.lanes, tuple(loops), items)
 
 
 def _far_lines(
@@ -110,29 +112,48 @@ def _f32_run(
     return loops
 
 
-def _int8_run(
-    groups: int, workload: Workload, seq: int, target: Target, times: float
+def _preparation(
+    isa: Int8Isa, groups: int, workload: Workload, seq: int, times: float
 ) -> list[Loop]:
-    """`times` runs of `groups` groups of queries."""
-    size, to_u8 = workload.size("head_size"), workload.epilogue.endswith("u8")
-    rows, quads, panels = ROWS[groups], -(-seq // QUAD), -(-seq // WIDTH)
-    key_steps, channel_steps = -(-seq // rows), -(-size // rows)
-    spilled = seq * groups * 64 > target.l1d_bytes // 2
-    product = {"macs": rows * groups * 64, "broadcasts": rows, "loads": groups}
-    masked = 1 if "key" in workload.epilogue else 0
+    """What is made of queries, keys and values for `times` runs of `groups` groups of queries."""
+    size, panels = workload.size("head_size"), -(-seq // WIDTH)
+    if isa is AVX2_INT8:
+        in_pairs = {"shuffles": 6, "others": 2, "loads": 2, "stores": 2}
+        return [
+            Loop(times * (groups + 4 * panels) * size / 2, **in_pairs),
+            Loop(times * 4 * panels * size, shuffles=1, others=1, loads=1, stores=1),
+        ]
     return [
         Loop(times * size / QUAD, shuffles=2 * UNPACKS, loads=QUAD, stores=QUAD),
         Loop(times * panels * size, others=1, loads=1, stores=1, l2_bytes=64),
         Loop(times * panels * size / QUAD, macs=4 * 64, shuffles=UNPACKS, others=QUAD, loads=QUAD,
              stores=QUAD, l2_bytes=64 * QUAD, chain_cycles=LATENCY_CYCLES),
-        Loop(times * key_steps * size / QUAD, **product, chain_cycles=LATENCY_CYCLES),
-        Loop(times * key_steps, others=3 * rows * groups, stores=rows * groups, broadcasts=rows,
+    ]  # fmt: skip
+
+
+def _int8_run(
+    isa: Int8Isa, groups: int, workload: Workload, seq: int, target: Target, times: float
+) -> list[Loop]:
+    """`times` runs of `groups` groups of queries, less the preparation."""
+    block, n = BLOCKS[isa], isa.lanes
+    unit, together = block.unit, min(groups, block.most)
+    rows, count = block.rows[together], together * GROUP // n
+    times *= groups // together
+    size, to_u8 = workload.size("head_size"), workload.epilogue.endswith("u8")
+    units, panels = -(-seq // unit), -(-seq // WIDTH)
+    key_steps, channel_steps = -(-seq // rows), -(-size // rows)
+    spilled = seq * count * 4 * n > target.l1d_bytes // 2
+    product = {"macs": rows * count * n * unit, "broadcasts": rows, "loads": count}
+    masked = 1 if "key" in workload.epilogue else 0
+    return [
+        Loop(times * key_steps * size / unit, **product, chain_cycles=LATENCY_CYCLES),
+        Loop(times * key_steps, others=3 * rows * count, stores=rows * count, broadcasts=rows,
              fixed_cycles=STEP_CYCLES + (3 + 2 * masked) * rows),
-        Loop(times * quads * groups, macs=64, others=QUAD * EXP2_OTHERS, loads=QUAD, stores=1,
-             l2_bytes=64.0 * QUAD * spilled),
-        Loop(times * channel_steps * quads, **product, chain_cycles=LATENCY_CYCLES),
-        Loop(times * channel_steps, others=(2 + 2 * to_u8) * rows * groups,
-             shuffles=to_u8 * rows, stores=rows * (1 if to_u8 else groups),
+        Loop(times * units * count, macs=n * unit, others=unit * EXP2_OTHERS[n], loads=unit,
+             stores=1, l2_bytes=4.0 * n * unit * spilled),
+        Loop(times * channel_steps * units, **product, chain_cycles=LATENCY_CYCLES),
+        Loop(times * channel_steps, others=(2 + 2 * to_u8) * rows * count,
+             shuffles=to_u8 * rows, stores=rows * (1 if to_u8 else count),
              fixed_cycles=STEP_CYCLES * panels),
-        Loop(times, fixed_cycles=RUN_CYCLES, divides=groups),
+        Loop(times, fixed_cycles=RUN_CYCLES, divides=count),
     ]  # fmt: skip

@@ -6,14 +6,16 @@ is computed for a run of queries of one sequence.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sparsec.codegen import tir
 from sparsec.codegen.isa import amx
-from sparsec.codegen.isa.int8 import AMX_INT8, AVX512_VNNI, Int8Isa, int8_isa, int8_isas
+from sparsec.codegen.isa.int8 import AMX_INT8, AVX2_INT8, AVX512_VNNI, Int8Isa, int8_isa, int8_isas
 from sparsec.codegen.kernels.attention import mask_kind, mask_steps
-from sparsec.codegen.kernels.attention_int8_block import QUAD, Block
+from sparsec.codegen.kernels.attention_int8_block import Block
+from sparsec.codegen.kernels.attention_int8_pairs import PairBlock
 from sparsec.codegen.kernels.attention_int8_tiles import LEAST_HEAD_SIZE, TileBlock
 from sparsec.codegen.kernels.base import Binder
 from sparsec.codegen.kernels.panels import WIDTH
@@ -36,7 +38,11 @@ from sparsec.target import Target
 
 MASKS = ("none", "key", PACKED)
 RESULTS = ("f32", "u8")
-ISAS = (AVX512_VNNI, AMX_INT8)
+BLOCKS: Mapping[Int8Isa, type[Block]] = {
+    AVX2_INT8: PairBlock,
+    AVX512_VNNI: Block,
+    AMX_INT8: TileBlock,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +95,7 @@ class AttentionInt8:
     @property
     def block(self) -> type[Block]:
         """What computes a run of queries."""
-        return TileBlock if self.has_tiles else Block
+        return BLOCKS[self.int8]
 
     def build(self) -> Any:
         return tir.kernel_function(self.name, self.parameters, self._body, scratch="int32")
@@ -109,7 +115,7 @@ class AttentionInt8:
 
 
 class AttentionInt8Family:
-    """`attention_int8` on AVX512-VNNI, and on AMX where a head fills a tile."""
+    """`attention_int8` on AVX2 and AVX512-VNNI, and on AMX where a head fills a tile."""
 
     ops = ("attention_int8",)
 
@@ -120,11 +126,11 @@ class AttentionInt8Family:
 
     def schedules(self, workload: Workload, target: Target) -> list[Schedule]:
         kind = workload.epilogue.split()[1]
-        fits = kind in MASKS and workload.size("head_size") % QUAD == 0
-        if not fits or workload.dtype != str(DType.U8):
+        if kind not in MASKS or workload.dtype != str(DType.U8):
             return []
-        found = [isa for isa in int8_isas(target) if isa in ISAS]
-        if workload.size("head_size") < LEAST_HEAD_SIZE:
+        size = workload.size("head_size")
+        found = [isa for isa in int8_isas(target) if size % BLOCKS[isa].unit == 0]
+        if size < LEAST_HEAD_SIZE:
             found = [isa for isa in found if isa is not AMX_INT8]
         return [Schedule("attention_int8", isa.name) for isa in found]
 
@@ -162,7 +168,7 @@ class AttentionInt8Family:
         ]
 
     def variants(self) -> list[Kernel]:
-        return [AttentionInt8(i, mask, to) for i in ISAS for mask in MASKS for to in RESULTS]
+        return [AttentionInt8(i, mask, to) for i in BLOCKS for mask in MASKS for to in RESULTS]
 
 
 def _result(node: Node) -> str:

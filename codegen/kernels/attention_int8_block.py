@@ -16,7 +16,8 @@ of the sequence have p = 0. Scratch memory, in 32-bit words, `rows` being the ke
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
@@ -43,11 +44,19 @@ _LOG2_E = 1.4426950408889634
 _NOT_SCALED = -1e38
 _FLOOR = 9  # rounding mode of `vreduceps`: down, no exception
 # 255 * 2**f for f in [0, 1), relative error 7.5e-5: 0.02 of a step
-_EXP2 = (254.98093372344314, 177.437534274418, 57.6471460252009, 19.89625174010406)
+EXP2 = (254.98093372344314, 177.437534274418, 57.6471460252009, 19.89625174010406)
 
 
 class Block:
-    """Code for `groups` groups of queries from `token` on against the keys of one sequence."""
+    """Code for `groups` groups of queries from `token` on against the keys of one sequence.
+
+    `unit` keys or channels share a word of 32 bits. Of the groups `most` are computed at once,
+    with `rows[groups]` keys or channels at once.
+    """
+
+    unit: ClassVar[int] = QUAD
+    most: ClassVar[int] = 4
+    rows: ClassVar[Mapping[int, int]] = ROWS
 
     def __init__(
         self, int8: Int8Isa, mask: str, result: str, s: tir.KernelScope, sequences: Sequences,
@@ -55,19 +64,22 @@ class Block:
     ):  # fmt: skip
         self.int8, self.v, self.mask, self.result, self.s = int8, int8.vector, mask, result, s
         self.head, self.token, self.sequence = head, token, sequence
+        together = min(groups, self.most)
+        self.runs = groups // together
         self.start = keep(sequences.start(sequence))
         self.stop = keep(sequences.stop(sequence))
         self.first_panel = keep(div(self.start, WIDTH))
         self.lanes = self.v.lanes
-        self.width = groups * GROUP
+        self.width = together * GROUP
         self.count = self.width // self.lanes
         self.packer: Packer | None = None
         # Only a single group may have queries of other sequences among its lanes.
         self.before = queries_before(self.start, token) if groups == 1 else None
-        self.steps = tuple(dict.fromkeys((ROWS[groups], QUAD)))
+        self.steps = (self.rows[together], self.unit)
         self.at = [ramp(i * self.lanes, self.lanes) for i in range(self.count)]
         self.highest = tir.registers("float32", self.width)
         self.total = tir.registers("int32", self.width)
+        self.inverse = tir.registers("float32", self.width)
         self._place_scratch()
 
     def _place_scratch(self) -> None:
@@ -90,8 +102,18 @@ class Block:
 
     def compute(self) -> None:
         """All of it."""
-        self._prepare_queries()
         self._prepare_values()
+        if self.runs == 1:
+            self._compute_run()
+            return
+        first = self.token
+        with loop(0, self.runs) as run:
+            self.token = keep(first + run * self.width)
+            self._compute_run()
+
+    def _compute_run(self) -> None:
+        """All queries that are computed at once."""
+        self._prepare_queries()
         for at in self.at:
             T.buffer_store(self.highest, splat(float("-inf"), self.lanes), [at])
         self._compute_scores()
@@ -140,23 +162,20 @@ class Block:
     def _compute_scores(self) -> None:
         with loop(self.first_panel, div(self.stop - 1, WIDTH) + 1) as panel:
             self._prepare_keys(panel)
-            first, last = self._quads_of(panel)
+            first, last = self._lanes_of(panel)
             in_steps(first, last, self.steps, lambda lane, n: self._score_keys(panel, lane, n))
 
-    def _quads_of(self, panel: Any) -> tuple[Any, Any]:
-        """The lanes of the panel that hold keys, rounded to quads."""
+    def _lanes_of(self, panel: Any) -> tuple[Any, Any]:
+        """The lanes of the panel that hold keys, rounded to units."""
         first = T.max(self.row0 - panel * WIDTH, const(0))
         last = T.min(self.stop - panel * WIDTH, const(WIDTH))
-        return keep(first), keep(div(last + (QUAD - 1), QUAD) * QUAD)
+        return keep(first), keep(div(last + (self.unit - 1), self.unit) * self.unit)
 
     def _score_keys(self, panel: Any, lane: Any, rows: int) -> None:
         s, n = self.s, self.lanes
         places = [self._place(lane + r) for r in range(0, rows, QUAD)]
         word = [keep(places[r // QUAD] + r % QUAD) for r in range(rows)]
-        acc = [tir.registers("int32", self.width) for _ in range(rows)]
-        for r in range(rows):
-            for at in self.at:
-                T.buffer_store(acc[r], splat(s.scratch[self.sums0 + word[r]], n), [at])
+        acc = self._sums_from([splat(s.scratch[self.sums0 + w], n) for w in word])
         queries = keep(self.q0 + mod(self.token, WIDTH))
         with loop(0, div(s["head_size"], QUAD)) as d:
             self._accumulate(acc, queries + d * WIDTH, [self.k0 + d * WIDTH + w for w in word])
@@ -174,6 +193,14 @@ class Block:
                 where = (key + r - self.row0) * self.width + i * n
                 self._store_words(where, T.reinterpret(f"int32x{n}", score))
                 T.buffer_store(self.highest, higher(self.highest[at], score), [at])
+
+    def _sums_from(self, values: list[Any]) -> list[Any]:
+        """A row of sums for each of these vectors, which is where all of the row start."""
+        acc = [tir.registers("int32", self.width) for _ in values]
+        for row, value in zip(acc, values, strict=True):
+            for at in self.at:
+                T.buffer_store(row, value, [at])
+        return acc
 
     def _place(self, lane: Any) -> Any:
         """Where the quad of tokens from `lane` on is in tile order."""
@@ -198,46 +225,50 @@ class Block:
         return step - self.start
 
     def _accumulate(self, acc: list[Any], vectors: Any, words: list[Any]) -> None:
-        """acc[r] += four products of the bytes of each lane with those of words[r]."""
+        """acc[r] += the products of each lane's unit with that of words[r]."""
         scratch, n = self.s.scratch, self.lanes
-        operands = [
-            self.int8.operand(keep(scratch[ramp(vectors + i * n, n)])) for i in range(self.count)
-        ]
+        operands = [keep(scratch[ramp(vectors + i * n, n)]) for i in range(self.count)]
         for row, word in zip(acc, words, strict=True):
-            factor = (keep(splat(scratch[word], n)),)
+            factor = keep(splat(scratch[word], n))
             for operand, at in zip(operands, self.at, strict=True):
-                T.buffer_store(row, self.int8.dot(row[at], operand, factor), [at])
+                T.buffer_store(row, self._dot(row[at], operand, factor), [at])
+
+    def _dot(self, total: Any, x: Any, factor: Any) -> Any:
+        """`total` plus the products of the units of `x` with those of `factor`."""
+        return self.int8.dot(total, self.int8.operand(x), (factor,))
 
     def _exponentiate(self) -> None:
         """p and its sums. Where all scores are -inf the difference is to LOWEST: never NaN."""
         n = self.lanes
         highest = [keep(higher(splat(LOWEST, n), self.highest[at])) for at in self.at]
-        ones = (keep(T.broadcast(T.int32(0x01010101), n)),)
+        bits = 32 // self.unit
+        ones = keep(T.broadcast(T.int32(sum(1 << bits * j for j in range(self.unit))), n))
         for at in self.at:
             T.buffer_store(self.total, self._zeros(), [at])
-        with loop(*self._quads()) as quad:
+        with loop(*self._units()) as unit:
             for i, at in enumerate(self.at):
                 word = self._zeros()
-                for j in range(QUAD):
-                    where = ramp((quad * QUAD + j) * self.width + i * n, n)
+                for j in range(self.unit):
+                    where = ramp((unit * self.unit + j) * self.width + i * n, n)
                     p = self._probability(self.s.scratch[where], highest[i])
-                    word = keep(
-                        T.bitwise_or(word, T.shift_left(p, T.broadcast(T.int32(8 * j), n)))
-                    )
-                self._store_words(self.p0 + quad * self.width + i * n, word)
-                total = self.int8.dot(self.total[at], self.int8.operand(word), ones)
-                T.buffer_store(self.total, total, [at])
+                    shifted = T.shift_left(p, T.broadcast(T.int32(bits * j), n))
+                    word = keep(T.bitwise_or(word, shifted))
+                self._store_words(self.p0 + unit * self.width + i * n, word)
+                T.buffer_store(self.total, self._dot(self.total[at], word, ones), [at])
 
-    def _quads(self) -> tuple[Any, Any]:
-        """The quads of rows of scores that hold keys."""
-        first, last = self.start - self.row0, self.stop - self.row0 + (QUAD - 1)
-        return keep(div(first, QUAD)), keep(div(last, QUAD))
+    def _units(self) -> tuple[Any, Any]:
+        """The units of rows of scores that hold keys."""
+        first, last = self.start - self.row0, self.stop - self.row0 + (self.unit - 1)
+        return keep(div(first, self.unit)), keep(div(last, self.unit))
 
     def _probability(self, bits: Any, highest: Any) -> Any:
         """rint(255 * 2**(score - highest)) as int32; 0 for -inf."""
         power = keep(T.reinterpret(f"float32x{self.lanes}", bits) - highest)
-        value = self.v.scale(horner(self.v, fraction(power), _EXP2), power)
-        return keep(self.int8.to_integer(keep(value)))
+        return keep(self.int8.to_integer(self._exp2(power)))
+
+    def _exp2(self, power: Any) -> Any:
+        """255 * 2**power; 0 for -inf."""
+        return keep(self.v.scale(horner(self.v, fraction(power), EXP2), power))
 
     def _compute_context(self) -> None:
         self._prepare_results()
@@ -246,30 +277,24 @@ class Block:
     def _prepare_results(self) -> None:
         """The factor of each query: 0 where all its scores are -inf."""
         s, n = self.s, self.lanes
-        self.inverse = []
         for at in self.at:
             total = keep(T.cast(self.total[at], f"float32x{n}"))
-            none = total == splat(0.0, n)
-            self.inverse.append(
-                keep(T.Select(none, splat(0.0, n), splat(s["v_scale"], n) / total))
-            )
+            share = T.Select(total == splat(0.0, n), splat(0.0, n), splat(s["v_scale"], n) / total)
+            T.buffer_store(self.inverse, share, [at])
         if self.result == "u8":
             self.packer = Packer.of(self.v, "uint8", s["inverse"], s["zero_point"])
 
     def _context_channels(self, channel: Any, rows: int) -> None:
-        s = self.s
-        acc = [tir.registers("int32", self.width) for _ in range(rows)]
-        for row in acc:
-            for at in self.at:
-                T.buffer_store(row, self._zeros(), [at])
+        acc = self._sums_from([self._zeros()] * rows)
+        words = WIDTH // self.unit
         with loop(self.first_panel, div(self.stop - 1, WIDTH) + 1) as panel:
-            first, last = self._quads_of(panel)
-            values = (panel - self.first_panel) * s["head_size"] + channel
-            values = keep(self.v0 + values * WORDS)
-            quad0 = keep(panel * WORDS - div(self.row0, QUAD))
-            with loop(div(first, QUAD), div(last, QUAD)) as quad:
-                p = self.p0 + (quad0 + quad) * self.width
-                self._accumulate(acc, p, [values + r * WORDS + quad for r in range(rows)])
+            first, last = self._lanes_of(panel)
+            values = (panel - self.first_panel) * self.s["head_size"] + channel
+            values = keep(self.v0 + values * words)
+            unit0 = keep(panel * words - div(self.row0, self.unit))
+            with loop(div(first, self.unit), div(last, self.unit)) as unit:
+                p = self.p0 + (unit0 + unit) * self.width
+                self._accumulate(acc, p, [values + r * words + unit for r in range(rows)])
         self._store_results(channel, [[row[at] for at in self.at] for row in acc])
 
     def _store_results(self, channel: Any, sums: list[list[Any]]) -> None:
@@ -279,8 +304,8 @@ class Block:
         for r, row in enumerate(sums):
             where = (y0 + r) * WIDTH + mod(self.token, WIDTH)
             results = [
-                keep(T.cast(value, f"float32x{n}") * inverse)
-                for value, inverse in zip(row, self.inverse, strict=True)
+                keep(T.cast(value, f"float32x{n}") * self.inverse[at])
+                for value, at in zip(row, self.at, strict=True)
             ]
             store_context(s["y"], where, results, n, packer=self.packer, before=self.before)
 

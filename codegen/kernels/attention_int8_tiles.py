@@ -130,7 +130,7 @@ class TileBlock(Block):
 
     def _exponentiate(self) -> None:
         super()._exponentiate()
-        first, last = self._quads()
+        first, last = self._units()
         for begin, end in ((const(0), first), (last, self.panels * WORDS)):
             with loop(begin, end) as quad:
                 for i in range(self.count):

@@ -61,6 +61,26 @@ def expected_call_seconds(
     return streaming_seconds(nbytes, target, items, grain, threads, least_seconds=least)
 
 
+def fp32_is_faster(fp32: Node, int8: Node, shape: Shape, target: Target) -> str | None:
+    """How much faster the first of two nodes is expected to be, in words; None if it is not.
+
+    Both have kernels on the target. None also where a family has no count.
+    """
+    times = []
+    for node in (fp32, int8):
+        family = family_for(node)
+        assert family is not None, node
+        work = family.workload(node)
+        time = expected_seconds(work, family.schedules(work, target)[0], shape, target)
+        times.append(math.nan if time is None else time * 1e6)
+    if not times[0] < times[1]:
+        return None
+    return (
+        f"that is expected to be faster on this target: {times[0]:.1f} us for {shape.batch} x "
+        f"{shape.seq} tokens, {times[1]:.1f} us in int8"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A layout of a weight, the best schedule for it, and its expected time."""

@@ -94,7 +94,7 @@ def test_library_equals_the_oracle(
     layers = {x["op"] for x in model.description["layers"]}
     assert "linear_int8" in layers
     attention = [x["isa"] for x in model.description["steps"] if x["op"] == "attention_int8"]
-    assert set(attention) == (set() if isa == "avx2" else {isa})  # no such kernel for AVX2 yet
+    assert set(attention) == {isa}
     for batch, seq in [(1, 1), (3, 33), (2, 64)]:
         arrays = random_inputs(model, batch, seq, seed=seq, padding=True)
         every = oracle(path, samples, arrays, "attention_int8" in layers)

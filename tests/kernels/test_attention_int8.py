@@ -23,19 +23,18 @@ from sparsec.target import Target
 
 Array = np.ndarray[Any, Any]
 ALL = [k for k in AttentionInt8Family().variants() if isinstance(k, AttentionInt8)]
-# AMX equals AVX512-VNNI bit by bit: test_tiles_equal_vectors.
+# AMX equals AVX512-VNNI bit by bit: test_all_equal_vnni.
 VARIANTS = [k for k in ALL if k.result == "f32" and k.mask != PACKED and k.isa != "amx"]
 SOME = [k for k in VARIANTS if k.mask == "key"]
-ON_TILES = [
-    pytest.param(k, marks=pytest.mark.isa("amx"), id=k.name)
+OTHERS = [  # than those on AVX512-VNNI
+    pytest.param(k, marks=pytest.mark.isa("amx" if k.has_tiles else "avx512vnni"), id=k.name)
     for k in ALL
-    if k.has_tiles and k.mask != PACKED
+    if k.int8 is not AVX512_VNNI and k.mask != PACKED
 ]
 SHAPES = configuration([FULL] * TILE_REGISTERS)
 EPS = float(np.finfo(np.float32).eps)
 V_SCALE = 0.013
 BATCH, SEQ = symbol("batch"), symbol("seq")
-TARGET = Target.named("sapphirerapids")
 
 
 @dataclass(frozen=True)
@@ -202,7 +201,7 @@ def test_all_keys_masked(some_kernel: AttentionInt8, run: Any, rng: np.random.Ge
 
 # Few heads and tokens, as emulated tiles are slow: every kind of block, with head sizes around
 # tiles of 16 channels and steps of 64, and sequences around tiles of 16 keys and panels of 64.
-TILE_CASES = [
+BIT_CASES = [
     Case(1, 1, 1, 16),
     Case(3, 5, 1, 20),
     Case(14, 5, 1, 16),
@@ -218,14 +217,14 @@ TILE_CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", TILE_CASES, ids=str)
-@pytest.mark.parametrize("on_tiles", ON_TILES)
-def test_tiles_equal_vectors(on_tiles: AttentionInt8, case: Case, run: Any) -> None:
+@pytest.mark.parametrize("case", BIT_CASES, ids=str)
+@pytest.mark.parametrize("other", OTHERS)
+def test_all_equal_vnni(other: AttentionInt8, case: Case, run: Any) -> None:
     rng = np.random.default_rng([case.batch, case.seq, case.head_size])
-    qkv, mask = case.qkv(rng), random_mask(on_tiles, case, rng)
-    out = (0.011, 100) if on_tiles.result == "u8" else None
-    vectors = replace(on_tiles, int8=AVX512_VNNI)
-    got, want = (call(run, kernel, case, qkv, mask, out) for kernel in (on_tiles, vectors))
+    qkv, mask = case.qkv(rng), random_mask(other, case, rng)
+    out = (0.011, 100) if other.result == "u8" else None
+    vnni = replace(other, int8=AVX512_VNNI)
+    got, want = (call(run, kernel, case, qkv, mask, out) for kernel in (other, vnni))
     np.testing.assert_array_equal(got, want)
 
 
@@ -261,10 +260,10 @@ def node_of(mask_shape: tuple[Dim, ...] | None, attrs: dict[str, Any], head_size
     return graph.add_node("attention_int8", [x, x, x, mask], {**sizes, **attrs})
 
 
-LEVELS = [pytest.param(n, marks=pytest.mark.isa(n)) for n in ("avx512vnni", "amx")]
+LEVELS = {"avx2": "haswell", "avx512vnni": "icelake-server", "amx": "sapphirerapids"}
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", [pytest.param(n, marks=pytest.mark.isa(n)) for n in LEVELS])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("attrs", [{}, {"out_scale": 0.02, "out_zero_point": 120}])
 def test_lowered_node(masked: bool, attrs: dict[str, Any], level: str, run: Any) -> None:
@@ -279,8 +278,8 @@ def test_lowered_node(masked: bool, attrs: dict[str, Any], level: str, run: Any)
     y = np.full((panels.shape[0], width, 64), 99, want.dtype)
     binder = ArrayBinder({"x": panels, "mask": mask, node.output.name: y})
     family = AttentionInt8Family()
-    found = family.schedules(family.workload(node), TARGET)
-    schedule = next(s for s in found if s.isa == level)
+    schedule = family.schedules(family.workload(node), Target.named(LEVELS[level]))[0]
+    assert schedule.isa == level
     (call_,) = family.lower(node, schedule, binder)
     args = [binder.bound[a.index] if isinstance(a, BufferRef) else
             a if isinstance(a, float) else evaluate(a, env) for a in call_.args]  # fmt: skip
@@ -304,6 +303,8 @@ def test_lowered_node(masked: bool, attrs: dict[str, Any], level: str, run: Any)
         (16, "sapphirerapids", ["amx", "avx512vnni"]),
         (12, "sapphirerapids", ["avx512vnni"]),  # less than a tile of values
         (32, "icelake-server", ["avx512vnni"]),
+        (32, "skylake-avx512", ["avx2"]),
+        (6, "haswell", ["avx2"]),  # pairs of channels, not quads
     ],
 )
 def test_order_of_kernels(head_size: int, target: str, isas: list[str]) -> None:
@@ -318,8 +319,7 @@ def test_order_of_kernels(head_size: int, target: str, isas: list[str]) -> None:
         ((SEQ, SEQ), {}, "icelake-server"),
         ((BATCH, 1, SEQ, 1), {}, "icelake-server"),
         (None, {"head_size": 6}, "icelake-server"),
-        (None, {}, "skylake-avx512"),
-        (None, {}, "haswell"),
+        (None, {"head_size": 7}, "haswell"),
     ],
 )
 def test_what_has_no_kernel(
