@@ -23,8 +23,9 @@ from sparsec.codegen import tir
 from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, best_vector_isa, by_name
 from sparsec.codegen.isa.pack8 import Packer
 from sparsec.codegen.isa.polynomials import exp_negative
-from sparsec.codegen.isa.vector import keep, ramp, splat, transpose
+from sparsec.codegen.isa.vector import keep, ramp, splat
 from sparsec.codegen.kernels.base import Binder
+from sparsec.codegen.kernels.full_mask import transpose_mask
 from sparsec.codegen.kernels.panels import (
     GROUP,
     WIDTH,
@@ -162,22 +163,13 @@ class QueryBlock:
         """The mask of these queries, keys down, into the scores."""
         if self.kernel.mask != "full":
             return
-        n, mask, scores = self.lanes, self.s["mask"], self.s.scratch
-        seq = self.s["seq"]
-        with loop(0, self.count) as i:
-            # Lanes of other sequences read the mask of some query of this one.
-            queries = [self.token - self.start + i * n + lane for lane in range(n)]
-            inside = [T.min(T.max(q, const(0)), seq - 1) for q in queries]
-            rows = [keep(self.mask0 + q * self.s["query_step"]) for q in inside]
-            with loop(0, div(seq, n)) as block:
-                tile = [keep(mask[ramp(row + block * n, n)]) for row in rows]
-                for j, value in enumerate(transpose(tile)):
-                    at = (block * n + j + self.shift) * self.width + i * n
-                    T.buffer_store(scores, value, [ramp(at, n)])
-            with loop(div(seq, n) * n, seq) as key:
-                for lane, row in enumerate(rows):
-                    at = (key + self.shift) * self.width + i * n + lane
-                    T.buffer_store(scores, mask[row + key], [at])
+
+        def store(key: Any, query: Any, value: Any, lanes: int) -> None:
+            at = (key + self.shift) * self.width + query
+            T.buffer_store(self.s.scratch, value, [ramp(at, lanes) if lanes > 1 else at])
+
+        query = self.token - self.start
+        transpose_mask(self.s, self.mask0, query, self.width, self.lanes, store)
 
     def compute_scores(self) -> None:
         """scores, and the highest of each query."""

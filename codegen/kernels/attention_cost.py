@@ -145,7 +145,10 @@ def _int8_run(
     spilled = seq * count * 4 * n > target.l1d_bytes // 2
     product = {"macs": rows * count * n * unit, "broadcasts": rows, "loads": count}
     masked = 1 if "key" in workload.epilogue else 0
+    mask = {"others": 3, "shuffles": n.bit_length() - 1, "loads": 1, "stores": 1}
+    full = times * seq * count if "full" in workload.epilogue else 0
     return [
+        Loop(full, **mask),
         Loop(times * key_steps * size / unit, **product, chain_cycles=LATENCY_CYCLES),
         Loop(times * key_steps, others=3 * rows * count, stores=rows * count, broadcasts=rows,
              fixed_cycles=STEP_CYCLES + (3 + 2 * masked) * rows),

@@ -36,7 +36,7 @@ from sparsec.ir.schedule import Schedule, Workload
 from sparsec.ir.types import DType
 from sparsec.target import Target
 
-MASKS = ("none", "key", PACKED)
+MASKS = ("none", "key", "full", PACKED)
 RESULTS = ("f32", "u8")
 BLOCKS: Mapping[Int8Isa, type[Block]] = {
     AVX2_INT8: PairBlock,
@@ -47,7 +47,7 @@ BLOCKS: Mapping[Int8Isa, type[Block]] = {
 
 @dataclass(frozen=True, slots=True)
 class AttentionInt8:
-    """`mask` is "none", "key" or "packed" as in `attention`, `result` "f32" or quantised, "u8"."""
+    """`mask` is one of MASKS, as in `attention`, `result` "f32" or quantised, "u8"."""
 
     int8: Int8Isa
     mask: str
@@ -64,6 +64,7 @@ class AttentionInt8:
         sizes = ["heads", "head_size"]
         sizes += [f"{x}_{what}" for x in "qkv" for what in ("channels", "offset")]
         sizes += ["batch_step", "head_step"] if masked and self.mask != PACKED else []
+        sizes += ["query_step"] if self.mask == "full" else []
         quant = (Parameter("inverse", Kind.FLOAT), Parameter("zero_point", Kind.INT))
         return (
             *(Parameter(n, dtype="uint8") for n in "qkv"),
@@ -149,7 +150,7 @@ class AttentionInt8Family:
             args += [node.input(i).type.channels, int(node.attrs[f"{name}_offset"])]
         scale, q_scale, k_scale = (float(node.attrs[n]) for n in ("scale", "q_scale", "k_scale"))
         if mask is not None and kind != PACKED:
-            args += mask_steps(mask.type, q)[1][:2]
+            args += mask_steps(mask.type, q)[1][: 3 if kind == "full" else 2]
         args += [scale * q_scale * k_scale, float(node.attrs["v_scale"])]
         if kernel.result == "u8":
             args += [inverse_of(node.attrs["out_scale"]), node.attrs.get("out_zero_point", 0)]
@@ -162,7 +163,7 @@ class AttentionInt8Family:
                 tuple(args),
                 ceildiv(tokens, WIDTH) * heads,
                 f"{node.name}: {heads} heads of {head_size}, mask {kind}",
-                scratch_bytes=kernel.block.scratch_bytes(longest, head_size),
+                scratch_bytes=kernel.block.scratch_bytes(longest, head_size, kind),
                 macs=tokens * longest * (2 * heads * head_size),
             )
         ]

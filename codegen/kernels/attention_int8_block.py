@@ -12,6 +12,8 @@ of the sequence have p = 0. Scratch memory, in 32-bit words, `rows` being the ke
 
     scores [rows][queries] | p [rows / 4][queries] | q [d / 4][64] | k [d / 4][64] of one panel
     | 64 corrections for the zero point of q | v [panel][d][16]
+
+A full mask is transposed to where the scores will be.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from sparsec.codegen.isa.pack8 import Packer
 from sparsec.codegen.isa.polynomials import horner
 from sparsec.codegen.isa.vector import keep, ramp, splat
 from sparsec.codegen.kernels.attention import LOWEST, higher, in_steps
+from sparsec.codegen.kernels.full_mask import transpose_mask
 from sparsec.codegen.kernels.panels import GROUP, WIDTH, const, div, loop, mod
 from sparsec.codegen.kernels.query_blocks import (
     PACKED,
@@ -91,9 +94,10 @@ class Block:
         self.k0 = keep(self.q0 + size * WORDS)
         self.sums0 = keep(self.k0 + size * WORDS)
         self.v0 = keep(self.sums0 + WIDTH)
+        self.mask0 = const(0)
 
     @staticmethod
-    def scratch_bytes(seq: Dim, head_size: int) -> Dim:
+    def scratch_bytes(seq: Dim, head_size: int, mask: str) -> Dim:
         """The memory of one worker: see the top of this file."""
         rows = (floordiv(seq, QUAD) + 2) * QUAD
         panels = floordiv(seq + (2 * WIDTH - 2), WIDTH)
@@ -114,11 +118,32 @@ class Block:
     def _compute_run(self) -> None:
         """All queries that are computed at once."""
         self._prepare_queries()
+        if self.mask == "full":
+            self._load_mask()
         for at in self.at:
             T.buffer_store(self.highest, splat(float("-inf"), self.lanes), [at])
         self._compute_scores()
         self._exponentiate()
         self._compute_context()
+
+    def _load_mask(self) -> None:
+        """The mask over ln(2), keys down; -inf for what is no key in units that hold some."""
+        none = T.reinterpret(f"int32x{self.lanes}", splat(float("-inf"), self.lanes))
+        for key in (self.start, self.stop - 1):
+            row = keep(div(key, self.unit) * self.unit - self.row0)
+            for j in range(self.unit):
+                for i in range(self.count):
+                    where = self.mask0 + (row + j) * self.width + i * self.lanes
+                    self._store_words(where, none)
+
+        def store(key: Any, query: Any, value: Any, lanes: int) -> None:
+            at = self.mask0 + (self.start + key - self.row0) * self.width + query
+            type, where = ("int32", at) if lanes == 1 else (f"int32x{lanes}", ramp(at, lanes))
+            T.buffer_store(self.s.scratch, T.reinterpret(type, _scaled(value, lanes)), [where])
+
+        first = self.sequence * self.s["batch_step"] + self.head * self.s["head_step"]
+        query = self.token - self.start
+        transpose_mask(self.s, keep(first), query, self.width, self.lanes, store)
 
     def _prepare_queries(self) -> None:
         """The panel's queries as quads of channels, in token order."""
@@ -186,11 +211,11 @@ class Block:
         n = self.lanes
         factor = keep(splat(self.s["factor"] * T.float32(_LOG2_E), n))
         for r, row in enumerate(sums):
-            bias = keep(splat(self._bias(key + r), n))
-            for i, (value, at) in enumerate(zip(row, self.at, strict=True)):
-                score = T.cast(value, f"float32x{n}") * factor + bias
-                score = keep(score)
-                where = (key + r - self.row0) * self.width + i * n
+            start = (key + r - self.row0) * self.width
+            biases = self._biases(key + r, start)
+            for i, (value, at, bias) in enumerate(zip(row, self.at, biases, strict=True)):
+                score = keep(T.cast(value, f"float32x{n}") * factor + bias)
+                where = start + i * n
                 self._store_words(where, T.reinterpret(f"int32x{n}", score))
                 T.buffer_store(self.highest, higher(self.highest[at], score), [at])
 
@@ -206,15 +231,21 @@ class Block:
         """Where the quad of tokens from `lane` on is in tile order."""
         return mod(lane, GROUP) * QUAD + div(lane, GROUP) * QUAD
 
+    def _biases(self, key: Any, row: Any) -> list[Any]:
+        """What is added to the scores of a key, whose row starts at `row`, for all queries."""
+        n = self.lanes
+        if self.mask != "full":
+            return [keep(splat(self._bias(key), n))] * self.count
+        places = [ramp(self.mask0 + row + i * n, n) for i in range(self.count)]
+        return [keep(T.reinterpret(f"float32x{n}", self.s.scratch[at])) for at in places]
+
     def _bias(self, key: Any) -> Any:
         """The mask of a key over ln(2); -inf for what is no key of the sequence."""
         inside = T.And(key >= self.start, key < self.stop)
         value: Any = T.float32(0)
         if self.mask != "none":
             nearest = T.min(T.max(key, self.start), self.stop - 1)
-            mask = keep(self.s["mask"][self._mask_row() + nearest])
-            # The lowest float stays: over ln(2) it would be -inf, which is no key at all.
-            value = T.Select(mask < T.float32(_NOT_SCALED), mask, mask * T.float32(_LOG2_E))
+            value = _scaled(self.s["mask"][self._mask_row() + nearest], 1)
         return keep(T.Select(inside, value, T.float32(float("-inf"))))
 
     def _mask_row(self) -> Any:
@@ -327,6 +358,16 @@ class Block:
 
     def _zeros(self) -> Any:
         return T.broadcast(T.int32(0), self.lanes)
+
+
+def _scaled(mask: Any, lanes: int) -> Any:
+    """Values of a mask over ln(2). The lowest float stays: it would be -inf, which is no key."""
+    mask = keep(mask)
+    if lanes == 1:
+        lowest, factor = T.float32(_NOT_SCALED), T.float32(_LOG2_E)
+    else:
+        lowest, factor = splat(_NOT_SCALED, lanes), splat(_LOG2_E, lanes)
+    return keep(T.Select(mask < lowest, mask, mask * factor))
 
 
 def fraction(x: Any) -> Any:

@@ -24,7 +24,7 @@ from tvm.script.ir_builder import tirx as T
 from sparsec.codegen.isa.polynomials import at_least, horner
 from sparsec.codegen.isa.vector import keep, ramp, shuffle
 from sparsec.codegen.kernels.attention_int8_block import EXP2, Block
-from sparsec.codegen.kernels.panels import GROUP, WIDTH, div, loop, mod
+from sparsec.codegen.kernels.panels import GROUP, WIDTH, const, div, loop, mod
 from sparsec.ir.dims import Dim, floordiv
 from sparsec.ir.ops_attention_int8 import ZERO_POINT
 
@@ -48,9 +48,10 @@ class PairBlock(Block):
         self.q0 = keep(self.p0 + div(rows, PAIR) * GROUP)
         self.k0 = keep(self.q0 + div(size, PAIR) * GROUP)
         self.v0 = keep(self.k0 + self.panels * size * PAIRS)
+        self.mask0 = const(0)
 
     @staticmethod
-    def scratch_bytes(seq: Dim, head_size: int) -> Dim:
+    def scratch_bytes(seq: Dim, head_size: int, mask: str) -> Dim:
         rows = (floordiv(seq, PAIR) + 2) * PAIR
         panels = floordiv(seq + (2 * WIDTH - 2), WIDTH)
         words = rows * GROUP + floordiv(rows, PAIR) * GROUP + head_size // PAIR * GROUP

@@ -11,6 +11,7 @@ are multiplied by queries of 0, keys of other sequences by p = 0: whatever else 
 scratch memory does not count. It is, in 32-bit words, `rows` being the keys of whole panels:
 
     scores [rows][queries] | p [rows / 4][queries] | q [step][16][64] | k [step][64][16] of a panel
+    | a full mask [rows][queries], as sums are stored where scores will be
 
 The first 64 words of q then hold the start of the sums of the context, and k those sums.
 
@@ -50,11 +51,13 @@ class TileBlock(Block):
         self.p0 = keep(rows * WIDTH)
         self.q0 = keep(self.p0 + rows * WORDS)
         self.k0 = keep(self.q0 + self.depth * STEP)
+        self.mask0 = keep(self.k0 + self.depth * STEP)
 
     @staticmethod
-    def scratch_bytes(seq: Dim, head_size: int) -> Dim:
+    def scratch_bytes(seq: Dim, head_size: int, mask: str) -> Dim:
         rows = floordiv(seq + (2 * WIDTH - 2), WIDTH) * WIDTH
-        return (rows * (WIDTH + WORDS) + ceildiv(head_size, ROW_BYTES) * (2 * STEP)) * 4
+        words = rows * (2 * WIDTH if mask == "full" else WIDTH) + rows * WORDS
+        return (words + ceildiv(head_size, ROW_BYTES) * (2 * STEP)) * 4
 
     def _query_bytes(self, row: Any) -> list[Any]:
         return [keep(self._signed(b)) for b in self._four_channels("q", row)]

@@ -25,7 +25,7 @@ Array = np.ndarray[Any, Any]
 ALL = [k for k in AttentionInt8Family().variants() if isinstance(k, AttentionInt8)]
 # AMX equals AVX512-VNNI bit by bit: test_all_equal_vnni.
 VARIANTS = [k for k in ALL if k.result == "f32" and k.mask != PACKED and k.isa != "amx"]
-SOME = [k for k in VARIANTS if k.mask == "key"]
+SOME = [k for k in VARIANTS if k.mask in ("key", "full")]
 OTHERS = [  # than those on AVX512-VNNI
     pytest.param(k, marks=pytest.mark.isa("amx" if k.has_tiles else "avx512vnni"), id=k.name)
     for k in ALL
@@ -77,11 +77,12 @@ def call(run: Any, kernel: AttentionInt8, case: Case, qkv: Array, mask: Array | 
     args += [tokens, case.seq, case.heads, case.head_size]
     args += [n for i in range(3) for n in (3 * case.channels, i * case.channels)]
     if mask is not None:
-        batch, heads, _, keys = mask.shape
-        args += [0 if batch == 1 else heads * keys, 0 if heads == 1 else keys]
+        batch, heads, queries, keys = mask.shape
+        args += [0 if batch == 1 else heads * queries * keys, 0 if heads == 1 else queries * keys]
+        args += [keys] if kernel.mask == "full" else []
     args += [case.factor, V_SCALE, *(() if out is None else (inverse_of(out[0]), out[1]))]
     args += [SHAPES] if kernel.has_tiles else []
-    scratch = evaluate(kernel.block.scratch_bytes(case.seq, case.head_size), {})
+    scratch = evaluate(kernel.block.scratch_bytes(case.seq, case.head_size, kernel.mask), {})
     items = y.shape[0] * case.heads
     assert run(kernel, *args, output=y, items=items, scratch_bytes=scratch) == 0
     return np.asarray(run.from_panels(y, tokens))
@@ -118,7 +119,8 @@ def expected(case: Case, qkv: Array, mask: Array | None) -> tuple[Array, Array]:
 def random_mask(kernel: AttentionInt8, case: Case, rng: np.random.Generator) -> Array | None:
     if kernel.mask == "none":
         return None
-    mask = rng.standard_normal((case.batch, 1, 1, case.seq)).astype(np.float32)
+    queries = case.seq if kernel.mask == "full" else 1
+    mask = rng.standard_normal((case.batch, 1, queries, case.seq)).astype(np.float32)
     mask[..., 1:][rng.random(mask[..., 1:].shape) < 0.2] = -np.inf
     return mask
 
@@ -171,20 +173,23 @@ def test_the_largest_bytes(kernel: AttentionInt8, run: Any) -> None:
             kernel,
             case,
             qkv,
-            None if kernel.mask == "none" else np.zeros((1, 1, 1, 70), np.float32),
+            None if kernel.mask == "none" else np.zeros((1, 1, 70, 70), np.float32),
         )
 
 
 def test_broadcast_masks(some_kernel: AttentionInt8, run: Any, rng: np.random.Generator) -> None:
     case = Case(2, 21, 3, 8)
-    for shape in ((1, 1, 1, 21), (2, 1, 1, 21), (2, 3, 1, 21), (1, 3, 1, 21)):
+    queries = 21 if some_kernel.mask == "full" else 1
+    for outer in ((1, 1), (2, 1), (2, 3), (1, 3)):
+        shape = (*outer, queries, 21)
         mask = rng.standard_normal(shape).astype(np.float32)
         check(run, some_kernel, case, case.qkv(rng), mask)
 
 
 def test_all_keys_masked(some_kernel: AttentionInt8, run: Any, rng: np.random.Generator) -> None:
     case = Case(2, 21, 1, 8)
-    mask = rng.standard_normal((2, 1, 1, 21)).astype(np.float32)
+    queries = 21 if some_kernel.mask == "full" else 1
+    mask = rng.standard_normal((2, 1, queries, 21)).astype(np.float32)
     for lowest in (-np.inf, np.finfo(np.float32).min):  # zeros, and the mean of all values
         mask[1] = lowest
         qkv = case.qkv(rng)
@@ -197,6 +202,22 @@ def test_all_keys_masked(some_kernel: AttentionInt8, run: Any, rng: np.random.Ge
             mean = case.heads_of(qkv[2])[1, 0].mean(axis=0) * V_SCALE
             np.testing.assert_allclose(y[21:], np.tile(mean, (21, 1)), rtol=1e-5, atol=1e-6)
         assert (np.abs(y - want) <= bound)[:21].all()
+
+
+@pytest.mark.parametrize("seq", [5, 16, 33, 70])
+def test_triangles_and_windows(some_kernel: AttentionInt8, run: Any, seq: int) -> None:
+    """A query sees the keys up to its own, or those near it: few keys, and no two alike."""
+    if some_kernel.mask != "full":
+        return
+    rng = np.random.default_rng(seq)
+    case, distance = Case(2, seq, 2, 16), np.subtract.outer(np.arange(seq), np.arange(seq))
+    for hidden in (distance < 0, np.abs(distance) > 2):
+        for lowest in (-np.inf, np.finfo(np.float32).min):
+            mask = np.where(hidden, lowest, 0).astype(np.float32)[None, None]
+            qkv = case.qkv(rng)
+            y = call(run, some_kernel, case, qkv, mask)
+            want, bound = expected(case, qkv, np.maximum(mask, -1e9))
+            assert (np.abs(y - want) <= bound).all()
 
 
 # Few heads and tokens, as emulated tiles are slow: every kind of block, with head sizes around
@@ -264,16 +285,20 @@ LEVELS = {"avx2": "haswell", "avx512vnni": "icelake-server", "amx": "sapphirerap
 
 
 @pytest.mark.parametrize("level", [pytest.param(n, marks=pytest.mark.isa(n)) for n in LEVELS])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", [None, (BATCH, 1, 1, SEQ), (3, SEQ, SEQ)], ids=str)
 @pytest.mark.parametrize("attrs", [{}, {"out_scale": 0.02, "out_zero_point": 120}])
-def test_lowered_node(masked: bool, attrs: dict[str, Any], level: str, run: Any) -> None:
+def test_lowered_node(
+    shape: tuple[Dim, ...] | None, attrs: dict[str, Any], level: str, run: Any
+) -> None:
     rng = np.random.default_rng(7)
     env, head_size = {"batch": 3, "seq": 43}, 20
     width = 3 * head_size
-    node = node_of((BATCH, 1, 1, SEQ) if masked else None, attrs, head_size)
+    node = node_of(shape, attrs, head_size)
     x = rng.integers(0, 256, (3, 43, 3 * width)).astype(np.uint8)
-    mask = rng.standard_normal((3, 1, 1, 43)).astype(np.float32)
-    (want,) = OPS[node.op].evaluate([x, x, x, mask if masked else None], node.attrs, env)
+    sizes = [] if shape is None else [evaluate(n, env) for n in shape]
+    mask = rng.standard_normal(sizes).astype(np.float32)
+    operands = [x, x, x, None if shape is None else mask]
+    (want,) = OPS[node.op].evaluate(operands, node.attrs, env)
     panels = run.to_panels(x.reshape(129, 3 * width))
     y = np.full((panels.shape[0], width, 64), 99, want.dtype)
     binder = ArrayBinder({"x": panels, "mask": mask, node.output.name: y})
@@ -316,7 +341,6 @@ def test_order_of_kernels(head_size: int, target: str, isas: list[str]) -> None:
 @pytest.mark.parametrize(
     ("mask", "attrs", "target"),
     [
-        ((SEQ, SEQ), {}, "icelake-server"),
         ((BATCH, 1, SEQ, 1), {}, "icelake-server"),
         (None, {"head_size": 6}, "icelake-server"),
         (None, {"head_size": 7}, "haswell"),

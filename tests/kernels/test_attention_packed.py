@@ -54,7 +54,7 @@ def run_kernel(
     if isinstance(kernel, AttentionInt8):
         args += [*steps[:2], 3.0 / (74 * 74 * size**0.5), V_SCALE, *quant]
         args += [configuration([FULL] * TILE_REGISTERS)] if kernel.has_tiles else []
-        scratch = evaluate(kernel.block.scratch_bytes(longest, size), {})
+        scratch = evaluate(kernel.block.scratch_bytes(longest, size, kernel.mask), {})
     else:
         args += [*steps[:3], size**-0.5, *quant]
         scratch = -(-longest // 16) * 16 * 256
