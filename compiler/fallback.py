@@ -26,7 +26,7 @@ from sparsec.ir.ops_int8 import dequantize_array, quantize_array
 from sparsec.ir.types import DType
 from sparsec.passes import Quantization, attention_parts, int8_candidates
 from sparsec.passes.quantize import affine_u8, quantize_weight
-from sparsec.passes.quantize_attention import OPERANDS, symmetric_scale
+from sparsec.passes.quantize_attention import OPERANDS, product_behind, symmetric_scale
 from sparsec.passes.quantize_tables import QuantizeTables, numbers
 
 MEASURE = "relative error of the worst output on the calibration samples, Euclidean norm"
@@ -144,7 +144,7 @@ class _Trial:
         products = int8_candidates(self.graph, quantization.keep_fp32)
         found = {n for n in products if n.input(0).name in self.ranges}
         for node in _named(self.graph, "attention") if attention else []:
-            sources = {node.input(i).producer for i in range(len(OPERANDS))}
+            sources = {product_behind(node.input(i)) for i in range(len(OPERANDS))}
             known = all(str(p) in self.ranges for p in attention_parts(node))
             kept = any(fnmatchcase(node.name, p) for p in quantization.keep_fp32)
             found |= {node} if known and sources <= found and not kept else set()
@@ -193,7 +193,7 @@ class _Trial:
         self, node: Node, operands: list[Array | None], env: dict[str, int], int8: set[str]
     ) -> list[Array]:
         """attention_int8 of the operands' own numbers, where their products are int8 too."""
-        producers = [node.input(i).producer for i in range(len(OPERANDS))]
+        producers = [product_behind(node.input(i)) for i in range(len(OPERANDS))]
         if len(int8) > 1 and not all(p is not None and p.name in int8 for p in producers):
             return run_node(node, operands, env)
         parts = attention_parts(node)

@@ -1,9 +1,11 @@
 """Compute attention from quantised queries, keys and values.
 
-attention(linear_int8(x))   ->   attention_int8(linear_int8(x) stored as u8)
+attention(linear_int8(x))           ->   attention_int8(linear_int8(x) stored as u8)
+attention(rotary(linear_int8(x)))   ->   attention_int8(quantize(rotary(linear_int8(x))))
 
 Queries, keys and values get a scale each, also as parts of one product: its rows are scaled to
-the steps of what they become, so that the product itself stores with scale 1.
+the steps of what they become, so that the product itself stores with scale 1. What stays fp32
+between (a rotary embedding) or beside (another reader) is quantised by a step of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import numpy as np
 from sparsec.ir.graph import Graph, Node, Value
 from sparsec.ir.op_spec import Array
 from sparsec.ir.ops_attention_int8 import ZERO_POINT
+from sparsec.ir.types import DType
 from sparsec.passes.base import PassResult
 from sparsec.passes.quantize import LOSES
 from sparsec.passes.rewrite import replace_node
@@ -61,15 +64,20 @@ class QuantizeAttention:
         missing = [p for p in parts if not given and str(p) not in self.ranges]
         if missing:
             return f"no range was given for %{missing[0]}"
-        sources = list(dict.fromkeys(node.input(i) for i in range(len(OPERANDS))))
-        for value in sources:
-            refusal = _refusal(graph, value, node)
+        values = [node.input(i) for i in range(len(OPERANDS))]
+        for value in values:
+            refusal = _refusal(value)
             if refusal is not None:
                 return refusal
         chosen = given or [symmetric_scale(*self.ranges[str(p)]) for p in parts]
         scales = {str(p): scale for p, scale in zip(parts, chosen, strict=True)}
-        stored = {v: _stored(graph, v, parts, scales) for v in sources}
-        operands = [stored[node.input(i)] for i in range(len(OPERANDS))]
+        whole = [v for v in dict.fromkeys(values) if _can_store(graph, v, node)]
+        stored = {v: _stored(graph, v, parts, scales) for v in whole}
+        steps = list(zip(values, chosen, strict=True))
+        apart = {
+            (v, s): _quantized(graph, v, s) for v, s in dict.fromkeys(steps) if v not in stored
+        }
+        operands = [stored[v] if v in stored else apart[v, s] for v, s in steps]
         named = {f"{x}_scale": scales[str(p)] for x, p in zip(OPERANDS, parts, strict=True)}
         attrs = {**node.attrs, **named}
         inputs = [*operands, node.optional_input(3)]
@@ -102,19 +110,36 @@ def _given(node: Node) -> list[float]:
     return [node.attrs[f"{x}_scale"] for x in OPERANDS if f"{x}_scale" in node.attrs]
 
 
-def _refusal(graph: Graph, value: Value, reader: Node) -> str | None:
+def product_behind(value: Value) -> Node | None:
+    """What makes an operand of an attention, but for a rotary embedding."""
     source = value.producer
+    if source is not None and source.op == "rotary":
+        source = source.input(0).producer
+    return source
+
+
+def _refusal(value: Value) -> str | None:
+    source = product_behind(value)
     if source is None or source.op != "linear_int8":
         return f"%{value.name} is not a product in int8"
-    if source.attrs["out_scale"] is not None or source.optional_input(4) is not None:
-        return f"{source.name} stores something else than plain fp32"
-    if source.optional_input(5) is not None:
-        return f"{source.name} reads a scale per token: its kernels store fp32"
-    if source.attrs["activation"] != "none":
-        return f"{source.name} has an activation"
-    if value.users != [reader] or value in graph.outputs:
-        return f"%{value.name} is read elsewhere"
+    if value.type.dtype is not DType.F32:
+        return f"%{value.name} is {value.type.dtype} already"
     return None
+
+
+def _can_store(graph: Graph, value: Value, reader: Node) -> bool:
+    """Whether the kernel that makes the value can store bytes in its place."""
+    source = value.producer
+    if source is None or source.op != "linear_int8" or source.attrs["activation"] != "none":
+        return False
+    # A residual stays fp32, and so does what is read with a scale per token.
+    plain = source.optional_input(4) is None and source.optional_input(5) is None
+    return plain and value.users == [reader] and value not in graph.outputs
+
+
+def _quantized(graph: Graph, value: Value, scale: float) -> Value:
+    attrs = {"scale": scale, "zero_point": ZERO_POINT, "dtype": DType.U8}
+    return graph.add("quantize", [value], attrs, name=f"{value.name}.quantize")
 
 
 def symmetric_scale(low: float, high: float) -> float:

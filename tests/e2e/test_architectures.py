@@ -15,7 +15,21 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 import sparsec
+from sparsec.calibration import calibrate, choose_range, load_calibration
 from sparsec.errors import InvalidInput
+from sparsec.frontend.onnx_import import import_model
+from sparsec.interpreter import run
+from sparsec.ir.graph import Graph
+from sparsec.options import Calibration
+from sparsec.passes import (
+    Quantization,
+    attention_values,
+    graph_pipeline,
+    int8_pipeline,
+    quantized_values,
+)
+from sparsec.passes.manager import PassManager
+from sparsec.target import Isa
 
 # Sums of up to 48 fp32 products of order 1, in another order, through one layer.
 TOLERANCE = 2e-5
@@ -238,6 +252,52 @@ def test_layer(name: str, tmp_path: Path, rng: np.random.Generator) -> None:
                 feed = {"ids": ids, "mask": mask}
                 (wanted,) = reference.run(None, feed)
                 np.testing.assert_allclose(compiled(feed)["out"], wanted, 0, TOLERANCE)
+
+
+def quantised(path: Path, samples: Path) -> Graph:
+    """The graph in int8, with ranges of these samples."""
+    graph = import_model(path)
+    PassManager(graph_pipeline()).run(graph)
+    names = [*quantized_values(graph), *attention_values(graph)]
+    observed = calibrate(graph, load_calibration(samples, graph), names)
+    ranges = {name: choose_range(o, "minmax") for name, o in observed.items()}
+    PassManager(int8_pipeline(Quantization(ranges))).run(graph)
+    return graph
+
+
+@pytest.mark.parametrize(
+    ("name", "isa"),
+    [
+        pytest.param("causal", "avx2", marks=pytest.mark.isa("avx2")),
+        pytest.param("relative", "avx512vnni", marks=pytest.mark.isa("avx512vnni")),
+        pytest.param("rotary", "avx512vnni", marks=pytest.mark.isa("avx512vnni")),
+    ],
+)
+def test_int8_attention_takes_its_mask(
+    name: str, isa: str, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    path, library, samples = (tmp_path / f for f in ("m.onnx", "m.so", "samples.npz"))
+    onnx.save(model_of(BODIES[name], rng), path)
+    np.savez(samples, ids=rng.integers(0, 11, (24, 12)), mask=np.ones((24, 12), np.int64))
+    sparsec.compile_model(
+        path,
+        library,
+        precision="int8",
+        calibration=Calibration(data=samples),
+        attention="int8",
+        target="icelake-server",
+        isa=Isa(isa),
+    )
+    graph = quantised(path, samples)
+    with sparsec.load(library, threads=2) as compiled:
+        steps = compiled.description["steps"]
+        assert [s["isa"] for s in steps if s["op"] == "attention_int8"] == [isa]
+        for batch, seq in ((1, 1), (3, 33), (1, 70)):
+            feed = {"ids": rng.integers(0, 11, (batch, seq)), "mask": masks(batch, seq)[1]}
+            got, wanted = compiled(feed)["out"], run(graph, feed)["out"]
+            # Values of order 1 have steps of about 0.02; a doubtful one falls on the next.
+            assert np.abs(got - wanted).max() < 0.1
+            assert np.abs(got - wanted).mean() < 3e-3
 
 
 def test_bad_inputs_are_refused(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -8,7 +8,7 @@ import pytest
 from sparsec.calibration import calibrate, choose_range
 from sparsec.frontend.onnx_import import import_model
 from sparsec.interpreter import run
-from sparsec.ir.graph import Graph
+from sparsec.ir.graph import Graph, Node
 from sparsec.models.tiny import tiny_model
 from sparsec.passes import Quantization, attention_values, graph_pipeline, quantized_values
 from sparsec.passes.fold_quantize import FoldQuantize
@@ -89,10 +89,35 @@ def test_without_a_kernel_it_stays(prepared: tuple[Graph, Quantization]) -> None
     assert count(graph, "linear_int8") == 2 * 4  # nothing of the trial stays
 
 
-def test_what_is_read_elsewhere_stays(prepared: tuple[Graph, Quantization]) -> None:
+def test_what_is_read_elsewhere_stays_fp32_beside_its_bytes(
+    prepared: tuple[Graph, Quantization], rng: np.random.Generator
+) -> None:
     graph, quantization = prepared
+    arrays = feed(rng)
     node = next(n for n in graph.nodes if n.op == "attention")
     graph.add_output("qkv", node.input(0))
+    before = run(graph, arrays)
+    before_quantize = count(graph, "quantize")
     (record,) = PassManager([QuantizeAttention(quantization.ranges)]).run(graph)
-    assert (record["changed"], count(graph, "attention")) == (1, 1)
-    assert "read elsewhere" in record["notes"][0]
+    assert (record["changed"], count(graph, "attention")) == (2, 0)
+    assert count(graph, "quantize") == before_quantize + 3  # parts have scales of their own
+    after = run(graph, arrays)
+    np.testing.assert_array_equal(after["qkv"], before["qkv"])
+    real = arrays["attention_mask"] == 1
+    assert np.abs(after["last_hidden_state"] - before["last_hidden_state"])[real].max() < 0.15
+
+
+def test_an_objection_is_a_reason_to_stay(prepared: tuple[Graph, Quantization]) -> None:
+    graph, quantization = prepared
+    asked = []
+
+    def objection(fp32: Node, int8: Node) -> str:
+        asked.append((fp32.op, int8.op))
+        return "slow"
+
+    (record,) = PassManager([QuantizeAttention(quantization.ranges, objection=objection)]).run(
+        graph
+    )
+    assert (record["changed"], count(graph, "attention")) == (0, 2)
+    assert asked == [("attention", "attention_int8")] * 2
+    assert record["notes"][0].endswith("stays fp32 inside: slow")

@@ -14,7 +14,7 @@ from sparsec.codegen.kernels.dense_gemm import DenseGemmFamily
 from sparsec.codegen.kernels.float_family import FloatGemmFamily
 from sparsec.codegen.kernels.int8_family import Int8GemmFamily
 from sparsec.ir.dims import symbol
-from sparsec.ir.graph import Graph
+from sparsec.ir.graph import Graph, Node
 from sparsec.ir.layouts import ROW_MAJOR, Bsr
 from sparsec.ir.schedule import Schedule, Workload
 from sparsec.ir.types import DType
@@ -22,7 +22,7 @@ from sparsec.passes.manager import PassManager
 from sparsec.passes.quantize import Quantize
 from sparsec.rates import Ports, Rates, product_of
 from sparsec.target import Isa, Target
-from sparsec.tuning.cost import CheapestLayout, expected_seconds
+from sparsec.tuning.cost import CheapestLayout, expected_seconds, fp32_is_faster
 
 PORTS = Ports(1.0, 2.0, 3.0, 4.0, 1.0, 2.0, 0.5, 10.0)
 RATES = Rates(
@@ -236,3 +236,39 @@ def test_a_target_without_int8_kernels_keeps_the_layout() -> None:
     (node,) = (n for n in int8_node().nodes if n.op == "linear_int8")
     none = Target("none", (), 1, 1 << 15, 1 << 20, 1 << 23)
     assert CheapestLayout(none)(node, [(ROW_MAJOR, 1.0), (Bsr(4, 1), 0.1)]) == ROW_MAJOR
+
+
+def attention_pair(head_size: int) -> tuple[Node, Node]:
+    """The same attention in fp32 and in int8, with a mask of keys and 12 heads."""
+    graph, batch, seq = Graph("g"), symbol("batch"), symbol("seq")
+    mask = graph.add_input("mask", DType.F32, (batch, 1, 1, seq))
+    offsets = {f"{n}_offset": 0 for n in "qkv"}
+    attrs = {"heads": 12, "head_size": head_size, "scale": 0.1, **offsets}
+    made = []
+    for op, dtype, more in (
+        ("attention", DType.F32, {}),
+        ("attention_int8", DType.U8, {f"{n}_scale": 0.1 for n in "qkv"}),
+    ):
+        x = graph.add_input(op, dtype, (batch, seq, 12 * head_size))
+        made.append(graph.add_node(op, [x, x, x, mask], {**attrs, **more}))
+    return made[0], made[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("haswell", Shape(1, 128), False),
+        ("haswell", Shape(1, 384), False),
+        ("skylake-avx512", Shape(1, 128), True),  # int8 runs on AVX2 there
+        ("skylake-avx512", Shape(1, 384), True),
+        ("icelake-server", Shape(1, 128), False),
+        ("sapphirerapids", Shape(1, 128), False),
+    ],
+)
+@pytest.mark.parametrize("head_size", [32, 64])
+def test_where_attention_is_expected_to_be_faster_in_fp32(
+    name: str, shape: Shape, expected: bool, head_size: int
+) -> None:
+    said = fp32_is_faster(*attention_pair(head_size), shape, Target.named(name))
+    assert (said is not None) == expected
+    assert said is None or "us for 1 x" in said
