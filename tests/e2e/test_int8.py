@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,23 @@ def test_int8_is_near_fp32_and_needs_less_memory(samples: Path, tmp_path: Path) 
     assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.995
     weights = [m.description["weights"]["bytes"] for m in (full, small)]
     assert weights[1] < weights[0]
+
+
+@pytest.mark.parametrize("words", [[], ["--attention", "int8"]], ids=["unasked", "asked"])
+def test_attention_stays_fp32_where_that_is_faster(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """AVX-512 without VNNI has int8 kernels for half of its vectors. It says so."""
+    path, report = tmp_path / "m.onnx", tmp_path / "report.json"
+    onnx.save(tiny_model(), path)
+    command = ["compile", str(path), "-o", str(tmp_path / "m.so"), "--target", "skylake-avx512"]
+    command += ["--precision", "int8", "--calibration", "random", "--report", str(report)]
+    assert main([*command, *words]) == 0
+    layers = [x["op"] for x in json.loads(report.read_text())["layers"]]
+    assert layers.count("attention") == (0 if words else 2)
+    assert layers.count("attention_int8") == (2 if words else 0)
+    said = "stays fp32 inside: that is expected to be faster" in capsys.readouterr().out
+    assert said == (not words)
 
 
 def test_keep_fp32_leaves_layers(samples: Path, tmp_path: Path) -> None:
