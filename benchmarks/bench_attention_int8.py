@@ -57,7 +57,7 @@ def candidate(library: Library, kernel: Any, shape: tuple[int, int, int, int]) -
     if is_int8 and kernel.has_tiles:
         args.append(amx.configuration([amx.FULL] * amx.TILE_REGISTERS))
     block = kernel.block if is_int8 else Block  # which needs more than fp32 does
-    scratch = aligned(evaluate(block.scratch_bytes(seq, head_size, "key"), {}) // 4)
+    scratch = aligned(evaluate(block.scratch_bytes(seq, head_size, kernel.mask), {}) // 4)
     call = library.bind(kernel, args, panels * heads, scratch)
     name = f"{'int8' if is_int8 else 'fp32'} {kernel.isa}"
     return Candidate(name.ljust(15), call, 2 * batch * heads * seq * seq * head_size, [])

@@ -14,7 +14,9 @@ from sparsec.errors import InvalidInput
 from sparsec.fallback import Accuracy, fall_back
 from sparsec.frontend.onnx_import import import_model
 from sparsec.interpreter import run
+from sparsec.ir.dims import symbol
 from sparsec.ir.graph import Graph
+from sparsec.ir.types import DType
 from sparsec.models.tiny import tiny_model
 from sparsec.options import Calibration, CompileOptions
 from sparsec.passes import (
@@ -126,6 +128,40 @@ def test_the_error_is_that_of_the_int8_graph(quantization: Quantization):
         a, b = (v[real] if v.ndim == 3 else v for v in (y, rounded[name]))
         worst = max(worst, float(np.linalg.norm(a - b) / np.linalg.norm(a)))
     assert worst == pytest.approx(error, rel=0.02)
+
+
+def rotary_graph(rng: np.random.Generator) -> Graph:
+    """One product whose queries and keys are turned before attention reads them."""
+    graph, batch, seq = Graph("g"), symbol("batch"), symbol("seq")
+    x = graph.add_input("x", DType.F32, (batch, seq, 8))
+    tables = [graph.add_input(name, DType.F32, (1, seq, 8)) for name in ("cos", "sin")]
+    w = graph.add_constant(rng.standard_normal((48, 8)).astype(np.float32), "w")
+    x = graph.add("tanh", [x])  # calibration watches what is computed
+    qkv = graph.add("linear", [x, w, None, None], {"activation": "none"}, name="qkv")
+    size = {"heads": 2, "head_size": 8}
+    q, k = (graph.add("rotary", [qkv, *tables], {**size, "offset": 16 * i}) for i in range(2))
+    offsets = {"q_offset": 0, "k_offset": 0, "v_offset": 32}
+    y = graph.add("attention", [q, k, qkv, None], {**size, "scale": 0.1, **offsets})
+    graph.add_output("y", y)
+    return graph
+
+
+def test_attention_behind_a_rotary_embedding_counts() -> None:
+    arrays = {"x": np.random.default_rng(1).standard_normal((2, 9, 8)).astype(np.float32)}
+    angles = np.linspace(0, 3, 72).reshape(1, 9, 8)
+    arrays |= {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
+    graph = rotary_graph(np.random.default_rng(0))
+    names = [*quantized_values(graph), *attention_values(graph)]
+    observed = calibrate(graph, [arrays], names)
+    quantization = Quantization({n: choose_range(o, "minmax") for n, o in observed.items()})
+    found = fall_back(graph, quantization, [arrays], 0.9, tables=ALL_SMALL)
+    assert [x.op for x in found.layers if not x.stays_fp32] == ["linear", "attention"]
+    exact = run(graph, arrays)["y"]
+    PassManager(int8_pipeline(quantization)).run(graph)
+    rounded = run(graph, arrays)["y"]
+    assert found.error == pytest.approx(
+        np.linalg.norm(rounded - exact) / np.linalg.norm(exact), rel=0.02
+    )
 
 
 def test_the_library_has_the_layers_that_the_report_names(tmp_path: Path):
