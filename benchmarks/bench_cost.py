@@ -168,7 +168,8 @@ def int8_attention_samples(target: Target, isa: Any, folder: Path) -> Iterator[l
         batch, seq, heads, head_size = size
         sizes = (("heads", heads), ("head_size", head_size))
         work = Workload("attention_int8", sizes, "u8", epilogue="mask key to u8")
-        (schedule,) = AttentionInt8Family().schedules(work, target)
+        found = AttentionInt8Family().schedules(work, target)
+        schedule = next(s for s in found if s.isa == isa.name)
         candidate = bench_attention_int8.candidate(library, kernel, size)
         time = expected(work, schedule, Shape(batch, seq), target)
         title = "{}x{} {} heads of {}".format(*size)
@@ -182,8 +183,6 @@ def samples(target: Target, folder: Path) -> Iterator[list[Sample]]:
     for name, found in (
         ("int8", int8_samples), ("int8_attention", int8_attention_samples), ("f32", f32_samples),
     ):  # fmt: skip
-        if name == "int8_attention" and int8 is not INT8_ISAS[-1]:
-            continue
         place = folder / name
         place.mkdir()
         yield from found(target, vector.name if name == "f32" else int8, place)
