@@ -199,12 +199,20 @@ def _int8(
             quantization,
             _samples(graph, options.calibration),
             options.max_error,
-            tables=QuantizeTables(quantization.keep_fp32, supported),
+            tables=QuantizeTables(
+                quantization.keep_fp32, supported, only_own=options.all_roundings
+            ),
             attention=attention,
         )
         quantization = replace(quantization, fallback=accuracy.fp32)
     undo = [] if options.balance is None else [Unbalance(quantization.fallback)]
-    return [*undo, *int8_pipeline(quantization, supported, attention=attention)], accuracy
+    passes = int8_pipeline(
+        quantization,
+        supported,
+        attention=attention,
+        only_own_tables=options.all_roundings,
+    )
+    return [*undo, *passes], accuracy
 
 
 def _bf16(options: CompileOptions, supported: Callable[[Node], bool]) -> list[Pass]:
