@@ -235,7 +235,7 @@ Quantise = Callable[..., Path]
 
 @pytest.fixture
 def quantise(tmp_path: Path, roundings: ModuleType) -> Quantise:
-    """`quantise(kind, per_channel=..., everything=...)`: tiny BERT as ONNX Runtime quantises it."""
+    """`quantise(kind, per_channel=..., everything=...)`: tiny BERT quantised by ONNX Runtime."""
 
     def go(kind: str, *, vocab: int = 100, **options: bool) -> Path:
         source, target = tmp_path / "source.onnx", tmp_path / "static.onnx"
