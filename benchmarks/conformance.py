@@ -33,6 +33,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 from onnx import ModelProto, numpy_helper
@@ -52,10 +53,11 @@ from sparsec.target import Isa, Target
 CHUNK = 48  # tests in one library
 CHUNK_SECONDS = 300  # a chunk that takes longer hangs
 RIGHT, CONSTANT, UNSUPPORTED = "right", "right with constant operands", "unsupported"
-# A half has 11 bits; functions of floats are compared as ONNX's own runner does, and sums near
-# zero by the rounding of their terms.
-RELATIVE = {np.dtype(np.float16): 1e-2}
-ABSOLUTE = {np.dtype(np.float16): 1e-2}
+BF16 = np.dtype(ml_dtypes.bfloat16)
+# A half has 11 bits, or 8; functions of floats are compared as ONNX's own runner does, and sums
+# near zero by the rounding of their terms.
+RELATIVE = {np.dtype(np.float16): 1e-2, BF16: 1e-2}
+ABSOLUTE = {np.dtype(np.float16): 1e-2, BF16: 1e-2}
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -243,7 +245,8 @@ def difference(made: Sequence[np.ndarray[Any, Any]], wanted: Sequence[Any]) -> s
             return f"output {number} is {came}, wanted " + (
                 "no tensor" if b is None else f"{b.dtype}{list(b.shape)}"
             )
-        relative, absolute = RELATIVE.get(b.dtype, 1e-3), ABSOLUTE.get(b.dtype, 1e-5)
+        stored = BF16 if _is_bf16(item) else b.dtype
+        relative, absolute = RELATIVE.get(stored, 1e-3), ABSOLUTE.get(stored, 1e-5)
         near = (
             a == b
             if b.dtype.kind in "iub"
@@ -258,8 +261,17 @@ def difference(made: Sequence[np.ndarray[Any, Any]], wanted: Sequence[Any]) -> s
 def as_array(item: Any) -> np.ndarray[Any, Any] | None:
     """The tensor of a test, or None for a sequence or an optional that is none."""
     if isinstance(item, onnx.TensorProto):
-        return numpy_helper.to_array(item)
-    return np.asarray(item) if isinstance(item, (np.ndarray, np.generic, int, float)) else None
+        item = numpy_helper.to_array(item)
+    if not isinstance(item, (np.ndarray, np.generic, int, float)):
+        return None
+    array = np.asarray(item)
+    return array.astype(np.float32) if array.dtype == BF16 else array  # as libraries have it
+
+
+def _is_bf16(item: Any) -> bool:
+    if isinstance(item, onnx.TensorProto):
+        return item.data_type == onnx.TensorProto.BFLOAT16
+    return getattr(item, "dtype", None) == BF16
 
 
 def _input_names(case: Case) -> list[str]:

@@ -201,7 +201,9 @@ def _int8(
             quantization,
             _samples(graph, options.calibration),
             options.max_error,
-            tables=QuantizeTables(quantization.keep_fp32, supported),
+            tables=QuantizeTables(
+                quantization.keep_fp32, supported, only_own=options.all_roundings
+            ),
             attention=attention,
         )
         quantization = replace(quantization, fallback=accuracy.fp32)
@@ -211,7 +213,13 @@ def _int8(
         asked = options.attention == "int8"
         return None if asked else fp32_is_faster(fp32, int8, layouts.shape, layouts.target)
 
-    passes = int8_pipeline(quantization, supported, attention=attention, objection=objection)
+    passes = int8_pipeline(
+        quantization,
+        supported,
+        attention=attention,
+        objection=objection,
+        only_own_tables=options.all_roundings,
+    )
     return [*undo, *passes], accuracy
 
 

@@ -113,11 +113,13 @@ def int8_pipeline(
     *,
     attention: bool = True,
     objection: Objection = lambda fp32, int8: None,
+    only_own_tables: bool = False,
 ) -> list[Pass]:
     """The passes that turn a graph of `graph_pipeline` into one of int8 ops.
 
     `supported` says whether a kernel computes a node on the target; without `attention` that
-    stays fp32, and so does one to which there is an `objection`.
+    stays fp32, and so does one to which there is an `objection`. With `only_own_tables` so do the
+    tables that the model itself has not in bytes.
     """
     # Its operands are int8 by then.
     last = [QuantizeAttention(quantization.ranges, supported, quantization.fallback, objection)]
@@ -130,7 +132,12 @@ def int8_pipeline(
         ),
         FoldQuantize(),
         *(last if attention else []),
-        QuantizeTables(quantization.keep_fp32, supported, fallback=quantization.fallback),
+        QuantizeTables(
+            quantization.keep_fp32,
+            supported,
+            fallback=quantization.fallback,
+            only_own=only_own_tables,
+        ),
     ]
 
 

@@ -47,8 +47,10 @@ class Structure:
 
     @property
     def candidates(self) -> list[tuple[Layout, float]]:
-        """Dense, the structure's own block, then all others from small to large."""
-        others = sorted(self.shares, key=lambda b: (b[0] * b[1], -b[0]))
+        """Dense, the structure's own block, then all others that leave anything out, from small to
+        large."""
+        sparse = [b for b, share in self.shares.items() if share <= NO_ZEROS]
+        others = sorted(sparse, key=lambda b: (b[0] * b[1], -b[0]))
         blocks = [self.block] if self.block else []
         blocks += [b for b in others if b != self.block]
         return [(ROW_MAJOR, 1.0), *((Bsr(*b), self.shares[b]) for b in blocks)]

@@ -141,7 +141,7 @@ class _Walk:
         return Role.TOKENS
 
     def _is_masked(self, node: Node) -> bool:
-        """x * m, m 0 at padding; where(m, x, y) that takes y there."""
+        """x * m, m 0 at padding; where(m, x, y) that takes y there; an output in fp16."""
         operands = [v for v in node.inputs if v is not None]
         if not all(_can_unpack(v) for v in operands if v in self.packed):
             return False
@@ -152,7 +152,7 @@ class _Walk:
         if node.op == "where" and operands[0] not in self.packed:
             chosen = self._at_padding(operands[0], rank)
             return chosen is not None and operands[1 if chosen else 2] not in self.packed
-        return False
+        return node.op == "cast" and node.output in self.graph.outputs
 
     def _at_padding(self, value: Value, rank: int) -> float | None:
         """What a function of the mask of the same token is in padding; None for other values.

@@ -6,7 +6,7 @@ embedding(types, kinds, ids, words)
 A run touches a few rows, but the kernel maps whole pages around each of them, so that the pages
 of a table in fp32 are most of what a model has resident. A table that the model itself has in
 bytes keeps its numbers, scales and zero point. A row of other tables is rounded to 127 steps of
-each sign.
+each sign, unless the model is to be rounded only where its file does.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ LARGE_BYTES = 4 << 20  # of fp32: below, less than 3 MB could be saved
 class QuantizeTables:
     """`supported` says whether a kernel computes an embedding on the target.
 
-    `fallback` names embeddings that stay fp32.
+    `fallback` names embeddings that stay fp32, and with `only_own` all tables do that the model
+    itself has not in bytes.
     """
 
     keep_fp32: tuple[str, ...] = ()
     supported: Callable[[Node], bool] = lambda node: True
     large_bytes: int = LARGE_BYTES
     fallback: frozenset[str] = frozenset()
+    only_own: bool = False
     name: str = "quantize_tables"
 
     def run(self, graph: Graph) -> PassResult:
@@ -74,6 +76,8 @@ class QuantizeTables:
         others = [n.name for n, _ in table.uses if n.op != "embedding"]
         if others:
             return f"{others[0]} reads it too"
+        if self.only_own and _own(table) is None:
+            return "all roundings are those of the file, which has it in fp32"
         assert table.data is not None, table
         return None if np.isfinite(table.data).all() else "it is not finite"
 

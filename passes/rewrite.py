@@ -18,6 +18,7 @@ import numpy as np
 
 from sparsec.ir.graph import Graph, Node, Value
 from sparsec.ir.op_spec import Array
+from sparsec.ir.types import DType
 from sparsec.passes.base import PassResult
 
 COMMUTATIVE = frozenset(
@@ -25,6 +26,7 @@ COMMUTATIVE = frozenset(
     | {"logical_and", "logical_or", "logical_xor"}
     | {"bitwise_and", "bitwise_or", "bitwise_xor"}
 )
+HALVES = (DType.F16, DType.BF16)
 SCALAR_TOLERANCE = 1e-5  # relative: constants are spelled with 6 digits or more, or lie in fp32
 
 
@@ -93,8 +95,9 @@ class Pattern:
 
 
 def is_close(found: float, wanted: float) -> bool:
-    """Whether two spellings of a constant mean the same number."""
-    return abs(found - wanted) <= SCALAR_TOLERANCE * abs(wanted)
+    """Whether two spellings of a constant mean the same number, in half precision too."""
+    near = abs(found - wanted) <= SCALAR_TOLERANCE * abs(wanted)
+    return near or any(found == float(np.asarray(wanted, d.numpy)) for d in HALVES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from onnx import GraphProto, TensorShapeProto, ValueInfoProto
 
 from sparsec.errors import InvalidInput, InvalidModel, UnsupportedOp
-from sparsec.frontend.tensors import dtype_of
+from sparsec.frontend.tensors import port_dtype
 from sparsec.ir.dims import Dim, symbol
 from sparsec.ir.graph import Graph, Value
 
@@ -73,7 +73,7 @@ def _add_input(
             f"input {info.name!r} is {kind or 'without a type'}; inputs must be tensors"
         )
     tensor = info.type.tensor_type
-    dtype = dtype_of(tensor.elem_type, f"input {info.name!r}")
+    dtype = port_dtype(tensor.elem_type, f"input {info.name!r}")
     if override is None and not tensor.HasField("shape"):
         raise InvalidModel(
             f"input {info.name!r} has no shape; give one, for example --shape "

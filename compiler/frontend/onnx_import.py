@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TypeProto
+from onnx import (
+    AttributeProto,
+    FunctionProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    TypeProto,
+)
 
 from sparsec.errors import CompilerError, InvalidGraph, InvalidModel, UnsupportedOp
 from sparsec.frontend.builder import Builder, Operand
@@ -24,7 +32,7 @@ from sparsec.frontend.onnx_ops import DOMAINS
 from sparsec.frontend.tensors import ONNX_TYPES, array_of, attribute
 from sparsec.ir.dims import Expr
 from sparsec.ir.graph import Graph
-from sparsec.ir.types import TensorType
+from sparsec.ir.types import DType, TensorType
 
 Names = dict[str, Operand | None]
 Opsets = dict[str, int]
@@ -87,7 +95,8 @@ class _Importer:
         used = {name for node in nodes for name in reads_of(node)}
         names = self._initialisers(proto, used | {o.name for o in proto.output})
         for value in add_inputs(self.graph, proto, overrides):
-            names[value.name] = value
+            half = value.type.dtype is DType.F16
+            names[value.name] = self.builder.cast(value, DType.F32) if half else value
         opsets = {i.domain: i.version for i in self.model.opset_import}
         self._nodes(nodes, names, opsets, "", {})
         self.builder.name = ""
@@ -95,6 +104,8 @@ class _Importer:
             operand = names.get(output.name)
             if operand is None:
                 raise InvalidModel(f"nothing produces the output {output.name!r}")
+            if output.type.tensor_type.elem_type == TensorProto.FLOAT16:
+                operand = self.builder.cast(operand, DType.F16)
             self.graph.add_output(output.name, self.builder.value(operand))
 
     def _initialisers(self, proto: GraphProto, used: set[str]) -> Names:

@@ -7,7 +7,6 @@ from sparsec.frontend import einsum as einsum_terms
 from sparsec.frontend.builder import Operand
 from sparsec.frontend.call import Call, Converter
 from sparsec.frontend.onnx_ops_math import quantised
-from sparsec.ir.types import DType
 
 
 def matmul(call: Call) -> Operand:
@@ -47,15 +46,13 @@ def layer_norm(call: Call) -> list[Operand | None]:
 
 def _spelled_out(call: Call, x: Operand, axis: int, epsilon: float) -> list[Operand | None]:
     g, axes = call.g, tuple(range(axis, x.type.rank))
-    dtype = x.type.dtype
-    wide = g.cast(x, DType.F32) if dtype is DType.F16 else x  # as stash_type 1 says
-    average = g.add("reduce_mean", [wide], axes=axes, keepdims=True)
-    centred = g.add("sub", [wide, average])
+    average = g.add("reduce_mean", [x], axes=axes, keepdims=True)
+    centred = g.add("sub", [x, average])
     square = g.add("mul", [centred, centred])
     variance = g.add("reduce_mean", [square], axes=axes, keepdims=True)
-    shifted = g.add("add", [variance, g.scalar(epsilon, wide.type.dtype)])
+    shifted = g.add("add", [variance, g.scalar(epsilon, x.type.dtype)])
     inverse = g.add("reciprocal", [g.add("sqrt", [shifted])])
-    normal = g.cast(g.add("mul", [centred, inverse]), dtype)
+    normal = g.add("mul", [centred, inverse])
     result = g.add("mul", [normal, call.input(1)])
     beta = call.optional(2)
     return [result if beta is None else g.add("add", [result, beta]), average, inverse]

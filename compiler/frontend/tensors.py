@@ -1,5 +1,8 @@
 """ONNX tensors and dtypes as NumPy arrays and DTypes.
 
+Half precision, fp16 and bf16, is a form of storage: the numbers of a file in it are read as fp32
+and computed with as such. Only inputs and outputs of the model in fp16 stay what they are.
+
 NaN in a tensor is always refused. An infinity is refused unless the tensor looks like a mask: it
 has at most 16 elements, or all its finite values are the same (a causal mask of 0 and -inf).
 """
@@ -10,6 +13,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
@@ -31,16 +35,20 @@ DTYPES: dict[int, DType] = {
     TensorProto.UINT32: DType.U32,
     TensorProto.INT64: DType.I64,
     TensorProto.UINT64: DType.U64,
-    TensorProto.FLOAT16: DType.F16,
     TensorProto.FLOAT: DType.F32,
     TensorProto.DOUBLE: DType.F64,
+}
+_HALVES: dict[int, np.dtype[Any]] = {
+    TensorProto.FLOAT16: np.dtype(np.float16),
+    TensorProto.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
 }
 ONNX_TYPES = {dtype: number for number, dtype in DTYPES.items()}
 
 
 def dtype_of(number: int, place: str) -> DType:
-    """The DType of an ONNX element type; UnsupportedOp, naming `place`, when there is none."""
-    dtype = DTYPES.get(number)
+    """What values of an ONNX element type are computed in; UnsupportedOp, naming `place`, when
+    there is nothing."""
+    dtype = DType.F32 if number in _HALVES else DTYPES.get(number)
     if dtype is not None:
         return dtype
     known = number in TensorProto.DataType.values()
@@ -48,14 +56,21 @@ def dtype_of(number: int, place: str) -> DType:
     raise UnsupportedOp(
         f"{place} has the element type {name}, which has no lowering; "
         "export the model in float32 (supported: "
-        + ", ".join(d.value for d in DTYPES.values())
+        + ", ".join(["float16", "bfloat16", *(d.value for d in DTYPES.values())])
         + ")"
     )
 
 
+def port_dtype(number: int, place: str) -> DType:
+    """The DType of an input or output of the model: fp16 stays, bf16, which NumPy has not, is
+    fp32. Raises as `dtype_of` does."""
+    return DType.F16 if number == TensorProto.FLOAT16 else dtype_of(number, place)
+
+
 def array_of(tensor: TensorProto, folder: Path | None, place: str) -> Array:
     """The data of a tensor, read from its external file when it has one."""
-    dtype = dtype_of(tensor.data_type, place)
+    wide = dtype_of(tensor.data_type, place).numpy
+    dtype = _HALVES.get(tensor.data_type, wide)
     if tensor.HasField("segment"):
         raise UnsupportedOp(f"{place} is stored in segments; save the model without them")
     if tensor.data_location == TensorProto.EXTERNAL:
@@ -64,19 +79,20 @@ def array_of(tensor: TensorProto, folder: Path | None, place: str) -> Array:
         data = _raw(tensor.raw_data, tensor, dtype, place)
     else:
         data = _typed(tensor, place)
+    data = data.astype(wide, copy=False)
     _check_finite(data, place)
     return data
 
 
-def _raw(raw: bytes | Array, tensor: TensorProto, dtype: DType, place: str) -> Array:
+def _raw(raw: bytes | Array, tensor: TensorProto, dtype: np.dtype[Any], place: str) -> Array:
     shape = tuple(tensor.dims)
-    wanted = math.prod(shape) * dtype.bytes
+    wanted = math.prod(shape) * dtype.itemsize
     if min(shape, default=0) < 0 or len(raw) != wanted:
         raise InvalidModel(
             f"{place} has the shape {list(shape)} of {dtype}, {wanted} bytes, but its data has "
             f"{len(raw)} bytes; the file is damaged"
         )
-    return np.frombuffer(raw, dtype.numpy.newbyteorder("<")).reshape(shape)
+    return np.frombuffer(raw, dtype.newbyteorder("<")).reshape(shape)
 
 
 def _typed(tensor: TensorProto, place: str) -> Array:
@@ -86,7 +102,7 @@ def _typed(tensor: TensorProto, place: str) -> Array:
         raise InvalidModel(f"{place} has data that does not fit its shape: {error}") from error
 
 
-def _external(tensor: TensorProto, dtype: DType, folder: Path | None, place: str) -> Array:
+def _external(tensor: TensorProto, dtype: np.dtype[Any], folder: Path | None, place: str) -> Array:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     if folder is None:
@@ -103,7 +119,7 @@ def _external(tensor: TensorProto, dtype: DType, folder: Path | None, place: str
             "keep it beside the .onnx file"
         )
     offset = _number(entries.get("offset", "0"), place)
-    wanted = math.prod(tensor.dims) * dtype.bytes
+    wanted = math.prod(tensor.dims) * dtype.itemsize
     length = _number(entries.get("length", str(wanted)), place)
     size = path.stat().st_size
     if offset + length > size:

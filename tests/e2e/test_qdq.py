@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,8 @@ from sparsec.cli import main
 from sparsec.errors import InvalidInput
 from sparsec.frontend.onnx_import import import_model
 from sparsec.interpreter import run
-from sparsec.models.tiny import tiny_model
+from sparsec.models.build import build_model
+from sparsec.models.tiny import tiny_model, tiny_spec
 from sparsec.runtime import load
 
 BATCH, SEQ = 4, 33
@@ -220,40 +223,30 @@ def test_the_command_needs_no_flag(tmp_path, capfd):
 # ONNX Runtime
 
 
-class Batches:
-    """What quantize_static reads samples from."""
-
-    def __init__(self, names: set[str]):
-        self._feeds: Iterator[dict[str, np.ndarray]] = iter(
-            [{k: v for k, v in feed(seed).items() if k in names} for seed in (1, 2)]
-        )
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        return next(self._feeds, None)
+@pytest.fixture
+def roundings(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    pytest.importorskip("onnxruntime", reason="it writes the models of these tests and runs them")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    return importlib.import_module("roundings")
 
 
-def quantize_static(
-    folder: Path, kind: str, *, per_channel: bool, everything: bool
-) -> onnx.ModelProto:
-    """tiny BERT as ONNX Runtime quantises it."""
-    ort_quantization = pytest.importorskip(
-        "onnxruntime.quantization", reason="ONNX Runtime writes the models of these tests"
-    )
-    model = tiny_model("bert")
-    source, target = folder / "source.onnx", folder / "static.onnx"
-    onnx.save(model, source)
-    ort_quantization.quantize_static(
-        source,
-        target,
-        Batches({i.name for i in model.graph.input}),
-        quant_format=ort_quantization.QuantFormat.QDQ,
-        activation_type=ort_quantization.QuantType[kind],
-        weight_type=ort_quantization.QuantType.QInt8,
-        per_channel=per_channel,
-        op_types_to_quantize=None if everything else ["MatMul", "Gemm"],
-        extra_options={"ActivationSymmetric": kind == "QInt8"},
-    )
-    return onnx.load(target)
+Quantise = Callable[..., Path]
+
+
+@pytest.fixture
+def quantise(tmp_path: Path, roundings: ModuleType) -> Quantise:
+    """`quantise(kind, per_channel=..., everything=...)`: tiny BERT quantised by ONNX Runtime."""
+
+    def go(kind: str, *, vocab: int = 100, **options: bool) -> Path:
+        source, target = tmp_path / "source.onnx", tmp_path / "static.onnx"
+        model = build_model(tiny_spec("bert", vocab=vocab))
+        onnx.save(model, source)
+        names = {i.name for i in model.graph.input}
+        samples = [{k: v for k, v in feed(seed).items() if k in names} for seed in (1, 2)]
+        roundings.quantise(source, target, samples, kind, **options)
+        return target
+
+    return go
 
 
 def run_ort(model: onnx.ModelProto) -> np.ndarray:
@@ -272,8 +265,8 @@ def run_ort(model: onnx.ModelProto) -> np.ndarray:
         ("QInt8", True, True),
     ],
 )
-def test_models_of_onnx_runtime(kind, per_channel, everything, tmp_path, compile_and_run):
-    model = quantize_static(tmp_path, kind, per_channel=per_channel, everything=everything)
+def test_models_of_onnx_runtime(kind, per_channel, everything, quantise, compile_and_run):
+    model = onnx.load(quantise(kind, per_channel=per_channel, everything=everything))
     outputs, report = compile_and_run(model)
     found = ops(report)
     assert found["linear_int8"] == ENCODER_PRODUCTS
@@ -309,9 +302,9 @@ def network(rng: np.random.Generator) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
 
 
-def test_to_the_letter_it_is_onnx_runtime(tmp_path, compile_and_run):
+def test_to_the_letter_it_is_onnx_runtime(quantise, compile_and_run):
     """ONNX Runtime rounds the results of products too, so all roundings are wanted here."""
-    model = quantize_static(tmp_path, "QUInt8", per_channel=True, everything=False)
+    model = onnx.load(quantise("QUInt8", per_channel=True, everything=False))
     outputs, report = compile_and_run(model, all_roundings=True)
     assert ops(report)["linear_int8"] >= ENCODER_PRODUCTS
     theirs = run_ort(model)
@@ -320,6 +313,22 @@ def test_to_the_letter_it_is_onnx_runtime(tmp_path, compile_and_run):
     # Sums in another order move a few values to the next number, and what depends on them.
     assert (difference <= step).mean() > 0.99
     assert (difference <= 1e-5).mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("kind", "per_channel", "everything"),
+    [("QUInt8", True, False), ("QInt8", False, False), ("QUInt8", False, True)],
+)
+def test_every_rounding_gives_the_number_of_onnx_runtime(
+    kind, per_channel, everything, quantise, roundings, tmp_path
+):
+    """The table of words is 4 MB, as large as those that are stored in int8 by default."""
+    path = quantise(kind, vocab=33_000, per_channel=per_channel, everything=everything)
+    rows = roundings.agreement(path, feed(), tmp_path)
+    assert len(rows) > 30
+    assert not [row for row in rows if row.ours_far]
+    # Sums on the edge between two numbers go to either side, in ONNX Runtime itself too.
+    assert sum(row.ours for row in rows) <= 1e-3 * sum(row.numbers for row in rows)
 
 
 def test_a_network_of_products_agrees_with_onnx_runtime(tmp_path, rng):

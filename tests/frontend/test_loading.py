@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from sparsec.errors import UnsupportedOp
 from sparsec.frontend.onnx_import import import_model
 from sparsec.interpreter import run
+from sparsec.ir.types import DType
 from sparsec.ir.verifier import verify
 
 WEIGHT = np.arange(8, dtype=np.float32).reshape(4, 2)
@@ -94,14 +95,50 @@ def test_an_input_and_a_constant_may_be_outputs():
     assert got["c"].tolist() == [1, 2]
 
 
-def test_float16_weights_stay_float16():
-    graph = import_model(
-        onnx.parser.parse_model(
-            """<ir_version: 8, opset_import: ["" : 17]> g (float16[B] x) => (float16[B] y)
-            { y = Exp (x) }"""
-        )
+@pytest.mark.parametrize(("kind", "outside"), [("float16", "f16"), ("bfloat16", "f32")])
+def test_half_precision_is_computed_in_fp32(kind, outside):
+    """Only inputs and outputs in fp16 stay what they are; for bf16 NumPy has no type."""
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 8, opset_import: ["" : 17]> g ({kind}[B] x) => ({kind}[B] y)
+        {{ e = Exp (x) y = Mul (e, c) }}"""
     )
-    assert str(graph.outputs[0].type) == "f16[B]"
+    stored = np.array([0.1], (DType.F16 if kind == "float16" else DType.BF16).numpy)
+    model.graph.initializer.append(numpy_helper.from_array(stored, "c"))
+    graph = import_model(model)
+    assert str(graph.inputs[0].type) == str(graph.outputs[0].type) == f"{outside}[B]"
+    (product,) = (n for n in graph.nodes if n.op == "mul")
+    values = [v for v in (*product.inputs, product.output) if v is not None]
+    assert {str(v.type.dtype) for v in values} == {"f32"}
+    (c,) = graph.constants()
+    assert c.data is not None
+    assert c.data == stored.astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", ["FLOAT16", "BFLOAT16"])
+@pytest.mark.parametrize("where", ["raw", "typed", "external"])
+def test_weights_in_half_precision(kind, where, tmp_path, rng):
+    numbers = rng.standard_normal((3, 5)).astype(np.float32)
+    number = getattr(onnx.TensorProto, kind)
+    stored = numbers.astype(onnx.helper.tensor_dtype_to_np_dtype(number))
+    if where == "typed":
+        tensor = onnx.helper.make_tensor("w", number, (3, 5), stored.reshape(-1))
+    else:
+        tensor = onnx.numpy_helper.from_array(stored, "w")
+    if where == "external":
+        onnx.external_data_helper.set_external_data(tensor, "weights")
+        (tmp_path / "weights").write_bytes(tensor.raw_data)
+        tensor.ClearField("raw_data")
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]> g (float[B, 3] x) => (float[B, 5] y)
+        { f = Cast <to = 1> (w) y = MatMul (x, f) }"""
+    )
+    model.graph.initializer.append(tensor)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    (w,) = import_model(path).constants()
+    assert w.data is not None
+    assert w.data.dtype == np.float32
+    np.testing.assert_array_equal(w.data, stored.astype(np.float32))
 
 
 FUNCTION = """

@@ -16,28 +16,12 @@ from sparsec.errors import InvalidInput  # noqa: E402
 from sparsec.models.compress.oneshot import PrunedSite, prune_one_shot  # noqa: E402
 from sparsec.models.compress.pattern import BlockPattern  # noqa: E402
 from sparsec.models.compress.sites import encoder_linears  # noqa: E402
-
-COMMON = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "initializer_range": 0.2,
-}
-CONFIGS: dict[str, Any] = {
-    "bert": transformers.BertConfig(**COMMON),
-    "roberta": transformers.RobertaConfig(**COMMON),
-    "electra": transformers.ElectraConfig(embedding_size=16, **COMMON),
-    "distilbert": transformers.DistilBertConfig(
-        vocab_size=50, dim=32, n_heads=4, hidden_dim=64, n_layers=2, initializer_range=0.2
-    ),
-}
+from sparsec.models.compress.tiny import ARCHITECTURES, tiny_config  # noqa: E402
 
 
 def encoder(name: str = "bert") -> Any:
     torch.manual_seed(0)
-    return transformers.AutoModel.from_config(CONFIGS[name]).eval()
+    return transformers.AutoModel.from_config(tiny_config(name, initializer_range=0.2)).eval()
 
 
 def texts(count: int = 8) -> list[dict[str, Any]]:
@@ -71,7 +55,7 @@ def prune_by_magnitude(model: Any, rows: int, cols: int, sparsity: float) -> Non
         w.mul_(kept.view(blocks.shape).repeat_interleave(rows, 0).repeat_interleave(cols, 1))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize(("rows", "cols"), [(8, 1), (4, 4)])
 def test_pruned_model_is_nearer_to_the_dense_one_than_by_magnitude(
     name: str, rows: int, cols: int

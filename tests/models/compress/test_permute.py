@@ -16,27 +16,13 @@ from sparsec.errors import InvalidInput  # noqa: E402
 from sparsec.models.compress.pattern import BlockPattern  # noqa: E402
 from sparsec.models.compress.permute import _best_order, _View, permute  # noqa: E402
 from sparsec.models.compress.sites import encoder_linears  # noqa: E402
+from sparsec.models.compress.tiny import ARCHITECTURES, tiny_config  # noqa: E402
 
-COMMON = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "initializer_range": 0.2,
-}
-CONFIGS: dict[str, Any] = {
-    "bert": transformers.BertConfig(**COMMON),
-    "roberta": transformers.RobertaConfig(**COMMON),
-    "electra": transformers.ElectraConfig(embedding_size=16, **COMMON),
-    "distilbert": transformers.DistilBertConfig(
-        vocab_size=50, dim=32, n_heads=2, hidden_dim=64, n_layers=2, initializer_range=0.2
-    ),
-}
+CHANGES: dict[str, Any] = {"num_attention_heads": 2, "initializer_range": 0.2}
 PLAIN = transformers.AutoModel
 CLASSIFIER = transformers.AutoModelForSequenceClassification
 HEADS = [
-    *((CLASSIFIER, name) for name in CONFIGS),
+    *((CLASSIFIER, name) for name in ARCHITECTURES),
     (transformers.AutoModelForQuestionAnswering, "bert"),
     (transformers.AutoModelForTokenClassification, "distilbert"),
 ]
@@ -45,7 +31,7 @@ HEADS = [
 def build(auto: Any, name: str) -> Any:
     """Return a tiny model, no parameter of which is a constant vector."""
     torch.manual_seed(0)
-    model = auto.from_config(CONFIGS[name]).eval()
+    model = auto.from_config(tiny_config(name, **CHANGES)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -74,7 +60,7 @@ def test_heads_answer_the_same(auto: Any, name: str) -> None:
         torch.testing.assert_close(value, wanted[key], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("residual", [False, True])
 def test_hidden_states_come_in_the_reported_order(name: str, residual: bool) -> None:
     model = build(PLAIN, name)
@@ -151,7 +137,7 @@ def test_mistakes_are_named() -> None:
     model = build(PLAIN, "bert")
     with pytest.raises(InvalidInput, match=r"24x1: does not divide .*query"):
         permute(model, BlockPattern(24, 1), 0.75, residual=False)
-    masked = transformers.AutoModelForMaskedLM.from_config(CONFIGS["bert"])
+    masked = transformers.AutoModelForMaskedLM.from_config(tiny_config("bert", **CHANGES))
     with pytest.raises(InvalidInput, match=r"cls.* is not known to read the residual stream"):
         permute(masked, BlockPattern(8, 1), 0.75, residual=True)
     model.encoder.layer[1].extra = torch.nn.Linear(32, 32)

@@ -37,26 +37,17 @@ from sparsec.models.compress.sites import (  # noqa: E402
     encoder_linears,
     layer_parts,
 )
+from sparsec.models.compress.tiny import ARCHITECTURES, tiny_config  # noqa: E402
 from sparsec.passes import Quantization, graph_pipeline, int8_pipeline  # noqa: E402
 from sparsec.passes.manager import PassManager  # noqa: E402
 from sparsec.passes.quantize import quantize_weight  # noqa: E402
 from sparsec.passes.quantize_tables import QuantizeTables  # noqa: E402
 
-SIZES = {"vocab_size": 60, "initializer_range": 0.2}
-COMMON = {
-    **SIZES,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
+CHANGES: dict[str, Any] = {
+    "vocab_size": 60,
     "num_attention_heads": 2,
-    "intermediate_size": 64,
     "max_position_embeddings": 40,
-}
-DISTILBERT = {**SIZES, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
-CONFIGS: dict[str, Any] = {
-    "bert": transformers.BertConfig(**COMMON),
-    "roberta": transformers.RobertaConfig(**COMMON),
-    "electra": transformers.ElectraConfig(embedding_size=16, **COMMON),
-    "distilbert": transformers.DistilBertConfig(**DISTILBERT),
+    "initializer_range": 0.2,
 }
 TABLE_BYTES = 60 * 16 * 4  # that of the smallest table of words
 
@@ -72,7 +63,7 @@ class Mask(torch.nn.Module):  # type: ignore[misc]
 def make(name: str = "bert", *, masks: bool = False, auto: Any = transformers.AutoModel) -> Any:
     """A model of random weights, the same for a name."""
     torch.manual_seed(0)
-    model = auto.from_config(copy.deepcopy(CONFIGS[name])).eval()
+    model = auto.from_config(tiny_config(name, **CHANGES)).eval()
     for linear in encoder_linears(model).values() if masks else ():
         parametrize.register_parametrization(linear, "weight", Mask())
     return model
@@ -104,7 +95,7 @@ def relative(a: Any, b: Any) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_prepared_model_rounds_and_bakes_back(name: str) -> None:
     model, float_model = make(name, masks=True), make(name, masks=True)
     parameters = prepare(model, table_bytes=TABLE_BYTES)

@@ -16,21 +16,8 @@ from sparsec.models.compress.sites import (  # noqa: E402
     layer_parts,
     model_inputs,
 )
+from sparsec.models.compress.tiny import ARCHITECTURES, tiny_config  # noqa: E402
 
-COMMON = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-}
-DISTILBERT = {"vocab_size": 50, "dim": 32, "n_heads": 4, "hidden_dim": 64, "n_layers": 2}
-CONFIGS: dict[str, Any] = {
-    "bert": transformers.BertConfig(**COMMON),
-    "roberta": transformers.RobertaConfig(**COMMON),
-    "electra": transformers.ElectraConfig(embedding_size=16, **COMMON),
-    "distilbert": transformers.DistilBertConfig(**DISTILBERT),
-}
 AUTO = (
     transformers.AutoModel,
     transformers.AutoModelForSequenceClassification,
@@ -39,9 +26,9 @@ AUTO = (
 
 
 @pytest.mark.parametrize("auto", AUTO, ids=lambda a: a.__name__)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_parts_are_found(name: str, auto: Any) -> None:
-    model = auto.from_config(CONFIGS[name])
+    model = auto.from_config(tiny_config(name))
     linears = encoder_linears(model)
     layers = layer_parts(model)
     assert len(layers) == 2
@@ -66,9 +53,9 @@ def test_parts_are_found(name: str, auto: Any) -> None:
     assert layers[0].attention_norm is not layers[0].output_norm
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_embeddings_are_found(name: str) -> None:
-    model = transformers.AutoModelForSequenceClassification.from_config(CONFIGS[name])
+    model = transformers.AutoModelForSequenceClassification.from_config(tiny_config(name))
     parts = embedding_parts(model)
     width = 16 if name == "electra" else 32
     assert {t.weight.shape[1] for t in parts.tables} == {width}
@@ -82,9 +69,9 @@ def test_other_models_are_refused() -> None:
         encoder_linears(torch.nn.Sequential(torch.nn.Linear(4, 4)))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_model_is_given_its_inputs_and_no_targets(name: str) -> None:
-    model = transformers.AutoModel.from_config(CONFIGS[name])
+    model = transformers.AutoModel.from_config(tiny_config(name))
     batch = dict.fromkeys(
         ("input_ids", "attention_mask", "token_type_ids"), torch.ones(2, 3).long()
     )
