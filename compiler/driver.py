@@ -20,6 +20,8 @@ from sparsec.options import Calibration, CompileOptions
 from sparsec.stages import Clock, Progress, build_target, prepare, read_log
 from sparsec.target import Isa, Target
 
+LOADER_BEGINS = b'"""Load and run a compiled model'  # runtime/loader.py, since the first version
+
 
 @dataclass(frozen=True, slots=True)
 class CompileResult:
@@ -168,6 +170,18 @@ def _check_output(output: Path) -> None:
         raise InvalidInput(f"{output}: the output must end in .so")
     if not output.parent.is_dir():
         raise InvalidInput(f"{output}: the folder {output.parent} does not exist; create it first")
+    loader = output.with_suffix(".py")
+    if loader.exists() and not _is_loader(loader):
+        raise InvalidInput(
+            f"{output}: its loader would replace {loader}, which is no loader of a model; choose "
+            "another name for the library, or move that file away"
+        )
+
+
+def _is_loader(path: Path) -> bool:
+    """Whether it is one that a compilation wrote, of any version: they begin alike."""
+    with path.open("rb") as file:
+        return file.read(len(LOADER_BEGINS)) == LOADER_BEGINS
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

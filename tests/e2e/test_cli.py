@@ -13,6 +13,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from sparsec.cli import main
+from sparsec.codegen.toolchain import RUNTIME
+from sparsec.driver import LOADER_BEGINS
 from sparsec.models.build import Pruning, build_model
 from sparsec.models.tiny import tiny_model, tiny_spec
 from sparsec.rates import default_rates
@@ -247,6 +249,19 @@ def test_bad_options(
     words = ["compile", str(tmp_path / "m.onnx"), "-o", str(tmp_path / "m.so"), "-q"]
     refuses([*words, *extra], capsys, parts)
     assert not (tmp_path / "m.so").exists()
+
+
+def test_only_a_loader_is_replaced_by_the_loader(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    onnx.save(tiny_model(), tmp_path / "m.onnx")
+    words = ["compile", str(tmp_path / "m.onnx"), "-o", str(tmp_path / "m.so"), "-q"]
+    (tmp_path / "m.py").write_text("print('somebody wrote this')\n")
+    refuses(words, capsys, [str(tmp_path / "m.py"), "no loader"])
+    assert (tmp_path / "m.py").read_text() == "print('somebody wrote this')\n"
+    (tmp_path / "m.py").write_bytes(LOADER_BEGINS + b', an older one."""')
+    assert main(words) == 0
+    assert (tmp_path / "m.py").read_bytes() == (RUNTIME / "loader.py").read_bytes()
 
 
 @pytest.mark.parametrize(
