@@ -17,6 +17,7 @@ from sparsec.models.compress.data import truncating
 
 SENTENCE_HEADER = ("sentence", "label")
 PAIR_HEADER = ("sentence1", "sentence2", "score")
+SST2_CLASSES = 2
 LARGEST_SCORE = 5.0  # of STS-B
 LONGEST_SHOWN = 60  # characters of a line in a message
 
@@ -89,15 +90,14 @@ def read_pairs(path: Path) -> tuple[list[str], list[str], list[float]]:
 
 
 def read_pieces(path: Path, tokenizer: Tokenizer, max_length: int) -> list[str]:
-    """A plain text as pieces of at most `max_length` tokens, special tokens included.
+    """A text as pieces of at most `max_length` tokens, special tokens included.
 
-    A line is a paragraph; blank lines and headings are dropped. A paragraph that is too long is
-    cut behind a sentence, where there is none behind a word. Raises InvalidInput when no
+    A line is a paragraph; blank lines and headings are dropped. Of a .tsv file of sentences with
+    labels, or a .csv file of pairs with scores, the sentences are the paragraphs. One that is too
+    long is cut behind a sentence, where there is none behind a word. Raises InvalidInput when no
     paragraph is left.
     """
-    lines = [line.strip() for _, line in _lines(read_text(path))]
-    paragraphs = [line for line in lines if line and not _HEADING.fullmatch(line)]
-    _check_any(path, paragraphs)
+    paragraphs = _PARAGRAPHS.get(path.suffix, _plain_paragraphs)(path)
     whole = truncating(tokenizer, None)
     truncating(tokenizer, max_length)  # whether there is room
     room = max_length - whole.num_special_tokens_to_add(is_pair=False)
@@ -107,6 +107,24 @@ def read_pieces(path: Path, tokenizer: Tokenizer, max_length: int) -> list[str]:
         for text, row in zip(paragraphs, rows, strict=True)
         for piece in ([text] if len(row) <= room else _cut(text, row, room))
     ]
+
+
+def _plain_paragraphs(path: Path) -> list[str]:
+    lines = [line.strip() for _, line in _lines(read_text(path))]
+    paragraphs = [line for line in lines if line and not _HEADING.fullmatch(line)]
+    _check_any(path, paragraphs)
+    return paragraphs
+
+
+def _paragraphs_of_pairs(path: Path) -> list[str]:
+    left, right, _ = read_pairs(path)
+    return [*left, *right]
+
+
+_PARAGRAPHS = {
+    ".tsv": lambda path: read_sentences(path, SST2_CLASSES)[0],
+    ".csv": _paragraphs_of_pairs,
+}
 
 
 def _cut(text: str, row: Any, room: int) -> Iterator[str]:

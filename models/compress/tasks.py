@@ -18,6 +18,7 @@ from sparsec.models.compress.data import Batch, Encoded, batches, encode
 from sparsec.models.compress.distil import mean_pooled
 from sparsec.models.compress.readers import (
     LARGEST_SCORE,
+    SST2_CLASSES,
     read_pairs,
     read_pieces,
     read_sentences,
@@ -178,8 +179,6 @@ def _score_cosine(predictions: Any, encoded: Encoded) -> dict[str, float]:
 def _score_nothing(predictions: Any, encoded: Encoded) -> dict[str, float]:
     return {}
 
-
-SST2_CLASSES = 2
 
 TASKS: dict[str, Task] = {
     task.name: task

@@ -94,6 +94,18 @@ def test_a_word_longer_than_a_row_is_cut_inside(tmp_path: Path) -> None:
     assert encoded.lengths.max() == 8
 
 
+def test_the_sentences_of_task_files_are_text(tokenizer: Any, tmp_path: Path) -> None:
+    read = TASKS["text"].read
+    plain = read(write(tmp_path, "a.txt", "a b\nc\n"), tokenizer, 8)
+    labelled = read(write(tmp_path, "a.tsv", SST2 + "a b\t1\nc\t0\n"), tokenizer, 8)
+    pairs = read(write(tmp_path, "a.csv", "a b,c,2.5\n"), tokenizer, 8)
+    for encoded in (labelled, pairs):
+        assert encoded.ids.tolist() == plain.ids.tolist()
+        assert encoded.starts.tolist() == plain.starts.tolist()
+        assert encoded.rows_per_example == 1
+        assert not encoded.targets
+
+
 def test_embed_reads_pairs_from_csv_and_text_from_others(tokenizer: Any, tmp_path: Path) -> None:
     task = TASKS["embed"]
     assert task.read(write(tmp_path, "a.csv", "a,b,1\n"), tokenizer, 8).rows_per_example == 2
