@@ -194,7 +194,7 @@ def small_cases(isa: str, library: Library) -> Iterator[tuple[str, str, list[Can
         rows = aligned(128, channels)
         x = aligned(2, channels, WIDTH)
         for op, args in (("to_panels", [rows, x]), ("from_panels", [x, rows])):
-            change = LayoutChange(by_name(isa), op)
+            change = LayoutChange(by_name(isa), op, "float32")
             call = library.bind(change, [*args, 128, channels], 128 // GROUP)
             yield (
                 "layout_change",

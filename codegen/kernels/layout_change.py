@@ -3,38 +3,48 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
+from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from sparsec.codegen import tir
 from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, best_vector_isa, by_name
-from sparsec.codegen.isa.vector import keep, ramp, splat, transpose
+from sparsec.codegen.isa.vector import keep, ramp, transpose
 from sparsec.codegen.kernels.base import Binder
-from sparsec.codegen.kernels.panels import GROUP, WIDTH, const, div, is_planar, loop, mod
+from sparsec.codegen.kernels.panels import GROUP, WIDTH, const, div, loop, mod
 from sparsec.codegen.program import Kernel, KernelCall, Kind, Parameter
 from sparsec.ir.dims import ceildiv
 from sparsec.ir.graph import Node
+from sparsec.ir.layouts import Panels
 from sparsec.ir.schedule import Schedule, Workload
 from sparsec.ir.types import DType
 from sparsec.target import Target
 
+ELEMENTS = {"float32": "f32", "uint8": "u8"}  # and how a kernel's name has them
+MOVED = {str(DType.F32): "float32", str(DType.U8): "uint8", str(DType.I8): "uint8"}
+
 
 @dataclass(frozen=True, slots=True)
 class LayoutChange:
-    """`direction` is `to_panels` or `from_panels`; one item is a group of 16 tokens."""
+    """`direction` is `to_panels` or `from_panels`; one item is a group of 16 tokens.
+
+    `element` is what is moved: "float32", or "uint8", which stands for any byte.
+    """
 
     vector: VectorIsa
     direction: str
+    element: str
 
     @property
     def name(self) -> str:
-        return f"{self.direction}_f32_{self.isa}"
+        return f"{self.direction}_{ELEMENTS[self.element]}_{self.isa}"
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
         sizes = (Parameter("tokens", Kind.INT), Parameter("channels", Kind.INT))
-        return (Parameter("x"), Parameter("y"), *sizes)
+        return (Parameter("x", dtype=self.element), Parameter("y", dtype=self.element), *sizes)
 
     @property
     def has_scratch(self) -> bool:
@@ -69,8 +79,12 @@ class LayoutChange:
         ]
         present = lanes_below(s["tokens"] - token, n)
         for i, value in enumerate(transpose(rows)):
-            kept = T.Select(present, value, splat(0.0, n))
+            kept = T.Select(present, value, T.broadcast(self._zero, n))
             T.buffer_store(s["y"], kept, [ramp(column + (channel + i) * WIDTH, n)])
+
+    @property
+    def _zero(self) -> Any:
+        return tirx.const(0, self.element)
 
     def _from_panels(self, s: tir.KernelScope, token: Any, column: Any, channel: Any) -> None:
         n = self.vector.lanes
@@ -92,7 +106,7 @@ class LayoutChange:
                         T.buffer_store(y, x[lane], [row])
                 with T.Else():
                     if self.direction == "to_panels":
-                        T.buffer_store(y, T.float32(0), [lane])
+                        T.buffer_store(y, self._zero, [lane])
                     else:
                         T.evaluate(T.int32(0))
 
@@ -105,7 +119,7 @@ def lanes_below(count: Any, lanes: int) -> Any:
 
 
 class LayoutChangeFamily:
-    """fp32 in and out of planar panels."""
+    """fp32 and bytes in and out of planar panels."""
 
     ops = ("to_panels", "from_panels")
 
@@ -114,7 +128,7 @@ class LayoutChangeFamily:
         return Workload(node.op, (("c", x.channels),), str(x.dtype))
 
     def schedules(self, workload: Workload, target: Target) -> list[Schedule]:
-        if best_vector_isa(target) is None or workload.dtype != str(DType.F32):
+        if best_vector_isa(target) is None or workload.dtype not in MOVED:
             return []
         return [
             Schedule("layout_change", v.name) for v in reversed(VECTOR_ISAS) if target.has(v.isa)
@@ -122,11 +136,11 @@ class LayoutChangeFamily:
 
     def lower(self, node: Node, schedule: Schedule, binder: Binder) -> list[KernelCall]:
         x, y = node.input(0), node.output
-        assert is_planar(x.type if node.op == "from_panels" else y.type), node
+        assert (x if node.op == "from_panels" else y).type.layout == Panels(), node
         tokens, channels = x.type.tokens, x.type.channels
         return [
             KernelCall(
-                LayoutChange(by_name(schedule.isa), node.op),
+                LayoutChange(by_name(schedule.isa), node.op, MOVED[str(x.type.dtype)]),
                 (binder.ref(x), binder.ref(y), tokens, channels),
                 ceildiv(tokens, GROUP),
                 f"{node.name}: {channels} channels",
@@ -135,4 +149,5 @@ class LayoutChangeFamily:
         ]
 
     def variants(self) -> list[Kernel]:
-        return [LayoutChange(v, op) for v in VECTOR_ISAS for op in self.ops]
+        found = product(VECTOR_ISAS, self.ops, ELEMENTS)
+        return [LayoutChange(vector, op, element) for vector, op, element in found]

@@ -1,0 +1,71 @@
+"""Models that take or give bytes: a product whose output is quantised, and its quantised input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import sparsec
+from sparsec.frontend.onnx_import import import_model
+from sparsec.interpreter import run
+
+INPUTS, OUTPUTS = 32, 72
+ZEROS = {TensorProto.UINT8: np.uint8(121), TensorProto.INT8: np.int8(3)}
+
+
+def model(kind: int, bytes_in: bool) -> onnx.ModelProto:
+    """x -> [quantise] -> dequantise -> MatMul -> quantise -> y."""
+    weights = np.random.default_rng(0).integers(-127, 128, (INPUTS, OUTPUTS)).astype(np.int8)
+    constants = {
+        "zero": ZEROS[kind], "w": weights, "w_zero": np.int8(0), "x_scale": np.float32(0.05),
+        "w_scale": np.float32(0.01), "y_scale": np.float32(0.0371),
+    }  # fmt: skip
+    nodes = [
+        helper.make_node("DequantizeLinear", ["stored", "x_scale", "zero"], ["real"]),
+        helper.make_node("DequantizeLinear", ["w", "w_scale", "w_zero"], ["w_real"]),
+        helper.make_node("MatMul", ["real", "w_real"], ["product"]),
+        helper.make_node("QuantizeLinear", ["product", "y_scale", "zero"], ["y"]),
+    ]
+    if not bytes_in:
+        quantise = helper.make_node("QuantizeLinear", ["x", "x_scale", "zero"], ["stored"])
+        nodes.insert(0, quantise)
+    name, type_in = ("stored", kind) if bytes_in else ("x", TensorProto.FLOAT)
+    graph = helper.make_graph(
+        nodes,
+        "bytes",
+        [helper.make_tensor_value_info(name, type_in, ["batch", "seq", INPUTS])],
+        [helper.make_tensor_value_info("y", kind, ["batch", "seq", OUTPUTS])],
+        [numpy_helper.from_array(np.asarray(v), n) for n, v in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 17)]
+    return helper.make_model(graph, opset_imports=opsets)
+
+
+@pytest.mark.parametrize("all_roundings", [False, True])
+@pytest.mark.parametrize("bytes_in", [False, True])
+@pytest.mark.parametrize("kind", list(ZEROS), ids=["u8", "i8"])
+def test_bytes_come_and_go(kind: int, bytes_in: bool, all_roundings: bool, tmp_path: Path) -> None:
+    proto = model(kind, bytes_in)
+    onnx.save(proto, tmp_path / "m.onnx")
+    library = tmp_path / "m.so"
+    sparsec.compile_model(tmp_path / "m.onnx", library, all_roundings=all_roundings)
+    rng = np.random.default_rng(1)
+    with sparsec.load(library) as loaded:
+        for batch, seq in ((1, 1), (2, 9), (3, 33)):
+            x = rng.standard_normal((batch, seq, INPUTS)).astype(np.float32)
+            if bytes_in:
+                numbers = np.rint(x * 40) + ZEROS[kind]
+                limits = np.iinfo(ZEROS[kind].dtype)
+                x = numbers.clip(limits.min, limits.max).astype(ZEROS[kind].dtype)
+            feed = {"stored" if bytes_in else "x": x}
+            got, wanted = loaded(feed)["y"], run(import_model(proto), feed)["y"]
+            assert got.dtype == ZEROS[kind].dtype
+            # Sums are whole numbers below 2**24, so exact in fp32 too: only the last product may
+            # round apart, and the scales are such that hardly a result is near a tie.
+            off = np.abs(got.astype(int) - wanted.astype(int))
+            assert off.max() <= 1
+            assert np.count_nonzero(off) <= 0.001 * off.size
