@@ -180,6 +180,8 @@ def _check_output(output: Path) -> None:
 
 def _is_loader(path: Path) -> bool:
     """Whether it is one that a compilation wrote, of any version: they begin alike."""
+    if not path.is_file():
+        return False
     with path.open("rb") as file:
         return file.read(len(LOADER_BEGINS)) == LOADER_BEGINS
 

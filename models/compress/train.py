@@ -228,11 +228,11 @@ class Trainer:
             self._tighten(step, steps)
             parts = self._step(step)
             evaluated = step + 1 in moments
-            due = time.monotonic() - saved > self.checkpoint_seconds
-            if step % LOG_EVERY == 0 or evaluated or due or step + 1 == steps:
+            if step % LOG_EVERY == 0 or evaluated or step + 1 == steps:
                 numbers = self._numbers(step, parts)
                 self._report(step, numbers, time.monotonic() - began, evaluated)
-            if due:
+            if time.monotonic() - saved > self.checkpoint_seconds:
+                self._numbers(step, parts)  # so that no checkpoint holds what is no number
                 self._save(step + 1)
                 saved = time.monotonic()
         if self._best.exists():
