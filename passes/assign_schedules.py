@@ -47,10 +47,10 @@ class AssignSchedules:
 
 
 def buckets_of(node: Node) -> list[Bucket]:
-    """The buckets that the node's number of tokens can be in."""
+    """The buckets that the node's number of tokens can be in; none at all counts as one."""
     tokens = node.tokens
     if isinstance(tokens, int):
-        return [b for b in buckets() if tokens in b]
+        return [b for b in buckets() if max(tokens, 1) in b]
     return list(buckets())
 
 

@@ -53,3 +53,11 @@ def test_a_known_number_of_tokens_asks_for_one_bucket():
     AssignSchedules(lambda node, b: asked.append(b) or Schedule("exp", "avx2")).run(graph)
     assert asked == [Bucket(16, 32)]
     assert graph.nodes[0].schedules == (Choice(Schedule("exp", "avx2")),)
+
+
+def test_no_tokens_at_all_ask_for_the_smallest_bucket():
+    graph = Graph("g")
+    graph.add_output("y", graph.add("exp", [graph.add_input("x", DType.F32, (2, 0, 8))]))
+    asked = []
+    AssignSchedules(lambda node, b: asked.append(b) or Schedule("exp", "avx2")).run(graph)
+    assert asked == [next(buckets())]
