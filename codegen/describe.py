@@ -28,6 +28,7 @@ def describe_program(
         "inputs": [_port(p) for p in program.inputs],
         "outputs": [_port(p) for p in program.outputs],
         "steps": [_step(program, c) for c in program.calls],
+        **({"chains": describe_chains(program)} if program.chains else {}),
         "arena": describe_arena(program),
         "weights": {
             "count": len(program.weights),
@@ -59,6 +60,13 @@ def describe_arena(program: Program) -> dict[str, Any]:
         "bytes": total,
         "bytes_per_token": round(total / max(1, math.prod(axes))),
     }
+
+
+def describe_chains(program: Program) -> list[dict[str, int]]:
+    """The steps `first` to `last` of each, which a worker may do for some panels at a time."""
+    return [
+        {"first": c.first, "last": c.last, "panels_at_a_time": c.block} for c in program.chains
+    ]
 
 
 def with_targets(parts: Sequence[Part]) -> list[Part]:

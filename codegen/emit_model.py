@@ -6,7 +6,7 @@ gives the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from sparsec import __version__
 from sparsec.codegen.c_text import C_TYPES, c_float, c_names, c_string, comment_text, magnitude
@@ -32,7 +32,7 @@ from sparsec.ir.dims import Dim, Expr, Symbol
 MAX_RANK = 8  # SPARSEC_MAX_RANK
 
 # Names that functions of model.c use themselves.
-_TAKEN = ("f", "s", "scratch", "begin", "end", "values", "weight", "slot", "input",
+_TAKEN = ("f", "s", "scratch", "begin", "end", "values", "weight", "place", "input",
           "output")  # fmt: skip
 
 
@@ -56,7 +56,9 @@ def emit_model(part: Part, blob: WeightBlob, targets: int = 1) -> str:
         ),
         "\n".join(_declaration(kernels[name]) for name in sorted(kernels)) + "\n",
         *(_step(i, call, blob, names) for i, call in enumerate(program.calls)),
+        *_own_tables(program.calls),
         _step_table(program.calls),
+        _chain_tables(program),
         _limit_table(program),
         _magnitude(program, names),
         _sizes(program, names),
@@ -178,7 +180,7 @@ def _argument(parameter: Parameter, arg: Arg, blob: WeightBlob, names: _Symbols)
         case Kind.POINTER, BufferRef(region=Region.WEIGHTS, index=index):
             return f"weight({blob.offsets[index]})"
         case Kind.POINTER, BufferRef(region=Region.ARENA, index=index):
-            return f"slot(f, {index})"
+            return f"place(f, {index})"
         case Kind.POINTER, BufferRef(region=region, index=index):
             return f"{region.value}(f, {index})"
         case Kind.INT, int() | Expr():
@@ -194,11 +196,30 @@ def _meaning(parameter: Parameter, arg: Arg) -> str:
     return comment_text(parameter.name)
 
 
+def _own_tables(calls: Sequence[KernelCall]) -> Iterator[str]:
+    for i, call in enumerate(calls):
+        rows = [f"{{{own.place}, {own.panel_bytes}}}" for own in call.own]
+        if rows:
+            yield _array(f"const sparsec_own own_{i}", rows)
+
+
 def _step_table(calls: Sequence[KernelCall]) -> str:
-    rows = [
-        f"{{step_{i}, {c_string(comment_text(call.comment))}}}" for i, call in enumerate(calls)
-    ]
+    rows = []
+    for i, call in enumerate(calls):
+        own = f"own_{i}, {len(call.own)}" if call.own else "NULL, 0"
+        text = c_string(comment_text(call.comment))
+        rows.append(f"{{step_{i}, {text}, {call.per_panel}, {own}}}")
     return _array("const sparsec_step steps", rows)
+
+
+def _chain_tables(program: Program) -> str:
+    chains = [f"{{{c.first}, {c.last}, {c.block}}}" for c in program.chains]
+    places = [f"{{{slot}, {chained}}}" for slot, chained in program.slots_of_places]
+    return (
+        _array("const sparsec_chain chains", chains)
+        + _array("const sparsec_place places", places)
+        + _array("const int64_t own_slots", [str(size) for size in program.own_slots])
+    )
 
 
 def _limit_table(program: Program) -> str:
@@ -212,7 +233,8 @@ def _limit_table(program: Program) -> str:
 def _magnitude(program: Program, names: _Symbols) -> str:
     ports = (*program.inputs, *program.outputs)
     values: list[Dim] = [d for port in ports for d in port.type.shape]
-    values += [*program.slots, *(limit.dim for limit in program.limits)]
+    values += [*program.slots, *program.chained_slots]
+    values += [*(limit.dim for limit in program.limits), *(c.panels for c in program.chains)]
     for call in program.calls:
         values += [call.items, call.grain, call.scratch_bytes, call.tokens]
         values += [a for a in call.args if isinstance(a, (int, Expr))]
@@ -231,7 +253,8 @@ def _sizes(program: Program, names: _Symbols) -> str:
     late = {f.symbol for f in program.found}
     calls = [[program.bounded(d) for d in (c.items, c.grain, c.scratch_bytes, c.tokens)]
              for c in program.calls]  # fmt: skip
-    values = [*port_dims, *program.slots]
+    panels = [program.bounded(chain.panels) for chain in program.chains]
+    values = [*port_dims, *program.slots, *program.chained_slots, *panels]
     values += [d for call in calls for d in call]
     values += [limit.dim for limit in program.limits]
     lines: list[str] = []
@@ -244,6 +267,10 @@ def _sizes(program: Program, names: _Symbols) -> str:
     lines.append("")
     for i, slot in enumerate(program.slots):
         lines.append(f"  s->slot_bytes[{i}] = {names.text(slot)};")
+    for i, slot in enumerate(program.chained_slots):
+        lines.append(f"  s->chained_slot_bytes[{i}] = {names.text(slot)};")
+    for i, count in enumerate(panels):
+        lines.append(f"  s->panels[{i}] = {names.text(count)};")
     lines.append("")
     for i, call in enumerate(program.calls):
         items, grain, scratch_bytes, tokens = calls[i]
@@ -288,6 +315,10 @@ def _found(program: Program, names: _Symbols) -> str:
             values += [call.items, call.grain, call.tokens]
             items = _if(_in_bucket(call, call.tokens, names), call.items, names)
             lines += f"  s->items[{i}] = {items};\n  s->grain[{i}] = {names.text(call.grain)};\n"
+    for i, chain in enumerate(program.chains):
+        if dims.symbols(chain.panels) & late:
+            values.append(chain.panels)
+            lines += f"  s->panels[{i}] = {names.text(chain.panels)};\n"
     return (
         _array("const sparsec_found found", rows)
         + "\n/* The work that depends on sizes found by steps. */\n"
@@ -319,7 +350,7 @@ def _axis(dim: Dim, symbols: Sequence[str]) -> str:
 
 def _array(declaration: str, rows: Sequence[str]) -> str:
     """A static array; C has no empty ones, so an empty table has one element of zeros."""
-    nothing = "NULL" if "*" in declaration else "{0}"
+    nothing = "NULL" if "*" in declaration else "0" if "int64_t" in declaration else "{0}"
     body = "".join(f"    {row},\n" for row in rows or [nothing])
     return f"static {declaration}[] = {{\n{body}}};\n"
 
@@ -346,7 +377,10 @@ def _tail(part: Part, blob: WeightBlob, targets: int) -> str:
         weights=SYMBOL,
         nbytes=blob.nbytes,
         dims=sum(p.type.rank for p in ports),
+        places=len(program.slots_of_places),
         slots=len(program.slots),
+        chained_slots=len(program.chained_slots),
+        chains=len(program.chains),
         steps=len(program.calls),
         limits=len(program.limits),
         found=len(program.found),

@@ -13,14 +13,17 @@ from sparsec.codegen.kernels.base import KernelFamily
 from sparsec.codegen.program import (
     Arg,
     BufferRef,
+    CallChain,
     Found,
     KernelCall,
+    Own,
     Port,
     Program,
     Region,
     Weight,
 )
 from sparsec.errors import InvalidGraph, NoSchedule
+from sparsec.ir.chains import READS_ACROSS, Chain, Chained
 from sparsec.ir.dims import Dim, minimum, symbol, symbols
 from sparsec.ir.graph import Graph, Node, Value, bound_symbol
 from sparsec.ir.layouts import ROW_MAJOR
@@ -53,15 +56,25 @@ def schedule_of(node: Node, target: Target, bucket: Bucket = EVERY) -> Schedule 
     return next(iter(schedules_of(node, target, bucket)), None)
 
 
-def lower(graph: Graph, plan: MemoryPlan, target: Target) -> Program:
+def is_panelwise(node: Node, target: Target) -> bool:
+    """Whether its kernels take the items of one panel after those of another."""
+    return node.op in READS_ACROSS and family_of(node, target) is not GENERIC
+
+
+def lower(
+    graph: Graph, plan: MemoryPlan, target: Target, chained: Chained | None = None
+) -> Program:
     """The flat form of a scheduled graph under a memory plan.
 
-    Raises NoSchedule when a node has no schedule, UnsupportedOp when a node has no lowering.
+    With `chained` a run may make use of those chains, of `is_panelwise` nodes, and then has that
+    plan. Raises NoSchedule when a node has no schedule, UnsupportedOp when a node has no lowering.
     """
-    binder = _Binder(graph, plan)
+    binder = _Binder(graph, plan, chained)
     calls: list[KernelCall] = []
     found: list[Found] = []
+    before: list[int] = []  # how many calls there were before each node
     for node in graph.nodes:
+        before.append(len(calls))
         if node.outputs[0].name in plan.view_of:
             continue
         if not node.schedules:
@@ -71,7 +84,14 @@ def lower(graph: Graph, plan: MemoryPlan, target: Target) -> Program:
         if (name := bound_symbol(node)) is not None:
             place = binder.ref(node.outputs[0])
             found.append(Found(name, node.attrs["most"], len(calls) - 1, place))
+    before.append(len(calls))
+    chains: list[CallChain] = []
+    for chain in chained.chains if chained else ():
+        first, last = before[chain.first], before[chain.last + 1] - 1
+        calls[first : last + 1] = binder.with_own(chain, calls[first : last + 1])
+        chains.append(CallChain(first, last, chain.panels, chain.block))
     calls += binder.output_copies(target)
+    shared, own = ((), ()) if chained is None else _chained_slots(chained)
     return Program(
         name=graph.name,
         inputs=tuple(Port(v.name, v.type) for v in graph.inputs),
@@ -82,6 +102,10 @@ def lower(graph: Graph, plan: MemoryPlan, target: Target) -> Program:
         weights=tuple(binder.weights),
         slots=plan.slots,
         calls=tuple(calls),
+        chains=tuple(chains),
+        chained_slots=shared,
+        own_slots=own,
+        places=binder.places,
         limits=tuple(graph.limits),
         found=tuple(found),
     )
@@ -112,6 +136,18 @@ def lower_alone(node: Node, schedule: Schedule, target: Target) -> Program:
     )
 
 
+def _chained_slots(chained: Chained) -> tuple[tuple[Dim, ...], tuple[int, ...]]:
+    """The sizes of shared slots, and of a panel in those that workers have for themselves."""
+    panel: dict[int, int] = {}
+    for chain in chained.chains:
+        for name, size in chain.own.items():
+            slot = chained.plan.slot_of[name]
+            panel[slot] = max(size, panel.get(slot, 0))
+    sizes = enumerate(chained.plan.slots)
+    shared = tuple(0 if slot in panel else size for slot, size in sizes)
+    return shared, tuple(panel.get(slot, 0) for slot in range(len(shared)))
+
+
 def _calls(node: Node, choice: Choice, target: Target, binder: _Binder) -> list[KernelCall]:
     """The calls of a node for the token counts of one of its choices."""
     made = family_of(node, target).lower(node, choice.schedule, binder)
@@ -138,10 +174,12 @@ class _Binder:
 
     graph: Graph
     plan: MemoryPlan
+    chained: Chained | None = None
     weights: list[Weight] = field(default_factory=list)
     _constants: dict[str, BufferRef] = field(default_factory=dict)
     _forms: dict[str, list[BufferRef]] = field(default_factory=dict)
     _output_of: dict[str, int] = field(default_factory=dict)
+    _places: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._produced = {v.name for n in self.graph.nodes for v in n.outputs}
@@ -161,7 +199,31 @@ class _Binder:
             return BufferRef(Region.OUTPUT, self._output_of[root], value.type, value.name)
         if root not in self.plan.slot_of:
             raise InvalidGraph(f"{value.name}: the memory plan has no slot for it")
-        return BufferRef(Region.ARENA, self.plan.slot_of[root], value.type, value.name)
+        return BufferRef(Region.ARENA, self._place(root), value.type, value.name)
+
+    @property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """The slot and the chained slot of each; none without chains."""
+        return tuple(self._places)
+
+    def with_own(self, chain: Chain, calls: list[KernelCall]) -> list[KernelCall]:
+        """The calls of a chain, which then know what a worker has for itself."""
+        assert all(call.per_panel for call in calls), chain
+
+        def own(call: KernelCall) -> tuple[Own, ...]:
+            refs = (a for a in call.args if isinstance(a, BufferRef) and a.region is Region.ARENA)
+            roots = dict.fromkeys(self.plan.root(ref.name) for ref in refs)
+            return tuple(Own(self._place(n), chain.own[n]) for n in roots if n in chain.own)
+
+        return [replace(call, own=own(call)) for call in calls]
+
+    def _place(self, root: str) -> int:
+        """Its number: with chains one for each pair of slots, else the slot."""
+        slot = self.plan.slot_of[root]
+        if self.chained is None:
+            return slot
+        pair = slot, self.chained.plan.slot_of[root]
+        return self._places.setdefault(pair, len(self._places))
 
     def weight(self, name: str, data: Array) -> BufferRef:
         """A new one unless this name has the same contents: kernels may want different forms."""

@@ -15,8 +15,9 @@ HEAD = """\
 extern const unsigned char {symbol}[];
 
 static inline void *weight(int64_t offset) {{ return (void *)(uintptr_t)({symbol} + offset); }}
-static inline void *slot(const sparsec_frame *f, int index) {{
-  return f->arena + f->slots[index];
+static inline void *place(const sparsec_frame *f, int index) {{
+  /* In a chain the place of a worker's own panels may begin before the arena. */
+  return (void *)((uintptr_t)f->arena + (uintptr_t)f->places[index]);
 }}
 static inline void *input(const sparsec_frame *f, int index) {{
   return (void *)(uintptr_t)f->inputs[index];
@@ -68,10 +69,16 @@ const sparsec_model_v1 {table} = {{
 static const sparsec_code code = {{
     .model = &{table},
     .dim_count = {dims},
+    .place_count = {places},
     .slot_count = {slots},
+    .chained_slot_count = {chained_slots},
+    .chain_count = {chains},
     .step_count = {steps},
     .limit_count = {limits},
     .found_count = {found},
+    .places = places,
+    .chains = chains,
+    .own_slots = own_slots,
     .steps = steps,
     .limits = limits,
     .magnitude = magnitude,

@@ -70,7 +70,7 @@ class Region(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class BufferRef:
-    """A buffer: `index` is the arena slot, the weight, the model input or the model output."""
+    """A buffer: `index` is the place in the arena, the weight, the model input or output."""
 
     region: Region
     index: int
@@ -82,6 +82,15 @@ Arg = BufferRef | Dim | float | None  # None is a null pointer
 
 
 @dataclass(frozen=True, slots=True)
+class Own:
+    """A buffer of which a worker in a chain has a part for itself: its place, and the size of a
+    panel."""
+
+    place: int
+    panel_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class KernelCall:
     """One call: `items` work items that may run in any order and on any worker.
 
@@ -89,7 +98,9 @@ class KernelCall:
     its non-zero blocks. `bytes` is what it has to move at least: all of its operands, weights
     and results once; of a look-up the rows that it copies. A run whose `tokens` are not in
     `bucket` leaves the call out: it is one of several ways to compute the node. `op`, `node` and
-    `schedule` say where the call comes from; lowering fills in these, the bytes and the bucket.
+    `schedule` say where the call comes from; lowering fills in these, the bytes, the bucket and
+    `own`. `per_panel` of the items compute one panel, those of a panel after those of another; 0:
+    not so.
     """
 
     kernel: Kernel
@@ -105,6 +116,18 @@ class KernelCall:
     schedule: str = ""
     tokens: Dim = 0
     bucket: Bucket = EVERY
+    per_panel: int = 0
+    own: tuple[Own, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CallChain:
+    """Calls `first` to `last`, which a worker may make for `block` of the `panels` at a time."""
+
+    first: int
+    last: int
+    panels: Dim
+    block: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +148,7 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A symbol whose value call `call` finds: the int64 in `place`, an arena slot.
+    """A symbol whose value call `call` finds: the int64 in `place`.
 
     It is at most `most`.
     """
@@ -138,7 +161,13 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """All that is emitted: `slots` are the byte sizes of the arena's slots."""
+    """All that is emitted: `slots` are the byte sizes of the arena's slots.
+
+    A run that makes use of chains has `chained_slots` instead, and `places` has the slot of each
+    place and its chained slot. Without chains the places are the slots. A chained slot that holds
+    what workers have for themselves is for as many panels as they have at a time: `own_slots` is
+    the size for one of them, 0 for the other slots.
+    """
 
     name: str
     inputs: tuple[Port, ...]
@@ -147,8 +176,17 @@ class Program:
     weights: tuple[Weight, ...]
     slots: tuple[Dim, ...]
     calls: tuple[KernelCall, ...]
+    chains: tuple[CallChain, ...] = ()
+    chained_slots: tuple[Dim, ...] = ()
+    own_slots: tuple[int, ...] = ()
+    places: tuple[tuple[int, int], ...] = ()
     limits: tuple[Limit, ...] = ()  # checked when the symbols are bound
     found: tuple[Found, ...] = ()  # in the order of their calls
+
+    @property
+    def slots_of_places(self) -> tuple[tuple[int, int], ...]:
+        """`places`, without chains too."""
+        return self.places if self.chains else tuple((i, i) for i in range(len(self.slots)))
 
     @property
     def all_symbols(self) -> tuple[str, ...]:

@@ -19,12 +19,13 @@ from sparsec.calibration import (
     table_rows,
 )
 from sparsec.calibration_text import text_batches
-from sparsec.codegen.describe import describe_arena
+from sparsec.codegen.describe import describe_arena, describe_chains
 from sparsec.codegen.kernels import schedule_for
-from sparsec.codegen.lower import lower
+from sparsec.codegen.lower import is_panelwise, lower
 from sparsec.codegen.program import Part, Program
 from sparsec.fallback import Accuracy, fall_back
 from sparsec.frontend.onnx_import import import_model
+from sparsec.ir.chains import Chained
 from sparsec.ir.graph import Graph, Node
 from sparsec.ir.memory_plan import MemoryPlan
 from sparsec.ir.printer import print_graph
@@ -44,6 +45,7 @@ from sparsec.passes import (
     quantized_values,
     target_pipeline,
 )
+from sparsec.passes.find_chains import find_chains
 from sparsec.passes.manager import PassManager, PassRecord
 from sparsec.passes.pack_tokens import NAME as PACK_TOKENS
 from sparsec.passes.pack_tokens import padded_ports
@@ -112,7 +114,7 @@ def build_target(
     records = [*prepared.records, *records]
     clock.start("lower")
     plan = plan_memory(graph)
-    program = lower(graph, plan, target)
+    program = lower(graph, plan, target, _chained(graph, target))
     isa = max((Isa(c.kernel.isa) for c in program.calls), key=list(Isa).index, default=Isa.AVX2)
     description = {
         **_describe(graph, plan, target, prepared.rows),
@@ -123,11 +125,18 @@ def build_target(
         "precision": "int8" if prepared.quantization else options.precision or "fp32",
         **({} if accuracy is None else {"accuracy": accuracy.described()}),
         **description,
+        "chains": describe_chains(program),
         "arena": describe_arena(program),
         "expected": _expected(graph, program, layouts, basis),
         "passes": records,
     }
     return Built(Part(program, target.name, target.level, isa, description), report)
+
+
+def _chained(graph: Graph, target: Target) -> Chained | None:
+    """What can be computed some panels at a time, with the memory plan for that."""
+    chains = find_chains(graph, lambda node: is_panelwise(node, target), target.l2_bytes)
+    return Chained(chains, plan_memory(graph, chains)) if chains else None
 
 
 def scheduled_graph(model: Path, options: CompileOptions) -> Graph:

@@ -2,17 +2,23 @@
 
     a = f(x); b = g(a); c = h(b)   ->   a and c in slot 0, b in slot 1
 
+Where chains are made use of, a value that a chain shares with the rest is live all through the
+chain: some of its panels are not made, or still to be read, while others are done. The values that
+a worker in a chain has for itself have slots of their own: those hold some panels of each worker.
+
 Views (a reshape, also one of panels that keeps the channels) lie where their source lies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
 
 import networkx as nx
 
 from sparsec.errors import PassFailed
+from sparsec.ir.chains import Chain, read_across
 from sparsec.ir.dims import Call, Dim, Expr, evaluate, maximum, substitute, symbol, symbols
 from sparsec.ir.graph import Graph, Node, Value, run_time_bounds
 from sparsec.ir.layouts import ROW_MAJOR
@@ -20,6 +26,7 @@ from sparsec.ir.memory_plan import MemoryPlan
 
 # Sizes are symbolic: they are ranked as they would be at this size of every symbol.
 TYPICAL_SIZE = 64
+BLOCKS = (0, 1)  # of panels, that check_plan tells apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +38,8 @@ class Family:
     last: int
 
 
-def plan_memory(graph: Graph) -> MemoryPlan:
-    """The plan for the present order of nodes.
+def plan_memory(graph: Graph, chains: Sequence[Chain] = ()) -> MemoryPlan:
+    """The plan for the present order of nodes, those of the chains computed some panels at a time.
 
     Graph inputs, outputs and constants lie outside the arena: neither they nor the values that
     share their memory get a slot. Outputs that share memory are left for the lowering to copy.
@@ -41,15 +48,17 @@ def plan_memory(graph: Graph) -> MemoryPlan:
     owners = find_owners(graph)
     families = find_families(graph, owners)
     bounds = run_time_bounds(graph)
-    interference = _interference(families)
+    interference = _interference(_lifetimes(graph, owners, families, chains))
     slot_of: dict[str, int] = {}
     slots: list[_Slot] = []
     # Large first: later values then find slots that are large enough. The order is total.
     sizes = {f.owner.name: substitute(f.owner.type.nbytes, bounds) for f in families}
     order = sorted(families, key=lambda f: (-typical(sizes[f.owner.name]), f.first, f.owner.name))
+    own = {name for chain in chains for name in chain.own}
     for family in order:
         name, size = family.owner.name, sizes[family.owner.name]
-        taken = {slot_of[n] for n in interference[name] if n in slot_of}
+        collide = interference[name]
+        taken = {s for n, s in slot_of.items() if n in collide or (n in own) != (name in own)}
         index = _choose(size, slots, taken)
         if index == len(slots):
             slots.append(_Slot())
@@ -57,7 +66,7 @@ def plan_memory(graph: Graph) -> MemoryPlan:
         slot_of[name] = index
     views = {v.name: owner.name for v, owner in owners.items() if owner is not v}
     plan = MemoryPlan(slot_of, tuple(s.nbytes for s in slots), views)
-    check_plan(graph, plan)
+    check_plan(graph, plan, chains)
     return plan
 
 
@@ -95,32 +104,69 @@ def find_families(graph: Graph, owners: Mapping[Value, Value]) -> list[Family]:
     return [Family(v, first[v], last[v]) for v in first if v not in outside]
 
 
-def check_plan(graph: Graph, plan: MemoryPlan) -> None:
+def check_plan(graph: Graph, plan: MemoryPlan, chains: Sequence[Chain] = ()) -> None:
     """PassFailed unless every operand is still whole when it is read.
 
-    Replays the nodes and tracks what each slot holds: independent of how the plan was made.
+    Replays the nodes, those of a chain for a first and then for a second block of panels, and
+    tracks what each slot holds: independent of how the plan was made.
     """
-    holds: dict[int, str] = {}
-    bounds = run_time_bounds(graph)
-    for node in graph.nodes:
-        read = {plan.root(v.name) for v in node.inputs if v is not None and not v.is_constant}
-        slots = {plan.slot_of[n]: n for n in read if n in plan.slot_of}
-        for slot, name in slots.items():
-            if holds.get(slot) != name:
-                raise PassFailed(f"{node.name} reads %{name}, but slot {slot} holds {holds[slot]}")
-        written = [plan.slot_of[v.name] for v in node.outputs if v.name in plan.slot_of]
-        if len(set(written)) < len(written):
-            raise PassFailed(f"{node.name} writes two results into one slot")
-        for value in node.outputs:
-            slot = plan.slot_of.get(value.name, -1)
-            if slot in slots:
-                raise PassFailed(f"{node.name} writes %{value.name} over what it reads")
-            if slot >= 0 and not at_least(plan.slots[slot], substitute(value.type.nbytes, bounds)):
-                raise PassFailed(f"slot {slot}, {plan.slots[slot]} bytes, is small for {value!r}")
-            holds[slot] = value.name
+    slots = _Slots(plan, run_time_bounds(graph))
+    step = 0
+    for chain in chains:
+        for node in graph.nodes[step : chain.first]:
+            slots.compute(node, BLOCKS, None)
+        for block, node in product(BLOCKS, graph.nodes[chain.first : chain.last + 1]):
+            slots.compute(node, (block,), chain)
+        step = chain.last + 1
+    for node in graph.nodes[step:]:
+        slots.compute(node, BLOCKS, None)
     names = {f.owner.name for f in find_families(graph, find_owners(graph))}
     if names != set(plan.slot_of):
         raise PassFailed(f"wrong values have slots: {sorted(names ^ set(plan.slot_of))}")
+
+
+@dataclass
+class _Slots:
+    """What each slot holds for each of two blocks of panels: a name, and the bytes of a panel."""
+
+    plan: MemoryPlan
+    bounds: Mapping[str, Dim]
+    holds: dict[tuple[int, int], tuple[str, int]] = field(default_factory=dict)
+
+    def compute(self, node: Node, blocks: Sequence[int], chain: Chain | None) -> None:
+        """Of a node the results of these blocks."""
+        own = frozenset() if chain is None else frozenset(chain.own)
+        across = [] if chain is None or is_view(node) else read_across(node)
+        whole = own | {self.plan.root(v.name) for v in across}
+        read = {self.plan.root(v.name) for v in node.inputs if v is not None and not v.is_constant}
+        slots = {self.plan.slot_of[n]: n for n in read if n in self.plan.slot_of}
+        for slot, name in slots.items():
+            for block in BLOCKS if name in whole else blocks:
+                held, _ = self.holds.get((slot, block), ("nothing", 0))
+                if held != name:
+                    raise PassFailed(f"{node.name} reads %{name}, but slot {slot} holds {held}")
+        written = [self.plan.slot_of[v.name] for v in node.outputs if v.name in self.plan.slot_of]
+        if len(set(written)) < len(written):
+            raise PassFailed(f"{node.name} writes two results into one slot")
+        for value in node.outputs:
+            slot = self.plan.slot_of.get(value.name, -1)
+            if slot in slots:
+                raise PassFailed(f"{node.name} writes %{value.name} over what it reads")
+            if slot >= 0:
+                self._write(value, slot, BLOCKS if value.name in own else blocks)
+
+    def _write(self, value: Value, slot: int, blocks: Sequence[int]) -> None:
+        """Other blocks of the slot stay what they are if their panels are as large."""
+        size = self.plan.slots[slot]
+        if not at_least(size, substitute(value.type.nbytes, self.bounds)):
+            raise PassFailed(f"slot {slot}, {size} bytes, is small for {value!r}")
+        panel_bytes = value.type.panel_bytes
+        for block in BLOCKS:
+            name, before = self.holds.get((slot, block), ("nothing", 0))
+            if block in blocks:
+                self.holds[slot, block] = value.name, panel_bytes
+            elif name != value.name and (before != panel_bytes or not panel_bytes):
+                self.holds.pop((slot, block), None)
 
 
 def typical(size: Dim) -> int:
@@ -163,18 +209,77 @@ class _Slot:
         return _Slot((*(s for s in self.sizes if not at_least(size, s)), size))
 
 
-def _interference(families: list[Family]) -> nx.Graph[str]:
+@dataclass(frozen=True, slots=True)
+class _Lifetime:
+    """When no other value may lie there: from step `first` to step `last`, which is that of the
+    family but for what a chain shares with the rest.
+
+    Two values of the same `panels`, the bytes of one, may follow each other in a chain panel by
+    panel. 0: not so, because someone reads it across panels, or a worker keeps it for itself.
+    """
+
+    family: Family
+    first: int
+    last: int
+    panels: int
+
+    def collides(self, other: _Lifetime) -> bool:
+        """Of two that overlap."""
+        if not self.panels or self.panels != other.panels:
+            return True
+        return self.family.first <= other.family.last and other.family.first <= self.family.last
+
+
+def _lifetimes(
+    graph: Graph,
+    owners: Mapping[Value, Value],
+    families: Sequence[Family],
+    chains: Sequence[Chain],
+) -> list[_Lifetime]:
+    """In order of birth."""
+    touched = _touched(graph, owners, chains)
+    found = []
+    for family in families:
+        owner, first, last = family.owner, family.first, family.last
+        shared = [n for n in touched.get(owner, {}) if owner.name not in chains[n].own]
+        for n in shared:
+            first, last = min(first, chains[n].first), max(last, chains[n].last)
+        follows = shared and not any(touched[owner][n] for n in shared)
+        found.append(_Lifetime(family, first, last, owner.type.panel_bytes if follows else 0))
+    return sorted(found, key=lambda one: one.first)
+
+
+def _touched(
+    graph: Graph, owners: Mapping[Value, Value], chains: Sequence[Chain]
+) -> dict[Value, dict[int, bool]]:
+    """The chains that read or write a value, and whether one of their nodes reads it across."""
+    found: dict[Value, dict[int, bool]] = {}
+    for number, chain in enumerate(chains):
+        for node in graph.nodes[chain.first : chain.last + 1]:
+            across = set() if is_view(node) else {owners[v] for v in read_across(node)}
+            operands = (v for v in node.inputs if v is not None)
+            for owner in {owners[v] for v in (*operands, *node.outputs)}:
+                before = found.setdefault(owner, {}).get(number, False)
+                found[owner][number] = before or owner in across
+    return found
+
+
+def _interference(lifetimes: Sequence[_Lifetime]) -> nx.Graph[str]:
     """An edge between families that are live at the same step.
 
     A node's result may not overlap its operands, so a birth at the step of a death collides.
     """
     graph: nx.Graph[str] = nx.Graph()
-    graph.add_nodes_from(f.owner.name for f in families)
-    live: list[Family] = []
-    for family in families:  # in order of birth
-        live = [f for f in live if f.last >= family.first]
-        graph.add_edges_from((f.owner.name, family.owner.name) for f in live)
-        live.append(family)
+    graph.add_nodes_from(one.family.owner.name for one in lifetimes)
+    live: list[_Lifetime] = []
+    for one in lifetimes:
+        live = [other for other in live if other.last >= one.first]
+        graph.add_edges_from(
+            (other.family.owner.name, one.family.owner.name)
+            for other in live
+            if one.collides(other)
+        )
+        live.append(one)
     return graph
 
 

@@ -165,6 +165,7 @@ class AttentionInt8Family:
                 f"{node.name}: {heads} heads of {head_size}, mask {kind}",
                 scratch_bytes=kernel.block.scratch_bytes(longest, head_size, kind),
                 macs=tokens * longest * (2 * heads * head_size),
+                per_panel=heads,
             )
         ]
 

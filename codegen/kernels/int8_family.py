@@ -222,6 +222,7 @@ class Int8GemmFamily:
                 scratch_bytes=kernel.scratch_bytes(k, group, packed.most_steps),
                 grain=grain_of(round(rows * k * density), tokens, LEAST_MACS["int8"]),
                 macs=tokens * round(m * k * density),
+                per_panel=blocks,
             )
         ]
 
@@ -322,6 +323,7 @@ def _bitmap_call(node: Node, w: Array, binder: Binder) -> KernelCall:
         scratch_bytes=kernel.scratch_bytes(k),
         grain=grain_of(ROWS * k, tokens, LEAST_MACS["int8"]),
         macs=tokens * m * k,
+        per_panel=-(-m // ROWS),
     )
 
 

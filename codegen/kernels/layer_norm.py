@@ -294,6 +294,7 @@ class LayerNormFamily:
                 ceildiv(x.type.tokens, WIDTH if kernel.has_bytes else GROUP),
                 f"{node.name}: y = layer_norm(x), {x.type.channels} channels",
                 grain=1 if kernel.has_bytes else 2,
+                per_panel=1 if kernel.has_bytes else WIDTH // GROUP,
             )
         ]
 

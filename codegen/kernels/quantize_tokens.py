@@ -172,6 +172,7 @@ class QuantizeTokensFamily:
                 ),
                 ceildiv(x.type.tokens, WIDTH),
                 f"{node.name}: a scale per token, {x.type.channels} channels",
+                per_panel=1,
             )
         ]
 

@@ -109,9 +109,16 @@ class TensorType:
             case RowMajor():
                 return self.elements * self.dtype.bytes
             case Panels(width=width):
-                return ceildiv(self.tokens, width) * (width * self.channels * self.dtype.bytes)
+                return ceildiv(self.tokens, width) * self.panel_bytes
             case Bsr():
                 raise AssertionError("a BSR weight is a constant; ask the packed data")
+
+    @property
+    def panel_bytes(self) -> int:
+        """The size of one panel; 0 for a tensor that is not in panels."""
+        if not isinstance(self.layout, Panels):
+            return 0
+        return self.layout.width * self.channels * self.dtype.bytes
 
     def with_shape(self, shape: tuple[Dim, ...]) -> TensorType:
         return replace(self, shape=shape)

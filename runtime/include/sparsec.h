@@ -145,7 +145,8 @@ typedef struct sparsec_model_v1 {
   int32_t (*run)(sparsec_context *context, const void *const *inputs, void *const *outputs);
 
   /* `run`, and the wall time of each step in nanoseconds: step_ns has step_count elements, in the
-   * order of "steps" in the description. */
+   * order of "steps" in the description. Of steps that several workers do for some tokens at a time
+   * ("chains") it is what the calling thread took for its share. */
   int32_t (*run_timed)(sparsec_context *context, const void *const *inputs, void *const *outputs,
                        uint64_t *step_ns);
 

@@ -8,9 +8,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <time.h>
 #include <xmmintrin.h>
 
+#include "chain.h"
 #include "cpu_check.h"
 #include "parallel.h"
 
@@ -32,16 +32,20 @@ struct sparsec_context {
   int64_t scratch_offset; /* of worker 0 in the arena */
   int64_t scratch_stride; /* between workers */
   int64_t *symbols;
-  int64_t *slots;
+  int64_t *places;        /* byte offsets in the arena */
+  int64_t *slots;         /* those of the slots, chained or not */
+  int64_t *worker_places; /* of each worker in a chain */
+  int64_t own_panels;     /* that own slots hold; 0 where no chain is made use of */
   sparsec_sizes sizes;
   char error[512];
 };
 
-/* One step of one run, as the pool's workers see it. */
+/* One step or one chain of one run, as the pool's workers see it. */
 typedef struct job {
   const sparsec_context *context;
   const sparsec_frame *frame;
   const sparsec_step *step;
+  const sparsec_chain_run *chain; /* a null pointer for a step */
 } job;
 
 const char *sparsec_status_text(int32_t status) {
@@ -87,7 +91,10 @@ static int64_t *take(int64_t **memory, uint32_t count) {
 
 static sparsec_context *allocate(const sparsec_code *code) {
   size_t symbols = (size_t)code->model->symbol_count + code->found_count;
-  size_t numbers = symbols + code->dim_count + 2 * (size_t)code->slot_count +
+  uint32_t most_slots = code->slot_count > code->chained_slot_count ? code->slot_count
+                                                                    : code->chained_slot_count;
+  size_t numbers = symbols + code->dim_count + code->place_count + most_slots +
+                   code->slot_count + code->chained_slot_count + code->chain_count +
                    3 * (size_t)code->step_count + code->limit_count;
   sparsec_context *context = calloc(1, sizeof *context + numbers * sizeof(int64_t));
   if (!context) return NULL;
@@ -95,9 +102,12 @@ static sparsec_context *allocate(const sparsec_code *code) {
   context->code = code;
   atomic_flag_clear(&context->busy);
   context->symbols = take(&memory, (uint32_t)symbols);
-  context->slots = take(&memory, code->slot_count);
+  context->places = take(&memory, code->place_count);
+  context->slots = take(&memory, most_slots);
   context->sizes.dims = take(&memory, code->dim_count);
   context->sizes.slot_bytes = take(&memory, code->slot_count);
+  context->sizes.chained_slot_bytes = take(&memory, code->chained_slot_count);
+  context->sizes.panels = take(&memory, code->chain_count);
   context->sizes.items = take(&memory, code->step_count);
   context->sizes.grain = take(&memory, code->step_count);
   context->sizes.scratch_bytes = take(&memory, code->step_count);
@@ -118,8 +128,13 @@ int32_t sparsec_context_create(const sparsec_code *code, const sparsec_options_v
   sparsec_context *context = allocate(code);
   if (!context) return SPARSEC_OUT_OF_MEMORY;
   int32_t status = sparsec_pool_create(options, &context->pool);
+  if (status == SPARSEC_OK && code->chain_count) {
+    size_t numbers = (size_t)code->place_count * sparsec_pool_threads(context->pool);
+    context->worker_places = calloc(numbers ? numbers : 1, sizeof(int64_t));
+    if (!context->worker_places) status = SPARSEC_OUT_OF_MEMORY;
+  }
   if (status != SPARSEC_OK) {
-    free(context);
+    sparsec_context_destroy(context);
     return status;
   }
   *result = context;
@@ -130,6 +145,7 @@ void sparsec_context_destroy(sparsec_context *context) {
   if (!context) return;
   sparsec_pool_destroy(context->pool);
   free(context->arena);
+  free(context->worker_places);
   free(context);
 }
 
@@ -194,15 +210,42 @@ static int32_t check_shapes(sparsec_context *context, const int64_t *const *shap
 
 static int64_t aligned(int64_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
 
+/* How many panels a worker takes through a chain at a time; 0: its steps are done one by one. */
+static int64_t block_of(const sparsec_context *context, uint32_t chain) {
+  int64_t panels = context->sizes.panels[chain], threads = sparsec_pool_threads(context->pool);
+  int64_t block = sparsec_chain_block(&context->code->chains[chain], panels, threads);
+  /* Step by step all panels would have to be there. */
+  if (block == 0 && panels <= context->own_panels) return 0;
+  int64_t room = context->own_panels / threads;
+  return block == 0 || block > room ? room : block;
+}
+
+/* What own slots have to hold for the panels that there are at most. */
+static int64_t count_own_panels(const sparsec_context *context) {
+  int64_t threads = sparsec_pool_threads(context->pool), most = 0;
+  for (uint32_t i = 0; i < context->code->chain_count; i++)
+    most = sparsec_max(most, sparsec_chain_block(&context->code->chains[i],
+                                                 context->sizes.panels[i], threads));
+  return most * threads;
+}
+
 /* Lays out slots and the workers' scratch; returns all bytes, or -1 when they are too many. */
 static int64_t lay_out(sparsec_context *context) {
   const sparsec_code *code = context->code;
+  int64_t own_panels = context->own_panels = count_own_panels(context);
+  uint32_t slots = own_panels ? code->chained_slot_count : code->slot_count;
   int64_t total = 0, scratch = 0;
-  for (uint32_t i = 0; i < code->slot_count; i++) {
-    int64_t bytes = context->sizes.slot_bytes[i];
+  for (uint32_t i = 0; i < slots; i++) {
+    int64_t bytes =
+        own_panels ? context->sizes.chained_slot_bytes[i] + own_panels * code->own_slots[i]
+                   : context->sizes.slot_bytes[i];
     if (bytes < 0 || bytes > MAX_ARENA || total > MAX_ARENA) return -1;
     context->slots[i] = total;
     total += aligned(bytes);
+  }
+  for (uint32_t i = 0; i < code->place_count; i++) {
+    const sparsec_place *place = &code->places[i];
+    context->places[i] = context->slots[own_panels ? place->chained_slot : place->slot];
   }
   for (uint32_t i = 0; i < code->step_count; i++)
     scratch = sparsec_max(scratch, context->sizes.scratch_bytes[i]);
@@ -312,7 +355,8 @@ static int32_t run_range(void *argument, uint32_t worker, int64_t begin, int64_t
   unsigned before = _mm_getcsr();
   int foreign = (before & ~MXCSR_FLAGS) != DEFAULT_MXCSR;
   if (foreign) _mm_setcsr(DEFAULT_MXCSR);
-  int32_t status = j->step->run(j->frame, scratch, begin, end);
+  int32_t status = j->chain ? sparsec_chain_work(j->chain, worker, scratch, begin, end)
+                            : j->step->run(j->frame, scratch, begin, end);
   if (foreign) _mm_setcsr(before);
   return status;
 }
@@ -331,17 +375,42 @@ static int32_t check_pointers(sparsec_context *context, const void *const *input
   return SPARSEC_OK;
 }
 
-static uint64_t now_ns(void) {
-  struct timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return (uint64_t)now.tv_sec * UINT64_C(1000000000) + (uint64_t)now.tv_nsec;
-}
-
 /* The size that a step found decides which later steps work, and how much. */
 static void bind_found(sparsec_context *context, const sparsec_found *found) {
-  const void *place = context->arena + context->slots[found->slot];
+  const void *place = context->arena + context->places[found->place];
   memcpy(&context->symbols[found->symbol], place, sizeof(int64_t));
   context->code->rework(context->symbols, &context->sizes);
+}
+
+/* One step; `found` is what it finds, or a null pointer. */
+static int32_t run_step(sparsec_context *context, const sparsec_frame *frame, uint32_t index,
+                        const sparsec_found *found) {
+  const sparsec_step *step = &context->code->steps[index];
+  int64_t items = context->sizes.items[index];
+  job j = {context, frame, step, NULL};
+  int32_t status = SPARSEC_OK;
+  if (items > 0)
+    status = sparsec_pool_run(context->pool, items, context->sizes.grain[index], run_range, &j);
+  if (status != SPARSEC_OK)
+    return fail(context, status, "step %" PRIu32 " (%s): %s", index, step->text,
+                sparsec_status_text(status));
+  if (found) bind_found(context, found);
+  return SPARSEC_OK;
+}
+
+/* All steps of a chain, `block` panels at a time. */
+static int32_t run_chain(sparsec_context *context, const sparsec_frame *frame, uint32_t index,
+                         int64_t block, uint64_t *step_ns) {
+  const sparsec_code *code = context->code;
+  const sparsec_chain *chain = &code->chains[index];
+  const sparsec_chain_run run = {
+      code, chain, frame, context->sizes.items, block, context->worker_places, step_ns};
+  job j = {context, frame, NULL, &run};
+  int64_t panels = context->sizes.panels[index];
+  int32_t status = sparsec_pool_run(context->pool, panels, 1, run_range, &j);
+  if (status == SPARSEC_OK) return SPARSEC_OK;
+  return fail(context, status, "steps %" PRIu32 " to %" PRIu32 " (%s and so on): %s", chain->first,
+              chain->last, code->steps[chain->first].text, sparsec_status_text(status));
 }
 
 /* step_ns is a null pointer when nobody asks for the times. */
@@ -355,20 +424,23 @@ static int32_t run(sparsec_context *context, const void *const *inputs, void *co
   int32_t status = check_pointers(context, inputs, outputs);
   if (status != SPARSEC_OK) return status;
 
-  const sparsec_frame frame = {context->symbols, context->arena, context->slots, inputs, outputs};
-  for (uint32_t i = 0, found = 0; i < code->step_count; i++) {
-    const sparsec_step *step = &code->steps[i];
-    int64_t items = context->sizes.items[i];
-    uint64_t start = step_ns ? now_ns() : 0;
-    job j = {context, &frame, step};
-    if (items > 0)
-      status = sparsec_pool_run(context->pool, items, context->sizes.grain[i], run_range, &j);
-    if (status != SPARSEC_OK)
-      return fail(context, status, "step %" PRIu32 " (%s): %s", i, step->text,
-                  sparsec_status_text(status));
-    if (found < code->found_count && code->found[found].step == i)
-      bind_found(context, &code->found[found++]);
-    if (step_ns) step_ns[i] = now_ns() - start;
+  const sparsec_frame frame = {context->symbols, context->arena, context->places, inputs, outputs};
+  if (step_ns) memset(step_ns, 0, code->step_count * sizeof *step_ns);
+  const sparsec_found *found = code->found, *no_more = code->found + code->found_count;
+  for (uint32_t i = 0, chain = 0; i < code->step_count; i++) {
+    uint64_t start = step_ns ? sparsec_now_ns() : 0;
+    int64_t block = 0;
+    if (chain < code->chain_count && code->chains[chain].first == i)
+      block = context->own_panels ? block_of(context, chain++) : 0;
+    if (block) {
+      status = run_chain(context, &frame, chain - 1, block, step_ns);
+      i = code->chains[chain - 1].last;
+    } else {
+      int finds = found < no_more && found->step == i;
+      status = run_step(context, &frame, i, finds ? found++ : NULL);
+      if (step_ns) step_ns[i] = sparsec_now_ns() - start;
+    }
+    if (status != SPARSEC_OK) return status;
   }
   return SPARSEC_OK;
 }
