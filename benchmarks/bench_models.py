@@ -169,6 +169,10 @@ def measure_all(
             progress.print(f"{spec.name} {batch}x{seq}, {threads} threads")
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
                 outcomes = process.submit(measure, cell).result()
+            for side, outcome in zip(cell.peers, outcomes[len(cell.libraries) :], strict=True):
+                if outcome.failure is not None:
+                    what = f"{side.group}, {side.setting}, does not count: {outcome.failure}"
+                    progress.print(what, markup=False)
             for record in rows(cell, outcomes):
                 yield {"model": spec.name, "precision": options.precision, **record}, True
 

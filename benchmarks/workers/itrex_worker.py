@@ -10,21 +10,22 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 from protocol import serve
 
 INPUTS = ("input_ids", "token_type_ids", "attention_mask")  # in the order of the engine
 
 
 def load(path, inputs, threads):
-    """A function that runs the model once on the arrays of the npz `inputs`."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # before the import
+    """What runs the model once on the arrays of the npz `inputs`, and what names its outputs."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # read when the engine is imported
     set_up()
-    import numpy as np
-
     arrays = dict(np.load(inputs))
     values = [arrays[name].astype(np.int32) for name in INPUTS if name in arrays]
     graph = read(path)
-    return lambda: graph.inference(values)
+    return lambda: graph.inference(values), lambda outputs: {
+        name.removesuffix(":0"): np.array(array) for name, array in outputs.items()
+    }
 
 
 def compile_model(path, output, sparse):

@@ -4,8 +4,9 @@ A request is a line of JSON with one key, the name of a function of the worker, 
 the answer is a line of JSON. The engine is timed here, so that the pipe is in no figure.
 
     {"load": {"path": FILE, "inputs": FILE.npz, "threads": 1, "clock": "wall", ...}}  -> {}
-    {"turn": {"seconds": 0.2}}   -> {"seconds": [0.0041, ...]}
-    anything that goes wrong     -> {"error": TEXT}
+    {"turn": {"seconds": 0.2}}       -> {"seconds": [0.0041, ...]}
+    {"answer": {"path": FILE.npz}}   -> {}, and the file has the outputs by name
+    anything that goes wrong         -> {"error": TEXT}
 
 Runs under Python 3.10 and later and needs NumPy only.
 """
@@ -20,6 +21,8 @@ import time
 import traceback
 from pathlib import Path
 
+import numpy as np
+
 TURNS = Path(__file__).resolve().parents[2] / "compiler" / "tools" / "turns.py"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 # The threads of an engine go on spinning for a while after a run; the others wait for that.
@@ -29,16 +32,18 @@ REST_SECONDS = 0.1
 def serve(load, **functions):
     """Answer requests until there are no more.
 
-    `load(path, inputs, threads, **settings)` gives a function that runs the model once; each of
-    `functions` answers a request of its name with a dictionary.
+    `load(path, inputs, threads, **settings)` gives a function that runs the model once, and one
+    that makes a dictionary of what that gives; each of `functions` answers a request of its name
+    with a dictionary.
     """
     answers = _private_stdout()
     turns = _turns()
-    engine = None
+    engine = named = None
 
     def load_and_keep(path, inputs, threads, clock, **settings):
-        nonlocal engine
-        engine = turns.Function(load(path, inputs, threads, **settings), CLOCKS[clock])
+        nonlocal engine, named
+        run, named = load(path, inputs, threads, **settings)
+        engine = turns.Function(run, CLOCKS[clock])
         return {}
 
     def turn(seconds):
@@ -46,16 +51,20 @@ def serve(load, **functions):
         time.sleep(REST_SECONDS)
         return {"seconds": taken}
 
-    known = {"load": load_and_keep, "turn": turn, **functions}
+    def answer(path):
+        np.savez(path, **named(engine.run()))
+        return {}
+
+    known = {"load": load_and_keep, "turn": turn, "answer": answer, **functions}
     for line in sys.stdin:
         ((name, arguments),) = json.loads(line).items()
         try:
-            answer = known[name](**arguments)
+            reply = known[name](**arguments)
         except BaseException as error:  # engines raise anything
             traceback.print_exc()
             text = str(error).strip() or "it gives no reason"
-            answer = {"error": type(error).__name__ + ": " + text}
-        answers.write(json.dumps(answer) + "\n")
+            reply = {"error": type(error).__name__ + ": " + text}
+        answers.write(json.dumps(reply) + "\n")
         answers.flush()
 
 
