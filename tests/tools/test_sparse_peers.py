@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from sparsec.models.build import build_file
 from sparsec.models.registry import ModelSpec
 from sparsec.models.tiny import tiny_spec
 
@@ -154,3 +156,32 @@ def test_wrong_answers_do_not_count(
     assert module.sparse_peers(spec, options, ["itrex"], []) == []
     assert reason in " ".join(capsys.readouterr().err.split())
     assert list((tmp_path / spec.name).glob("peer_itrex*")) == []
+
+
+def test_a_cell_times_workers_beside_functions(
+    module: ModuleType, spec: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = importlib.import_module("bench_models")
+    files = importlib.import_module("bench_files")
+    path = tmp_path / "model.onnx"
+    build_file(spec, path)
+    write_worker(tmp_path / "fake_worker.py")
+    worker = module.Worker(Path(sys.executable), "fake_worker.py")
+    ours = files.Library("dense", 0, tmp_path, {"max_abs_error": 0.0, "cosine": 1.0})
+    sides = (
+        files.Side("ORT fp32", "fp32", path),
+        files.Side("fake int8", "one", path, worker=worker),
+        files.Side("fake int8", "none", tmp_path / "no.onnx", worker=worker),
+    )
+    # Compiling a library is not what is tested here.
+    arrays = {name: np.ones((1, 16), np.int64) for name in spec.input_names}
+    monkeypatch.setattr(bench.sparsec, "load", lambda path, threads: lambda arrays: None)
+    monkeypatch.setattr(bench, "random_inputs", lambda *_, **__: arrays)
+    before = os.sched_getaffinity(0)
+    try:
+        outcomes = bench.measure(bench.Cell(1, 16, 1, 0.01, "wall", (ours,), sides))
+    finally:
+        os.sched_setaffinity(0, before)
+    assert [bool(outcome.seconds) for outcome in outcomes] == [True, True, True, False]
+    assert [outcome.failure for outcome in outcomes[:3]] == [None] * 3
+    assert "no.onnx" in outcomes[3].failure
