@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from remote import Worker
 from rich.console import Console
 
 import sparsec
@@ -33,12 +34,17 @@ progress = Console(stderr=True)
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One engine with one file: `group` is its column in the table."""
+    """One engine with one file: `group` is its column in the table.
+
+    A dense file counts for all rows of the table, a pruned one for those with as many zeros.
+    """
 
     group: str
     setting: str
     path: Path
     precision: str | None = None  # of OpenVINO's layers that are not quantised
+    sparsity: int = 0  # per cent of zeros in the file
+    worker: Worker | None = None  # of an engine that needs a Python of its own
 
 
 @dataclass(frozen=True, slots=True)

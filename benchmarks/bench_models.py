@@ -3,14 +3,17 @@
     python benchmarks/bench_models.py [--models bert-mini,distilbert] [--blocks dense,4x1,32x1]
                                       [--sparsities 80,90] [--shapes 1x32,1x128] [--threads 1,2]
     python benchmarks/bench_models.py --precision fp32|bf16
+    python benchmarks/bench_models.py --deepsparse-python VENV/bin/python --itrex-python ...
 
 A cell is a model, a shape and a number of threads, measured in one fresh process. There all our
 libraries and all the peers take turns of some runs, each after one run that is not timed, so that
-noise of the machine hits all alike and no engine finds its caches cold. Peers run
-the dense file: zeros in the weights change nothing for them here. The time of a peer is that of
-the fastest of its settings; `ratio` is the median of the best peer over ours. Models and libraries
-stay in --folder. With --resume a cell that --json has, of these sources, is not measured again.
-On a busy machine wall times flatter the faster engine: measure one thread with --clock cpu then.
+noise of the machine hits all alike and no engine finds its caches cold. The time of a peer is that
+of the fastest of its settings; `ratio` is the median of the best peer over ours. Zeros in the
+weights change nothing for ONNX Runtime and OpenVINO, which run the dense file; DeepSparse and
+ITREX, each in a worker process, also run files pruned in their own blocks (docs/benchmarks.md).
+Models and libraries stay in --folder. With --resume a cell that --json has, of these sources, is
+not measured again. On a busy machine wall times flatter the faster engine: measure one thread with
+--clock cpu then.
 """
 
 from __future__ import annotations
@@ -25,27 +28,29 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import geometric_mean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from bench_files import Library, Side, build, peers, progress, source_digest
-from rich.console import Console
-from rich.table import Table
+from model_tables import print_tables
+from remote import Remote
+from sparse_peers import SPARSE_ENGINES, sparse_peers, version
 
 import sparsec
 from sparsec.errors import CompilerError, InvalidInput
-from sparsec.models.registry import MODELS, find_model
+from sparsec.models.registry import MODELS, ModelSpec, find_model
 from sparsec.models.weights import Pruning
 from sparsec.target import Target
 from sparsec.tools.inputs import random_inputs
 from sparsec.tools.peers import PEERS, onnxruntime_runner, openvino_runner
-from sparsec.tools.turns import in_turns, summary
+from sparsec.tools.turns import Function, Timed, in_turns, summary
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 DEFAULTS = {  # per precision: models, blocks, shapes
@@ -56,9 +61,6 @@ DEFAULTS = {  # per precision: models, blocks, shapes
 ALL_SHAPES = "1x32,1x128,1x384,8x128"
 # oneDNN, inside OpenVINO, then uses all of AVX-512 but no AMX.
 WITHOUT_AMX = ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
-GOALS_AMX = {80: 6.0, 90: 8.0}  # of the best block, by per cent of zeros
-GOAL_WITHOUT_AMX = 3.0
-GOAL_EASIEST = 2.5  # 4x1 with 80 % zeros, and no zeros at all
 IDENTITY = ("model", "precision", "batch", "seq", "threads", "block", "sparsity")
 Identity = tuple[Any, ...]
 CPUINFO = Path("/proc/cpuinfo")
@@ -67,7 +69,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What one process measures."""
+    """What one process measures, with the workers that it starts."""
 
     batch: int
     seq: int
@@ -78,6 +80,14 @@ class Cell:
     peers: tuple[Side, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Seconds of each run of an engine, or why they do not count."""
+
+    seconds: list[float]
+    failure: str | None = None
+
+
 def main() -> int:
     """Measure, print and return the exit status."""
     options = parse_arguments()
@@ -85,7 +95,7 @@ def main() -> int:
         os.environ.setdefault(*WITHOUT_AMX)
     records: list[dict[str, Any]] = []
     try:
-        installed = installed_peers(options.peers)
+        installed = installed_peers(options)
         about = machine(options, installed)
         known = read_records(options.json, about) if options.resume else {}
         for record, is_new in measure_all(options, installed, known):
@@ -111,7 +121,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--shapes", metavar="BxS,...", help="batch x sequence")
     add("--threads", default="1", metavar="N,...", help="default 1")
     add("--all", action="store_true", help=f"all models but minilm, {ALL_SHAPES}, 1 and 2 threads")
-    add("--peers", default="onnxruntime,openvino", metavar="NAME,...", help="default: both")
+    names = ",".join((*PEERS, *SPARSE_ENGINES))
+    add("--peers", default=names, metavar="NAME,...", help=f"default: {names}")
+    for name, engine in SPARSE_ENGINES.items():
+        add(f"--{name}-python", type=Path, metavar="FILE", help=f"a Python with {engine.title}")
     add("--seconds", type=float, default=2.0, help="of each engine and setting in each cell")
     add("--clock", choices=list(CLOCKS), default="wall", help="cpu: of the whole process")
     add("--target", default="native", help="target to compile for; default: this machine")
@@ -133,7 +146,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def measure_all(
-    options: argparse.Namespace, installed: list[str], known: dict[Identity, dict[str, Any]]
+    options: argparse.Namespace, installed: dict[str, str], known: dict[Identity, dict[str, Any]]
 ) -> Iterator[tuple[dict[str, Any], bool]]:
     """Yield a record per row of the table, and whether it is new: not of a cell in `known`."""
     shapes = [parse_shape(text) for text in options.shapes.split(",")]
@@ -151,12 +164,16 @@ def measure_all(
                 continue
             if built is None:
                 libraries = tuple(build(spec, options, pruning) for pruning in wanted)
-                built = libraries, tuple(peers(spec, options, installed))
+                built = libraries, all_peers(spec, options, installed, wanted)
             cell = Cell(batch, seq, threads, options.seconds, options.clock, *built)
             progress.print(f"{spec.name} {batch}x{seq}, {threads} threads")
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-                times = process.submit(measure, cell).result()
-            for record in rows(cell, times):
+                outcomes = process.submit(measure, cell).result()
+            for side, outcome in zip(cell.peers, outcomes[len(cell.libraries) :], strict=True):
+                if outcome.failure is not None:
+                    what = f"{side.group}, {side.setting}, does not count: {outcome.failure}"
+                    progress.print(what, markup=False)
+            for record in rows(cell, outcomes):
                 yield {"model": spec.name, "precision": options.precision, **record}, True
 
 
@@ -203,16 +220,44 @@ def integers(text: str, what: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def installed_peers(text: str) -> list[str]:
-    """Those of the named peers that can be imported."""
-    names = text.split(",") if text else []
-    for name in names:
-        if name not in PEERS:
-            raise InvalidInput(f"--peers {name}: known are {', '.join(PEERS)}")
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        progress.print(f"not installed and left out: {', '.join(missing)}")
-    return [name for name in names if name not in missing]
+def installed_peers(options: argparse.Namespace) -> dict[str, str]:
+    """Version of each of the named peers that can be measured; the others are said."""
+    found = {}
+    for name in options.peers.split(",") if options.peers else []:
+        if name in PEERS:
+            if importlib.util.find_spec(name) is None:
+                progress.print(f"not installed and left out: {name}")
+                continue
+            module = importlib.import_module(name)
+            found[name] = module.__version__.split("-")[0]
+        elif name in SPARSE_ENGINES:
+            title, python = SPARSE_ENGINES[name].title, getattr(options, f"{name}_python")
+            if options.precision != "int8":
+                progress.print(f"{title} is left out: it is measured in int8 only")
+            elif python is None:
+                how = f"--{name}-python FILE, a Python set up as docs/benchmarks.md says"
+                progress.print(
+                    f"{title}, which makes use of zeros, is left out; to measure it: {how}"
+                )
+            else:
+                found[name] = version(name, python)
+        else:
+            known = ", ".join((*PEERS, *SPARSE_ENGINES))
+            raise InvalidInput(f"--peers {name}: known are {known}")
+    return found
+
+
+def all_peers(
+    spec: ModelSpec,
+    options: argparse.Namespace,
+    installed: dict[str, str],
+    wanted: list[Pruning | None],
+) -> tuple[Side, ...]:
+    """All settings of all peers for these rows, with their files made."""
+    levels = sorted({round(pruning.sparsity * 100) for pruning in wanted if pruning})
+    here = [name for name in installed if name in PEERS]
+    remote = [name for name in installed if name in SPARSE_ENGINES]
+    return (*peers(spec, options, here), *sparse_peers(spec, options, remote, levels))
 
 
 def prunings(options: argparse.Namespace) -> Iterator[Pruning | None]:
@@ -226,36 +271,65 @@ def prunings(options: argparse.Namespace) -> Iterator[Pruning | None]:
             yield Pruning(percent / 100, height, width)
 
 
-def measure(cell: Cell) -> list[list[float]]:
-    """Seconds of each run of each side, ours first; runs in a process of its own."""
+def measure(cell: Cell) -> list[Outcome]:
+    """What each side took, ours first; runs in a process of its own."""
     cores = sorted(os.sched_getaffinity(0))
     if cell.threads > len(cores):
         raise InvalidInput(f"{cell.threads} threads: this process may use {len(cores)} cores only")
-    os.sched_setaffinity(0, cores[: cell.threads])  # before any engine starts its threads
+    # Before any engine starts its threads; workers inherit it.
+    os.sched_setaffinity(0, cores[: cell.threads])
     models = [sparsec.load(library.path, threads=cell.threads) for library in cell.libraries]
     arrays = random_inputs(models[0], cell.batch, cell.seq, seed=0, padding=False)
-    runs: list[Callable[[Arrays], Any]] = [*models]
-    for side in cell.peers:
-        if side.group.startswith("ORT"):
-            runs.append(onnxruntime_runner(side.path, cell.threads)[1])
+    with ExitStack() as stack:
+        inputs = Path(stack.enter_context(TemporaryDirectory()), "inputs.npz")
+        np.savez(inputs, allow_pickle=False, **arrays)
+        engines: list[Timed] = [
+            Function(partial(model, arrays), CLOCKS[cell.clock]) for model in models
+        ]
+        for side in cell.peers:
+            if side.worker is None:
+                run = partial(local_runner(side, cell.threads), arrays)
+                engines.append(Function(run, CLOCKS[cell.clock]))
+                continue
+            remote = stack.enter_context(closing(Remote(side.worker)))
+            remote.load(
+                path=str(side.path), inputs=str(inputs), threads=cell.threads, clock=cell.clock
+            )
+            engines.append(remote)
+        times = in_turns(engines, cell.seconds)
+        failures = [getattr(engine, "failure", None) for engine in engines]
+    return [Outcome(*both) for both in zip(times, failures, strict=True)]
+
+
+def local_runner(side: Side, threads: int) -> Callable[[Arrays], Any]:
+    """A peer that runs in this process."""
+    if side.group.startswith("ORT"):
+        return onnxruntime_runner(side.path, threads)[1]
+    return openvino_runner(side.path, threads, precision=side.precision)[1]
+
+
+def rows(cell: Cell, outcomes: list[Outcome]) -> Iterator[dict[str, Any]]:
+    """A record per library of ours, each with the peers that count for it.
+
+    A peer counts for a row with its dense files and with those that have as many zeros.
+    """
+    own, others = outcomes[: len(cell.libraries)], outcomes[len(cell.libraries) :]
+    settings: list[dict[str, Any]] = []
+    failures: list[dict[str, Any]] = []
+    for side, outcome in zip(cell.peers, others, strict=True):
+        about = {"group": side.group, "setting": side.setting, "sparsity": side.sparsity}
+        if outcome.failure is None:
+            settings.append({**about, **summary(outcome.seconds)})
         else:
-            runs.append(openvino_runner(side.path, cell.threads, precision=side.precision)[1])
-    return in_turns([partial(run, arrays) for run in runs], cell.seconds, CLOCKS[cell.clock])
-
-
-def rows(cell: Cell, times: list[list[float]]) -> Iterator[dict[str, Any]]:
-    """A record per library of ours, each with the peers of its cell."""
-    figures = [summary(taken) for taken in times]
-    own, others = figures[: len(cell.libraries)], figures[len(cell.libraries) :]
-    settings: list[dict[str, Any]] = [
-        {"group": side.group, "setting": side.setting, **figure}
-        for side, figure in zip(cell.peers, others, strict=True)
-    ]
-    best: dict[str, dict[str, Any]] = {}
-    for s in sorted(settings, key=lambda s: float(s["median_ms"])):
-        best.setdefault(s["group"], s)
-    fastest = min((s["median_ms"] for s in settings), default=None)
-    for library, figure in zip(cell.libraries, own, strict=True):
+            failures.append({**about, "reason": outcome.failure})
+    for library, outcome in zip(cell.libraries, own, strict=True):
+        figure = summary(outcome.seconds)
+        zeros = (0, library.sparsity)
+        fit = [s for s in settings if s["sparsity"] in zeros]
+        best: dict[str, dict[str, Any]] = {}
+        for s in sorted(fit, key=lambda s: float(s["median_ms"])):
+            best.setdefault(s["group"], s)
+        fastest = min((s["median_ms"] for s in fit), default=None)
         yield {
             "batch": cell.batch,
             "seq": cell.seq,
@@ -264,17 +338,17 @@ def rows(cell: Cell, times: list[list[float]]) -> Iterator[dict[str, Any]]:
             "sparsity": library.sparsity,
             "sparsec": figure,
             "peers": best,
-            "settings": settings,
+            "settings": fit,
+            "failures": [f for f in failures if f["sparsity"] in zeros],
             "ratio": fastest / figure["median_ms"] if fastest else None,
             **library.accuracy,
         }
 
 
-def machine(options: argparse.Namespace, installed: list[str]) -> dict[str, Any]:
+def machine(options: argparse.Namespace, installed: dict[str, str]) -> dict[str, Any]:
     """What the numbers were taken on, and what was compared."""
     lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
     names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    modules = [sparsec, *(importlib.import_module(name) for name in installed)]
     return {
         "cpu": names[0] if names else platform.machine(),
         "cpu_isa": Target.host().isas[-1].value,
@@ -284,76 +358,8 @@ def machine(options: argparse.Namespace, installed: list[str]) -> dict[str, Any]
         "target_isa": Target.named(options.target).isas[-1].value,
         "peers_without_amx": options.without_amx,
         "sources": source_digest(),
-        "versions": {m.__name__: m.__version__.split("-")[0] for m in modules},
+        "versions": {"sparsec": sparsec.__version__, **installed},
     }
-
-
-def print_tables(records: list[dict[str, Any]], about: dict[str, Any]) -> None:
-    """Print the table for people on standard output."""
-    out = Console(width=None if sys.stdout.isatty() else 140)
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    compiled = f"compiled for {about['target']} ({about['target_isa']})"
-    limited = "; OpenVINO without AMX" if about["peers_without_amx"] else ""
-    out.print(about["cpu"], about["cpu_isa"], compiled, versions + limited, sep="; ")
-    groups = list(dict.fromkeys(side["group"] for side in records[0]["settings"]))
-    table = Table(
-        title=f"median ms ({about['clock']} clock), in turns; ratio: best peer / sparsec"
-    )
-    for column in ("model", "BxS", "threads", "block", "zeros", "sparsec", *groups, "ratio"):
-        table.add_column(column)
-    table.add_column("max error" if records[0]["precision"] == "fp32" else "cosine")
-    for record in records:
-        table.add_row(*cells(record, groups))
-    out.print(table)
-    if records[0]["precision"] == "int8" and any(record["ratio"] for record in records):
-        out.print(summary_table(records))
-
-
-def summary_table(records: list[dict[str, Any]]) -> Table:
-    """Geometric means of the ratio over all shapes, per model and threads, with the goals."""
-    title = "geometric means of best peer / sparsec; in brackets the goal"
-    table = Table(title=title)
-    kinds = list(dict.fromkeys((r["block"], r["sparsity"]) for r in records))
-    best = [("best block", level) for level in dict.fromkeys(k[1] for k in kinds) if level]
-    table.add_column("model")
-    table.add_column("threads")
-    for block, sparsity in (*kinds, *best):
-        wanted = goal(block, sparsity, records[0]["target_isa"])
-        name = f"{block} {sparsity} %" if sparsity else block
-        table.add_column(f"{name} ({wanted:g}x)" if wanted else name)
-    for model, threads in dict.fromkeys((r["model"], r["threads"]) for r in records):
-        own = [r for r in records if (r["model"], r["threads"]) == (model, threads)]
-        ratios = {kind: [r["ratio"] for r in own if (r["block"], r["sparsity"]) == kind]
-                  for kind in kinds}  # fmt: skip
-        for kind in best:
-            columns = [v for k, v in ratios.items() if k[1] == kind[1] and k not in best]
-            ratios[kind] = [max(cell) for cell in zip(*columns, strict=True)]
-        texts = [f"{geometric_mean(ratios[kind]):.2f}" for kind in (*kinds, *best)]
-        table.add_row(model, str(threads), *texts)
-    return table
-
-
-def goal(block: str, sparsity: int, target_isa: str) -> float | None:
-    """How many times as fast as the best peer this should be."""
-    if block == "best block":
-        return GOALS_AMX.get(sparsity) if target_isa == "amx" else GOAL_WITHOUT_AMX
-    return GOAL_EASIEST if (block, sparsity) in (("dense", 0), ("4x1", 80)) else None
-
-
-def cells(record: dict[str, Any], groups: list[str]) -> list[str]:
-    """The texts of one row."""
-    fp32 = record["precision"] == "fp32"
-    medians = [record["sparsec"], *(record["peers"].get(group) for group in groups)]
-    return [
-        record["model"],
-        f"{record['batch']}x{record['seq']}",
-        str(record["threads"]),
-        record["block"],
-        f"{record['sparsity']} %",
-        *(f"{figure['median_ms']:.3f}" if figure else "-" for figure in medians),
-        f"{record['ratio']:.2f}" if record["ratio"] else "-",
-        f"{record['max_abs_error']:.1e}" if fp32 else f"{record['cosine']:.4f}",
-    ]
 
 
 if __name__ == "__main__":

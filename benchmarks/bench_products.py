@@ -40,7 +40,7 @@ from sparsec.ir.layouts import Panels
 from sparsec.ir.types import DType
 from sparsec.passes.choose_weight_layout import ChooseWeightLayout
 from sparsec.target import Isa, Target
-from sparsec.tools.turns import in_turns
+from sparsec.tools.turns import Function, in_turns
 
 Array = np.ndarray[Any, Any]
 SHAPES = "256x256,1024x256,256x1024,768x768,3072x768,768x3072,1024x1024,4096x1024,1024x4096"
@@ -268,7 +268,8 @@ def measure(
         runs[0]()
         check_equal(one, dense())
         runs.append(dense)
-    medians = [median(taken) for taken in in_turns(runs, options.seconds, perf_counter)]
+    engines = [Function(run, perf_counter) for run in runs]
+    medians = [median(taken) for taken in in_turns(engines, options.seconds)]
     theirs = medians.pop() if peer is not None else None
     for weight, seconds in zip(weights, medians, strict=True):
         useful = np.count_nonzero(weight.data) * one.tokens / seconds

@@ -18,7 +18,7 @@ from sparsec.tools.console import console
 from sparsec.tools.inputs import Arrays, random_inputs
 from sparsec.tools.inspect import arena_text
 from sparsec.tools.peers import PEERS
-from sparsec.tools.turns import in_turns, summary
+from sparsec.tools.turns import Function, in_turns, summary
 
 
 def bench(
@@ -50,8 +50,8 @@ def bench(
             name, peer = PEERS[against or "onnxruntime"](onnx, threads)
             sides[name] = peer
         progress(f"measuring {batch}x{seq}")
-        calls = [partial(run, arrays) for run in sides.values()]
-        taken = in_turns(calls, seconds, time.perf_counter)
+        engines = [Function(partial(run, arrays), time.perf_counter) for run in sides.values()]
+        taken = in_turns(engines, seconds)
         times = dict(zip(sides, taken, strict=True))
     result = _result(library, batch, seq, threads, times)
     return {**result, "target": model.target, "arena": model.description["arena"]}

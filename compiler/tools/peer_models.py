@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,19 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 PRODUCTS = ("MatMul", "Gemm")
 
 
-def quantize_static(path: Path, output: Path, samples: Arrays, *, attention: bool) -> None:
+def quantize_static(
+    path: Path,
+    output: Path,
+    samples: Arrays,
+    *,
+    attention: bool,
+    products: Sequence[str] = PRODUCTS,
+    outputs: bool = False,
+) -> None:
     """Write the QDQ form of `path`, ranges from `samples` (first axis of each array = samples).
 
-    `attention` quantises the two products of attention as well as the linear layers.
+    `attention` quantises the two products of attention as well as the linear layers; only ops
+    in `products` are quantised. `outputs` rounds the outputs of the products too.
     """
     _check_installed()
     from onnxruntime.quantization import QuantFormat, QuantType
@@ -43,13 +52,13 @@ def quantize_static(path: Path, output: Path, samples: Arrays, *, attention: boo
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            op_types_to_quantize=list(PRODUCTS),
+            op_types_to_quantize=list(products),
             nodes_to_exclude=[] if attention else _products_of_activations(path),
             extra_options={
                 "WeightSymmetric": True,
                 "ActivationSymmetric": False,
                 "QDQDisableWeightAdjustForInt32Bias": True,
-                "OpTypesToExcludeOutputQuantization": list(PRODUCTS),
+                "OpTypesToExcludeOutputQuantization": [] if outputs else list(products),
             },
         )
 

@@ -1,47 +1,68 @@
-"""Times functions in turns, so that noise of the machine hits all alike."""
+"""Times engines in turns, so that noise of the machine hits all alike.
+
+Needs nothing newer than Python 3.10 and NumPy 1: the workers under benchmarks/ time themselves
+with it, in the Python of an engine that needs an old one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-WARM_UP_RUNS = 3
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
 TURNS = 10
 TURN_RUNS = 2
+WARM_UP_RUNS = 1 + TURN_RUNS  # a turn that is not kept
 
 
-def in_turns(
-    runs: Sequence[Callable[[], Any]], seconds: float, now: Callable[[], float]
-) -> list[list[float]]:
-    """Seconds of each call by the clock `now`.
+class Timed(Protocol):
+    """Something that times itself when it has its turn."""
 
-    Each turn of a function starts with a call that is not timed: it wakes the threads and brings
-    back the caches that the others took. All have ten turns of at least two timed calls, which
-    take at least `seconds` in total.
+    def turn(self, seconds: float) -> list[float]:
+        """Seconds of each of at least TURN_RUNS runs, at least `seconds` in total.
+
+        A run before them is not timed: it wakes the threads and brings back the caches that the
+        others took.
+        """
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function that is timed by the clock `now`."""
+
+    run: Callable[[], Any]
+    now: Callable[[], float]
+
+    def turn(self, seconds: float) -> list[float]:
+        """See Timed."""
+        self.run()
+        taken: list[float] = []
+        while len(taken) < TURN_RUNS or sum(taken) < seconds:
+            start = self.now()
+            self.run()
+            taken.append(self.now() - start)
+        return taken
+
+
+def in_turns(engines: Sequence[Timed], seconds: float) -> list[list[float]]:
+    """Seconds of each run of each engine, `seconds` in total or more.
+
+    All have ten turns, after one that is not kept.
     """
-    for run in runs:
-        for _ in range(WARM_UP_RUNS):
-            run()
-    times: list[list[float]] = [[] for _ in runs]
+    for engine in engines:
+        engine.turn(0.0)
+    times: list[list[float]] = [[] for _ in engines]
     for _ in range(TURNS):
-        for run, taken in zip(runs, times, strict=True):
-            run()
-            taken += _turn(run, seconds / TURNS, now)
+        for engine, taken in zip(engines, times, strict=True):
+            taken += engine.turn(seconds / TURNS)
     return times
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:
-    """Median and spread in ms, and the number of calls."""
+    """Median and spread in ms, and the number of runs."""
     p10, median, p90 = (float(v) for v in np.percentile(np.array(seconds) * 1e3, [10, 50, 90]))
     return {"median_ms": median, "p10_ms": p10, "p90_ms": p90, "runs": len(seconds)}
-
-
-def _turn(run: Callable[[], Any], seconds: float, now: Callable[[], float]) -> list[float]:
-    taken: list[float] = []
-    while len(taken) < TURN_RUNS or sum(taken) < seconds:
-        start = now()
-        run()
-        taken.append(now() - start)
-    return taken

@@ -1,10 +1,13 @@
-"""Turns: all functions get as many, and the first call of each is not timed."""
+"""Turns: all engines get as many, and the first run of each is not timed."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from functools import partial
+
 import pytest
 
-from sparsec.tools.turns import TURN_RUNS, TURNS, WARM_UP_RUNS, in_turns, summary
+from sparsec.tools.turns import TURN_RUNS, TURNS, WARM_UP_RUNS, Function, in_turns, summary
 
 
 class Clock:
@@ -23,11 +26,13 @@ class Clock:
         self.calls.append(name)
         self.now += seconds + 1.0 * cold
 
+    def function(self, name: str, seconds: float) -> Function:
+        return Function(partial(self.run, name, seconds), self)
+
 
 def test_cold_calls_are_not_timed() -> None:
     clock = Clock()
-    runs = [lambda: clock.run("fast", 0.01), lambda: clock.run("slow", 0.3)]
-    fast, slow = in_turns(runs, 2.0, clock)
+    fast, slow = in_turns([clock.function("fast", 0.01), clock.function("slow", 0.3)], 2.0)
     # 0.01 by the difference of two sums of up to 1e3: an error of some 1e-13.
     assert fast == pytest.approx([0.01] * len(fast), abs=1e-9)
     assert slow == pytest.approx([0.3] * len(slow), abs=1e-9)
@@ -35,13 +40,31 @@ def test_cold_calls_are_not_timed() -> None:
 
 def test_everyone_is_timed_long_enough() -> None:
     clock = Clock()
-    runs = [lambda: clock.run("fast", 0.01), lambda: clock.run("slow", 0.3)]
-    fast, slow = in_turns(runs, 2.0, clock)
+    fast, slow = in_turns([clock.function("fast", 0.01), clock.function("slow", 0.3)], 2.0)
     assert sum(fast) >= 2.0 - 1e-9  # an error of summing, as above
     assert len(slow) == TURNS * TURN_RUNS  # two runs are more than a turn's tenth of 2 s
     starts = [n for i, n in enumerate(clock.calls) if i == 0 or clock.calls[i - 1] != n]
     assert starts == ["fast", "slow"] * (TURNS + 1)  # and a warm-up
     assert len(clock.calls) == len(fast) + len(slow) + 2 * (WARM_UP_RUNS + TURNS)
+
+
+@dataclass
+class TimesItself:
+    """An engine elsewhere, whose clock is not ours."""
+
+    asked: list[float] = field(default_factory=list)
+
+    def turn(self, seconds: float) -> list[float]:
+        self.asked.append(seconds)
+        return [len(self.asked) / 8.0]
+
+
+def test_an_engine_may_time_itself() -> None:
+    clock, elsewhere = Clock(), TimesItself()
+    here, there = in_turns([clock.function("here", 0.5), elsewhere], 1.0)
+    assert elsewhere.asked == [0.0] + [1.0 / TURNS] * TURNS
+    assert there == [turn / 8.0 for turn in range(2, TURNS + 2)]  # without its warm-up
+    assert here == [0.5] * (TURNS * TURN_RUNS)
 
 
 def test_summary_is_in_milliseconds() -> None:
