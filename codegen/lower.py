@@ -23,7 +23,7 @@ from sparsec.codegen.program import (
     Weight,
 )
 from sparsec.errors import InvalidGraph, NoSchedule
-from sparsec.ir.chains import READS_ACROSS, Chain, Chained
+from sparsec.ir.chains import Chain, Chained
 from sparsec.ir.dims import Dim, minimum, symbol, symbols
 from sparsec.ir.graph import Graph, Node, Value, bound_symbol
 from sparsec.ir.layouts import ROW_MAJOR
@@ -56,18 +56,13 @@ def schedule_of(node: Node, target: Target, bucket: Bucket = EVERY) -> Schedule 
     return next(iter(schedules_of(node, target, bucket)), None)
 
 
-def is_panelwise(node: Node, target: Target) -> bool:
-    """Whether its kernels take the items of one panel after those of another."""
-    return node.op in READS_ACROSS and family_of(node, target) is not GENERIC
-
-
 def lower(
     graph: Graph, plan: MemoryPlan, target: Target, chained: Chained | None = None
 ) -> Program:
     """The flat form of a scheduled graph under a memory plan.
 
-    With `chained` a run may make use of those chains, of `is_panelwise` nodes, and then has that
-    plan. Raises NoSchedule when a node has no schedule, UnsupportedOp when a node has no lowering.
+    With `chained` a run may make use of those chains, and then has that plan. Raises NoSchedule
+    when a node has no schedule, UnsupportedOp when a node has no lowering.
     """
     binder = _Binder(graph, plan, chained)
     calls: list[KernelCall] = []

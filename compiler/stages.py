@@ -21,7 +21,7 @@ from sparsec.calibration import (
 from sparsec.calibration_text import text_batches
 from sparsec.codegen.describe import describe_arena, describe_chains
 from sparsec.codegen.kernels import schedule_for
-from sparsec.codegen.lower import is_panelwise, lower
+from sparsec.codegen.lower import lower
 from sparsec.codegen.program import Part, Program
 from sparsec.fallback import Accuracy, fall_back
 from sparsec.frontend.onnx_import import import_model
@@ -135,8 +135,13 @@ def build_target(
 
 def _chained(graph: Graph, target: Target) -> Chained | None:
     """What can be computed some panels at a time, with the memory plan for that."""
-    chains = find_chains(graph, lambda node: is_panelwise(node, target), target.l2_bytes)
+    chains = find_chains(graph, _supported(target), target.l2_bytes)
     return Chained(chains, plan_memory(graph, chains)) if chains else None
+
+
+def _supported(target: Target) -> Callable[[Node], bool]:
+    """Whether a kernel made for its op computes a node on the target."""
+    return lambda node: schedule_for(node, target) is not None
 
 
 def scheduled_graph(model: Path, options: CompileOptions) -> Graph:
@@ -172,10 +177,7 @@ def _transform(
     graph, target, accuracy = prepared.graph, layouts.target, None
     dump = _dumper(options.dump_ir, len(prepared.records))
     records: list[PassRecord] = []
-
-    def supported(node: Node) -> bool:
-        return schedule_for(node, target) is not None
-
+    supported = _supported(target)
     if prepared.quantization is not None:
         pipeline, accuracy = _int8(prepared, options, layouts, supported, clock)
         clock.start("quantise")

@@ -22,14 +22,14 @@ LEAST_BLOCK = 2
 
 
 def find_chains(
-    graph: Graph, is_panelwise: Callable[[Node], bool], l2_bytes: int
+    graph: Graph, supported: Callable[[Node], bool], l2_bytes: int
 ) -> tuple[Chain, ...]:
-    """The chains of at least two nodes. `is_panelwise` says whether the kernels of a node take the
-    items of one panel after those of another."""
+    """The chains of at least two nodes. `supported` says whether a kernel made for its op computes
+    a node on the target: one that takes the items of one panel after those of another."""
     owners = find_owners(graph)
     families = find_families(graph, owners)
     found = []
-    for first, last in _runs(graph, owners, is_panelwise):
+    for first, last in _runs(graph, owners, supported):
         nodes = [n for n in graph.nodes[first : last + 1] if not is_view(n)]
         if len(nodes) < 2:
             continue
@@ -41,7 +41,7 @@ def find_chains(
 
 
 def _runs(
-    graph: Graph, owners: Mapping[Value, Value], is_panelwise: Callable[[Node], bool]
+    graph: Graph, owners: Mapping[Value, Value], supported: Callable[[Node], bool]
 ) -> Iterator[tuple[int, int]]:
     """First and last node of each run, views between its nodes included."""
     begun: list[int] = []  # the nodes of the run so far
@@ -49,7 +49,7 @@ def _runs(
     for step, node in enumerate(graph.nodes):
         if is_view(node):
             continue
-        fits = node.op in READS_ACROSS and is_panelwise(node)
+        fits = node.op in READS_ACROSS and supported(node)
         goes_on = (
             fits
             and begun

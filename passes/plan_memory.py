@@ -55,15 +55,17 @@ def plan_memory(graph: Graph, chains: Sequence[Chain] = ()) -> MemoryPlan:
     sizes = {f.owner.name: substitute(f.owner.type.nbytes, bounds) for f in families}
     order = sorted(families, key=lambda f: (-typical(sizes[f.owner.name]), f.first, f.owner.name))
     own = {name for chain in chains for name in chain.own}
+    made: dict[bool, set[int]] = {True: set(), False: set()}  # slots of own and of other values
     for family in order:
         name, size = family.owner.name, sizes[family.owner.name]
-        collide = interference[name]
-        taken = {s for n, s in slot_of.items() if n in collide or (n in own) != (name in own)}
+        taken = {slot_of[n] for n in interference[name] if n in slot_of}
+        taken |= made[name not in own]
         index = _choose(size, slots, taken)
         if index == len(slots):
             slots.append(_Slot())
         slots[index] = slots[index].including(size)
         slot_of[name] = index
+        made[name in own].add(index)
     views = {v.name: owner.name for v, owner in owners.items() if owner is not v}
     plan = MemoryPlan(slot_of, tuple(s.nbytes for s in slots), views)
     check_plan(graph, plan, chains)

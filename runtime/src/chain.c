@@ -1,14 +1,8 @@
-#define _GNU_SOURCE /* clock_gettime */
 #include "chain.h"
 
 #include <string.h>
-#include <time.h>
 
-uint64_t sparsec_now_ns(void) {
-  struct timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return (uint64_t)now.tv_sec * UINT64_C(1000000000) + (uint64_t)now.tv_nsec;
-}
+#include "parallel.h"
 
 int64_t sparsec_chain_block(const sparsec_chain *chain, int64_t panels, int64_t threads) {
   if (threads == 1) return panels > chain->block ? chain->block : 0;
@@ -49,10 +43,10 @@ int32_t sparsec_chain_work(const sparsec_chain_run *run, uint32_t worker, void *
   for (int64_t first = begin; first < end; first += run->block) {
     int64_t last = sparsec_min(first + run->block, end);
     for (uint32_t i = run->chain->first; i <= run->chain->last; i++) {
-      uint64_t start = step_ns ? sparsec_now_ns() : 0;
+      int64_t start = step_ns ? sparsec_now_ns() : 0;
       int32_t status = do_step(run, i, worker, &frame, places, scratch, first, last);
       if (status != SPARSEC_OK) return status;
-      if (step_ns) step_ns[i] += sparsec_now_ns() - start;
+      if (step_ns) step_ns[i] += (uint64_t)(sparsec_now_ns() - start);
     }
   }
   return SPARSEC_OK;

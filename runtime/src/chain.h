@@ -26,6 +26,4 @@ int64_t sparsec_chain_block(const sparsec_chain *chain, int64_t panels, int64_t 
 int32_t sparsec_chain_work(const sparsec_chain_run *run, uint32_t worker, void *scratch,
                            int64_t begin, int64_t end);
 
-uint64_t sparsec_now_ns(void);
-
 #endif

@@ -428,7 +428,7 @@ static int32_t run(sparsec_context *context, const void *const *inputs, void *co
   if (step_ns) memset(step_ns, 0, code->step_count * sizeof *step_ns);
   const sparsec_found *found = code->found, *no_more = code->found + code->found_count;
   for (uint32_t i = 0, chain = 0; i < code->step_count; i++) {
-    uint64_t start = step_ns ? sparsec_now_ns() : 0;
+    int64_t start = step_ns ? sparsec_now_ns() : 0;
     int64_t block = 0;
     if (chain < code->chain_count && code->chains[chain].first == i)
       block = context->own_panels ? block_of(context, chain++) : 0;
@@ -438,7 +438,7 @@ static int32_t run(sparsec_context *context, const void *const *inputs, void *co
     } else {
       int finds = found < no_more && found->step == i;
       status = run_step(context, &frame, i, finds ? found++ : NULL);
-      if (step_ns) step_ns[i] = sparsec_now_ns() - start;
+      if (step_ns) step_ns[i] = (uint64_t)(sparsec_now_ns() - start);
     }
     if (status != SPARSEC_OK) return status;
   }

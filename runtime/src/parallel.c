@@ -50,7 +50,7 @@ struct sparsec_pool {
   worker *workers;
 };
 
-static int64_t now_ns(void) {
+int64_t sparsec_now_ns(void) {
   struct timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
   return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
@@ -70,7 +70,7 @@ static void raise_to(signal_word *word, uint32_t value) {
 /* Returns the first value that differs from `seen`: spins, then sleeps. */
 static uint32_t wait_beyond(const sparsec_pool *pool, signal_word *word, uint32_t seen) {
   uint32_t value;
-  int64_t limit = pool->spin_ns ? now_ns() + pool->spin_ns : 0;
+  int64_t limit = pool->spin_ns ? sparsec_now_ns() + pool->spin_ns : 0;
   do {
     for (int i = 0; i < PAUSES_PER_LOOK; i++) {
       value = atomic_load_explicit(&word->value, memory_order_acquire);
@@ -78,7 +78,7 @@ static uint32_t wait_beyond(const sparsec_pool *pool, signal_word *word, uint32_
       _mm_pause();
     }
     sched_yield(); /* a thread that wants this core may be the one that is waited for */
-  } while (limit && now_ns() < limit);
+  } while (limit && sparsec_now_ns() < limit);
 
   atomic_store(&word->sleeping, 1);
   while ((value = atomic_load(&word->value)) == seen)

@@ -29,4 +29,7 @@ int sparsec_pool_forked(const sparsec_pool *pool);
 int32_t sparsec_pool_run(sparsec_pool *pool, int64_t items, int64_t grain, sparsec_range range,
                          void *argument);
 
+/* Nanoseconds of a clock that only goes forward. */
+int64_t sparsec_now_ns(void);
+
 #endif

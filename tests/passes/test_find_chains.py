@@ -65,7 +65,7 @@ def test_own_values_are_seen_in_the_chain_alone(graph: Graph, chains: tuple[Chai
         assert not (seen | outputs) & set(chain.own)
 
 
-def test_a_node_whose_kernel_is_not_panelwise_ends_a_chain(graph: Graph) -> None:
+def test_a_node_without_a_kernel_of_its_own_ends_a_chain(graph: Graph) -> None:
     found = find_chains(graph, lambda node: node.op != "layer_norm", L2)
     for chain in found:
         assert "layer_norm" not in {n.op for n in graph.nodes[chain.first : chain.last + 1]}
