@@ -83,8 +83,8 @@ def _add_training(p: Any) -> None:
     p.add_argument("--epochs", metavar="NAME=N,...", help=f"passes over the data {names}")
     p.add_argument("--rates", metavar="NAME=R,...", help=f"learning rates {names}")
     p.add_argument("--distillation", metavar="NAME=W,...",
-                   help="weights of the losses labels, logits, hidden, relations, embedding; "
-                   "temperature")  # fmt: skip
+                   help="weights of the losses labels, logits, hidden, relations, embedding, "
+                   "similarity; temperature")  # fmt: skip
     p.add_argument("--max-length", type=int, metavar="N", help="tokens of a row at most")
     p.add_argument("--tokens-per-batch", type=int, metavar="N")
     p.add_argument("--text-share", type=float, metavar="S", help="of --text in an epoch")

@@ -1,4 +1,5 @@
-"""What a student learns from its teacher: logits, hidden states, attention relations, embeddings.
+"""What a student learns from its teacher: logits, hidden states, attention relations, embeddings
+and how similar those of different rows are.
 
 Every loss is a mean over real tokens (or rows) and has no unit, so that one set of weights serves
 models of any width and depth.
@@ -18,6 +19,9 @@ from sparsec.models.compress.recipe import Distillation
 from sparsec.models.compress.sites import LayerParts, layer_parts, model_inputs
 
 Tensor = Any
+
+# Cosines that differ by it cost 1: as a rule, half of the spread that those of a batch have.
+SIMILARITY_UNIT = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,7 @@ def losses(student: Seen, teacher: Seen, mask: Tensor, weights: Distillation) ->
         "hidden": lambda: hidden_loss(student.hidden, teacher.hidden, mask),
         "relations": lambda: relation_loss(student, teacher, mask),
         "embedding": lambda: embedding_loss(student.hidden[-1], teacher.hidden[-1], mask),
+        "similarity": lambda: similarity_loss(student.hidden[-1], teacher.hidden[-1], mask),
     }
     return {name: part() for name, part in parts.items() if getattr(weights, name) > 0}
 
@@ -146,6 +151,25 @@ def embedding_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     """1 - cosine of the mean-pooled last hidden states, mean over rows."""
     ours, theirs = mean_pooled(student, mask), mean_pooled(teacher, mask)
     return (1.0 - functional.cosine_similarity(ours, theirs, dim=-1)).mean()
+
+
+def similarity_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """Squared error of the cosines between the rows' mean-pooled last hidden states.
+
+    Mean over pairs of rows, in units of SIMILARITY_UNIT; 0 for a single row. What embeddings are
+    used for, and more pairs than rows (after Tung and Mori, arXiv 1907.09682). Student and
+    teacher may differ in width.
+    """
+    ours, theirs = (_cosines(mean_pooled(hidden, mask)) for hidden in (student, teacher))
+    pairs = max(len(mask) * (len(mask) - 1), 1)  # both orders; a row is as its teacher to itself
+    return ((ours - theirs) / SIMILARITY_UNIT).square().sum() / pairs
+
+
+def _cosines(embeddings: Tensor) -> Tensor:
+    """Return the cosine of every pair of rows: [rows, channels] -> [rows, rows]."""
+    unit = functional.normalize(embeddings, dim=-1)
+    with torch.autocast(unit.device.type, enabled=False):  # bf16 has 8 bits, for 0.99 too
+        return unit @ unit.T
 
 
 def mean_pooled(hidden: Tensor, mask: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ def obs_scores(
         raise InvalidInput(f"kept blocks have shape {tuple(kept.shape)}, the weight's {blocks}")
     width = int(kept.sum(1).max()) * cols
     chunk = _rows_at_once(width)
-    shared = torch.linalg.inv(problem.hessian) if bool(kept.all()) else None
+    shared = _inverse(problem.hessian[None])[0] if bool(kept.all()) else None
     parts = []
     for start in range(0, blocks[0], chunk):
         chosen = slice(start, start + chunk)
@@ -264,12 +264,7 @@ def _principal(hessian: torch.Tensor, columns: torch.Tensor, alive: torch.Tensor
 
 def _inverse(matrices: torch.Tensor) -> torch.Tensor:
     """Return the inverses of symmetric positive matrices `[b, k, k]`."""
-    half = torch.linalg.solve_triangular(
-        torch.linalg.cholesky(matrices),
-        torch.eye(matrices.shape[1], dtype=matrices.dtype, device=matrices.device),
-        upper=False,
-    )
-    return half.mT @ half
+    return torch.cholesky_inverse(torch.linalg.cholesky(matrices))
 
 
 def _columns(groups: torch.Tensor, cols: int) -> torch.Tensor:

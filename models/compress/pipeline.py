@@ -305,9 +305,8 @@ class _Run:
 
     def _stage(self, name: str, rate: float, epochs: float) -> Stage:
         weights = self.recipe.distillation_for(self.task.head)
-        texts = name == "prune" or not self.task.has_labels
         return Stage(
-            name, self._sources(texts=texts), epochs, rate, weights,
+            name, self._sources(texts=name == "prune"), epochs, rate, weights,
             self.recipe.tokens_per_batch, self.recipe.seed,
         )  # fmt: skip
 

@@ -47,16 +47,19 @@ class Distillation:
     hidden: float = 1.0
     relations: float = 0.0
     embedding: float = 0.0
+    similarity: float = 0.0
     temperature: float = 2.0
 
     @property
     def needs_teacher(self) -> bool:
         """Whether any loss looks at a teacher."""
-        return any((self.logits, self.hidden, self.relations, self.embedding))
+        return any(
+            (self.logits, self.hidden, self.relations, self.embedding, self.similarity)
+        )
 
 
 DISTILLATION: dict[Head, Distillation] = {
-    "none": Distillation(embedding=1.0),
+    "none": Distillation(hidden=0.1, embedding=1.0, similarity=1.0),
     "classify": Distillation(labels=0.5, logits=1.0),
     "qa": Distillation(labels=0.5, logits=1.0),
 }

@@ -14,12 +14,13 @@ from sparsec.models.compress.distil import (  # noqa: E402
     losses,
     mean_pooled,
     relation_loss,
+    similarity_loss,
     total,
 )
 from sparsec.models.compress.recipe import Distillation  # noqa: E402
 
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-ALL = Distillation(labels=0, logits=1, hidden=2, relations=3, embedding=4)
+ALL = Distillation(labels=0, logits=1, hidden=2, relations=3, embedding=4, similarity=5)
 
 
 def seen(seed: int, layers: int = 2, channels: int = 8, heads: int = 2) -> Seen:
@@ -31,7 +32,7 @@ def seen(seed: int, layers: int = 2, channels: int = 8, heads: int = 2) -> Seen:
 
 def test_a_student_that_is_its_teacher_loses_nothing() -> None:
     parts = losses(seen(0), seen(0), MASK, ALL)
-    assert sorted(parts) == ["embedding", "hidden", "logits", "relations"]
+    assert sorted(parts) == ["embedding", "hidden", "logits", "relations", "similarity"]
     for name, part in parts.items():
         assert part.item() == pytest.approx(0.0, abs=1e-6), name
 
@@ -94,3 +95,13 @@ def test_embeddings_compare_directions_of_the_mean_over_real_tokens() -> None:
     torch.testing.assert_close(pooled[1], hidden[1, :2].mean(0))
     assert embedding_loss(3 * hidden, hidden, MASK).item() == pytest.approx(0.0, abs=1e-6)
     assert embedding_loss(-hidden, hidden, MASK).item() == pytest.approx(2.0)
+
+
+def test_similarity_compares_the_cosines_of_pairs_of_rows() -> None:
+    """By hand: two embeddings at 60 degrees against two at 90, so 0.5 against 0."""
+    ours = torch.tensor([[[1.0, 0.0]], [[0.5, 0.75**0.5]]])
+    theirs = torch.tensor([[[2.0, 0.0, 0.0]], [[0.0, 0.0, 3.0]]])
+    mask = torch.ones(2, 1)
+    assert similarity_loss(ours, theirs, mask).item() == pytest.approx((0.5 / 0.1) ** 2)
+    assert similarity_loss(theirs, theirs, mask).item() == pytest.approx(0.0, abs=1e-9)
+    assert similarity_loss(ours[:1], theirs[:1], mask[:1]).item() == 0.0

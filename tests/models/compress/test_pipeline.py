@@ -154,7 +154,7 @@ def test_embeddings_are_learnt_from_the_dense_model_alone(recipe: Recipe, tmp_pa
     made = compress(replace(recipe, task="embed", train=pairs, dev=pairs))
     lines = [json.loads(text) for text in (recipe.output / "log.jsonl").read_text().splitlines()]
     assert {line["stage"] for line in lines} == {"prune", "tune", "quantise"}
-    assert {"embedding", "hidden"} == set(lines[0]["losses"])
+    assert {"embedding", "hidden", "similarity"} == set(lines[0]["losses"])
     assert made.dev["teacher"]["spearman"] <= 1
 
 
