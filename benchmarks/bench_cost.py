@@ -30,7 +30,6 @@ from sparsec.codegen.kernels.attention_int8 import AttentionInt8, AttentionInt8F
 from sparsec.codegen.kernels.costs import Shape
 from sparsec.codegen.kernels.dense_gemm import DenseGemm, DenseGemmFamily
 from sparsec.codegen.kernels.int8_cost import Form
-from sparsec.codegen.kernels.int8_epilogue import Epilogue
 from sparsec.codegen.kernels.int8_family import PARAMS, Int8GemmFamily, kernel_of
 from sparsec.codegen.kernels.layer_norm import RESULTS, LayerNorm
 from sparsec.ir.schedule import Schedule, Workload
@@ -71,7 +70,7 @@ def expected(work: Workload, schedule: Schedule, shape: Shape, target: Target) -
 
 def int8_samples(target: Target, isa: Any, folder: Path) -> Iterator[list[Sample]]:
     for activation in ACTIVATIONS:
-        end = Epilogue(activation, to_u8=True, coarse=activation != "none", is_bounded=True)
+        end = bench_int8.u8_epilogue(activation, isa)
         kernels = [k for k in Int8GemmFamily().variants()
                    if (k.isa, getattr(k, "epilogue", None)) == (isa.name, end)]  # fmt: skip
         place = folder / activation  # a path of its own: the loader knows libraries by path

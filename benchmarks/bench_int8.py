@@ -25,9 +25,11 @@ import numpy as np
 
 from sparsec.codegen import tir
 from sparsec.codegen.isa import FEATURES
+from sparsec.codegen.isa.coarse import COARSE
 from sparsec.codegen.isa.int8 import AMX_INT8, INT8_ISAS, Int8Isa, int8_isa
+from sparsec.codegen.isa.pieces import LANES, PIECEWISE, piece_table, units_per_step
 from sparsec.codegen.kernels.int8_cost import Form
-from sparsec.codegen.kernels.int8_epilogue import Epilogue
+from sparsec.codegen.kernels.int8_epilogue import ActivationForm, Epilogue
 from sparsec.codegen.kernels.int8_family import PARAMS, Int8GemmFamily, kernel_of, pack
 from sparsec.codegen.kernels.int8_gemm import Int8Gemm
 from sparsec.codegen.kernels.int8_pack import pack_rows
@@ -46,6 +48,7 @@ SPARSE = [  # block, share of zero blocks
     ((1, 4), 0.8), ((4, 4), 0.8), ((4, 4), 0.9), ((16, 4), 0.8), ((16, 4), 0.9),
 ]  # fmt: skip
 C_TYPES = {Kind.POINTER: ctypes.c_void_p, Kind.INT: ctypes.c_int64, Kind.FLOAT: ctypes.c_float}
+OUT_SCALE = 1.0
 LEVELS = {
     Isa.AVX2: "haswell", Isa.AVX512_VNNI: "icelake-server", Isa.AMX: "sapphirerapids"
 }  # fmt: skip
@@ -86,6 +89,17 @@ class Library:
             return int(function(*values, 0, items))
 
         return call
+
+
+def u8_epilogue(activation: str, isa: Int8Isa) -> Epilogue:
+    """As the family has it for results of OUT_SCALE."""
+    forms: dict[ActivationForm, bool] = {
+        "pieces": activation in PIECEWISE and 2 * isa.lanes == LANES,
+        "coarse": activation in COARSE,
+        "exact": True,
+    }
+    form = next(form for form, fits in forms.items() if fits)
+    return Epilogue(activation, to_u8=True, form=form, is_bounded=True)
 
 
 def aligned(array: Array) -> Array:
@@ -130,7 +144,12 @@ class Shape:
         rows = [np.zeros(self.m, np.int32), one * np.float32(1e-4), one]
         weights = [*packed.arrays.values(), *(pack_rows(r, form.rows) for r in rows)]
         sizes = [self.tokens, self.m, self.k, group, *([form.rows // form.strip] * kernel.tall)]
-        numbers = [1.0, 128] if self.epilogue.to_u8 else []
+        numbers = [1 / OUT_SCALE, 128] if self.epilogue.to_u8 else []
+        if self.epilogue.form == "pieces":
+            table = piece_table(self.epilogue.activation, OUT_SCALE)
+            assert table is not None
+            weights.append(table)
+            numbers[0] *= units_per_step(table)
         args = [self.x, *(aligned(a) for a in weights), self.y, *sizes, *numbers]
         items = -(-self.m // form.rows) * len(self.x)
         scratch = kernel.scratch_bytes(self.k, group, packed.most_steps)
@@ -201,9 +220,8 @@ def main() -> None:
     isa = int8_isa(options.isa or best)
     if isa is AMX_INT8 and not may_use_tiles():
         raise SystemExit("this system does not permit the use of AMX")
-    coarse = not options.f32 and options.activation.startswith("gelu")
-    epilogue = Epilogue(
-        options.activation, to_u8=not options.f32, coarse=coarse, is_bounded=not options.f32
+    epilogue = (
+        Epilogue(options.activation) if options.f32 else u8_epilogue(options.activation, isa)
     )
     kernels: list[Kernel] = [k for k in Int8GemmFamily().variants()
                              if isinstance(k, Int8Gemm) and k.isa == isa.name

@@ -55,7 +55,7 @@ class Int8Isa:
     dot: Callable[[Any, tuple[Any, ...], tuple[Any, ...]], Any]
     to_integer: Callable[[Any], Any]
     interleave: Callable[[list[Any]], list[Any]]
-    pack: Callable[[list[Any], Any], Any]
+    pack: Callable[[list[Any], Callable[[Any], Any]], Any]
     to_tokens: Callable[[list[Any]], list[Any]]
     to_tiles: Callable[[list[Any]], list[Any]]
     tiles: int = TILES
@@ -125,17 +125,19 @@ def _interleave(channels: list[Any]) -> list[Any]:
     return tiles
 
 
-def _pack(names: tuple[str, str], tiles: list[Any], zero_point: Any) -> Any:
+def add_saturating(x: Any, y: Any) -> Any:
+    """Sum of two vectors of int16 that does not wrap around."""
+    return keep(_call(str(x.ty.dtype), f"llvm.sadd.sat.v{_lanes(x)}i16", x, y))
+
+
+def _pack(names: tuple[str, str], tiles: list[Any], finish: Callable[[Any], Any]) -> Any:
     """Four tiles as one vector: 3 packs."""
     lanes = _lanes(tiles[0])
-    words, type = names[0], f"int16x{2 * lanes}"
-    zero = T.broadcast(T.cast(zero_point, "int16"), 2 * lanes)
-    halves = []
-    for i in (0, 2):
-        packed = keep(_call(type, words, tiles[i], tiles[i + 1]))
-        # Saturating too: what the pack has clamped must not wrap around.
-        halves.append(keep(_call(type, f"llvm.sadd.sat.v{2 * lanes}i16", packed, zero)))
-    return _call(f"uint8x{4 * lanes}", names[1], *halves)
+    words, bytes_ = names
+    halves = [
+        finish(keep(_call(f"int16x{2 * lanes}", words, tiles[i], tiles[i + 1]))) for i in (0, 2)
+    ]
+    return _call(f"uint8x{4 * lanes}", bytes_, *halves)
 
 
 def _quarters(a: Any, b: Any, lanes: list[int]) -> Any:
@@ -212,9 +214,9 @@ def _joined(a: Any, b: Any) -> Any:
     return keep(shuffle(a, b, list(range(2 * _lanes(a)))))
 
 
-def _pack_32(tiles: list[Any], zero_point: Any) -> Any:
+def _pack_32(tiles: list[Any], finish: Callable[[Any], Any]) -> Any:
     """Two tiles as half a vector."""
-    words = keep(T.reinterpret("int32x16", _pack(_PACKS_512, tiles * 2, zero_point)))
+    words = keep(T.reinterpret("int32x16", _pack(_PACKS_512, tiles * 2, finish)))
     order = [0, 1, 8, 9, 4, 5, 12, 13]  # the upper half of each 128 bits is a copy
     return T.reinterpret("uint8x32", keep(shuffle_of([words], order)))
 
@@ -237,9 +239,9 @@ def _interleave_16(channels: list[Any]) -> list[Any]:
     return [keep(T.reinterpret("int32x16", keep(shuffle_of([keep(words)], bytes_))))]
 
 
-def _pack_16(tiles: list[Any], zero_point: Any) -> Any:
+def _pack_16(tiles: list[Any], finish: Callable[[Any], Any]) -> Any:
     """One tile as a quarter of a vector."""
-    words = keep(T.reinterpret("int32x16", _pack(_PACKS_512, tiles * 4, zero_point)))
+    words = keep(T.reinterpret("int32x16", _pack(_PACKS_512, tiles * 4, finish)))
     return T.reinterpret("uint8x16", keep(shuffle_of([words], [0, 4, 8, 12])))
 
 

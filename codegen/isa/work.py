@@ -1,9 +1,11 @@
-"""What activations issue per vector, counted in polynomials.py and coarse.py."""
+"""What activations issue per vector, counted in polynomials.py, coarse.py and pieces.py."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from sparsec.codegen.isa.pieces import PIECEWISE
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +17,11 @@ class Work:
 
 
 EXP_NEGATIVE = Work(13)
-_COARSE: Mapping[str, Work] = {"gelu": Work(13), "gelu_tanh": Work(13)}
+_IN_PIECES = Work(4)  # ten for two vectors, and one scaling of each is left out
+_FORMS: Mapping[str, Mapping[str, Work]] = {
+    "coarse": {"gelu": Work(13), "gelu_tanh": Work(13)},
+    "pieces": dict.fromkeys(PIECEWISE, _IN_PIECES),
+}
 _EXACT: Mapping[str, Work] = {
     "none": Work(0),
     "relu": Work(1),
@@ -27,6 +33,6 @@ _EXACT: Mapping[str, Work] = {
 }
 
 
-def activation_work(name: str, *, coarse: bool) -> Work:
-    """Of one vector; `coarse` where a coarse form may be used."""
-    return _COARSE[name] if coarse and name in _COARSE else _EXACT[name]
+def activation_work(name: str, form: str = "exact") -> Work:
+    """Of one vector; a form that the activation does not have is the exact one."""
+    return _FORMS.get(form, {}).get(name, _EXACT[name])

@@ -73,7 +73,7 @@ def _epilogue(epilogue: str, vectors: float) -> list[Loop]:
     activation, *residual = epilogue.split()
     if activation == "none" and not residual:
         return []
-    work = activation_work(activation, coarse=False)
+    work = activation_work(activation)
     body = Loop(1, others=work.others + len(residual), divides=work.divides,
                 loads=1 + len(residual), stores=1)  # fmt: skip
     return [replace(body, times=vectors, l2_bytes=4.0 * 16 * len(residual))]

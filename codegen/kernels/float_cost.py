@@ -106,7 +106,7 @@ def _register_block(
 def _epilogue(epilogue: str, vectors: float) -> Loop:
     activation, *others = epilogue.split()
     residual, to_pairs = "residual" in others, "bf16" in others
-    work = activation_work(activation, coarse=False)
+    work = activation_work(activation)
     return Loop(
         vectors,
         others=work.others + residual + to_pairs,

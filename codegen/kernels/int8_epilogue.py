@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tvm.script.ir_builder import tirx as T
 
 from sparsec.codegen import tir
+from sparsec.codegen.isa import pieces
 from sparsec.codegen.isa.coarse import COARSE
-from sparsec.codegen.isa.int8 import Int8Isa
+from sparsec.codegen.isa.int8 import Int8Isa, add_saturating
 from sparsec.codegen.isa.polynomials import ACTIVATIONS, at_most
 from sparsec.codegen.isa.vector import keep, ramp, splat
 from sparsec.codegen.program import Kind, Parameter
 
 ENOUGH = 32767.0  # above every u8, and far inside int32
+# How the activation is computed: to the bits of fp32, or, for u8, as isa/coarse.py or
+# isa/pieces.py has it.
+ActivationForm = Literal["exact", "coarse", "pieces"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +27,16 @@ class Epilogue:
     """y = activation(sum * multiplier + bias) + residual, one rounding for `* +`.
 
     The result is fp32, or u8: clip(rint(y * inverse_scale) + zero_point). For u8 the activation
-    may be a `coarse` one, and `is_bounded` says that no y * inverse_scale is outside int32. With
-    scales `by_token` a sum is multiplied by its token's scale first.
+    may be `coarse` or in `pieces`, and `is_bounded` says that no y * inverse_scale is outside
+    int32. With `pieces`, of AVX-512 and without residual, `inverse_scale` is that of units, and
+    they are rounded before the activation. With scales `by_token` a sum is multiplied by its
+    token's scale first.
     """
 
     activation: str = "none"
     has_residual: bool = False
     to_u8: bool = False
-    coarse: bool = False
+    form: ActivationForm = "exact"
     is_bounded: bool = False
     by_token: bool = False
 
@@ -38,7 +44,7 @@ class Epilogue:
     def suffix(self) -> str:
         flags = {
             self.activation: self.activation != "none",
-            "coarse": self.coarse,
+            self.form: self.form != "exact",
             "residual": self.has_residual,
             "bounded": self.is_bounded,
             "bytoken": self.by_token,
@@ -53,8 +59,9 @@ class Epilogue:
     def pointers(self) -> tuple[Parameter, ...]:
         names = ["multiplier", "bias", *["token_scale"] * self.by_token]
         names += ["residual"] * self.has_residual
+        table = [Parameter("pieces", dtype="int16")] if self.form == "pieces" else []
         y = Parameter("y", dtype="uint8" if self.to_u8 else "float32")
-        return (*(Parameter(n) for n in names), y)
+        return (*(Parameter(n) for n in names), *table, y)
 
     @property
     def numbers(self) -> tuple[Parameter, ...]:
@@ -81,30 +88,51 @@ class Epilogue:
         self, s: tir.KernelScope, isa: Int8Isa, sums: list[Any], row: Any, start: Any
     ) -> None:
         """One row of a chunk: `sums` are its tiles, `start` is the row's first element in y."""
-        n = isa.lanes
-        multiplier, bias = (keep(splat(s[name][row], n)) for name in ("multiplier", "bias"))
-        activation = (COARSE if self.coarse else ACTIVATIONS)[self.activation]
-        values = [keep(activation(isa.vector, keep(part * multiplier + bias))) for part in sums]
-        places = [ramp(start + i * n, n) for i in range(isa.tiles)]
+        places = [ramp(start + i * isa.lanes, isa.lanes) for i in range(isa.tiles)]
+        if self.form == "pieces":
+            units = self._scaled(s, isa, sums, row, s["inverse_scale"])
+            self._store_u8(s, isa, units, start, lambda x: pieces.emit(s["pieces"], x))
+            return
+        activation = (COARSE if self.form == "coarse" else ACTIVATIONS)[self.activation]
+        values = [keep(activation(isa.vector, x)) for x in self._scaled(s, isa, sums, row)]
         if self.to_u8:
-            self._store_u8(s, isa, values, start, places)
+            self._store_u8(s, isa, self._in_steps(s, isa, values, places), start)
             return
         for place, value in zip(places, isa.to_tokens(values), strict=True):
             total = value + s["residual"][place] if self.has_residual else value
             T.buffer_store(s["y"], total, [place])
 
-    def _store_u8(
-        self, s: tir.KernelScope, isa: Int8Isa, values: list[Any], start: Any, places: list[Any]
-    ) -> None:
-        n = isa.lanes
+    def _scaled(
+        self, s: tir.KernelScope, isa: Int8Isa, sums: list[Any], row: Any, factor: Any = None
+    ) -> list[Any]:
+        """sum * multiplier + bias, in units of 1 / `factor`."""
+        rows = [s[name][row] for name in ("multiplier", "bias")]
+        if factor is not None:
+            rows = [keep(value * factor) for value in rows]
+        multiplier, bias = (keep(splat(value, isa.lanes)) for value in rows)
+        return [keep(part * multiplier + bias) for part in sums]
+
+    def _in_steps(
+        self, s: tir.KernelScope, isa: Int8Isa, values: list[Any], places: list[Any]
+    ) -> list[Any]:
         if self.has_residual:
             residual = isa.to_tiles([keep(s["residual"][place]) for place in places])
             values = [keep(v + r) for v, r in zip(values, residual, strict=True)]
-        inverse = keep(splat(s["inverse_scale"], n))
-        steps = []
-        for value in values:
-            scaled = keep(value * inverse)
-            # What is too large for int32 would become the least int32.
-            scaled = scaled if self.is_bounded else at_most(isa.vector, scaled, ENOUGH)
-            steps.append(keep(isa.to_integer(scaled)))
-        T.buffer_store(s["y"], isa.pack(steps, s["zero_point"]), [ramp(start, isa.chunk)])
+        inverse = keep(splat(s["inverse_scale"], isa.lanes))
+        return [keep(v * inverse) for v in values]
+
+    def _store_u8(
+        self,
+        s: tir.KernelScope,
+        isa: Int8Isa,
+        values: list[Any],
+        start: Any,
+        function: Callable[[Any], Any] = lambda x: x,
+    ) -> None:
+        """Rounded values through a `function` of int16, plus the zero point."""
+        # What is too large for int32 would become the least int32.
+        fitting = values if self.is_bounded else [at_most(isa.vector, v, ENOUGH) for v in values]
+        steps = [keep(isa.to_integer(v)) for v in fitting]
+        zero = T.broadcast(T.cast(s["zero_point"], "int16"), 2 * isa.lanes)
+        packed = isa.pack(steps, lambda x: add_saturating(function(x), zero))
+        T.buffer_store(s["y"], packed, [ramp(start, isa.chunk)])

@@ -6,9 +6,11 @@ from itertools import product
 
 import numpy as np
 
+from sparsec.codegen.isa import pieces
 from sparsec.codegen.isa.coarse import COARSE, MAX_ERROR
 from sparsec.codegen.isa.int8 import (
     AMX_INT8,
+    AVX2_INT8,
     AVX512_VBMI2,
     INT8_ISAS,
     Int8Isa,
@@ -21,7 +23,7 @@ from sparsec.codegen.kernels.counts import seconds
 from sparsec.codegen.kernels.int8_bitmap import MOST_TOKENS, ROWS, BitmapGemm, pack_bitmap
 from sparsec.codegen.kernels.int8_cost import Form, bitmap_counts, block_density, counts, cycles
 from sparsec.codegen.kernels.int8_dots import DotGemm
-from sparsec.codegen.kernels.int8_epilogue import Epilogue
+from sparsec.codegen.kernels.int8_epilogue import ActivationForm, Epilogue
 from sparsec.codegen.kernels.int8_gemm import Int8Gemm
 from sparsec.codegen.kernels.int8_pack import (
     QUAD,
@@ -156,7 +158,7 @@ class Int8GemmFamily:
         m, k = weight.type.shape
         assert isinstance(m, int), node
         assert isinstance(k, int), node
-        epilogue = _epilogue(node)
+        epilogue = _epilogue(node, AVX2_INT8)  # of any, its form apart
         flags = [*["bytoken"] * epilogue.by_token, *["residual"] * epilogue.has_residual]
         end = " ".join([epilogue.activation, *flags])
         name, density = layout_and_density(weight)
@@ -198,7 +200,7 @@ class Int8GemmFamily:
             return [_bitmap_call(node, weight.data, binder)]
         rows, cols, strip, group, most = (schedule.param(n) for n in PARAMS)
         form, isa = Form(rows, cols, strip), int8_isa(schedule.isa)
-        kernel = kernel_of(form, isa, _epilogue(node), most)
+        kernel = kernel_of(form, isa, _epilogue(node, isa), most)
         packed = pack(weight.data, form, isa)
         m, k = weight.data.shape
         tokens = x.type.tokens
@@ -206,7 +208,7 @@ class Int8GemmFamily:
             binder.ref(x),
             *_weights(node, packed, form, isa, binder),
             *_rows(node, rows, binder),
-            *_operands(node, binder),
+            *_operands(node, kernel.epilogue, binder),
             *(tokens, m, k, group, *([rows // strip] if kernel.tall else [])),
             *_numbers(node, kernel.epilogue),
         ]
@@ -227,15 +229,14 @@ class Int8GemmFamily:
         ]
 
     def variants(self) -> list[Kernel]:
-        epilogues = _epilogues()
         found: list[Kernel] = [
             kernel_of(form, isa, epilogue, most)
             for isa in INT8_ISAS
             for form in _distinct_forms(isa)
-            for epilogue in epilogues
+            for epilogue in _epilogues(isa)
             for most in (0, *limits(isa))
         ]
-        return [*found, *(BitmapGemm.of(epilogue) for epilogue in epilogues)]
+        return [*found, *(BitmapGemm.of(epilogue) for epilogue in _epilogues(AVX512_VBMI2))]
 
 
 def _distinct_forms(isa: Int8Isa) -> list[Form]:
@@ -248,28 +249,40 @@ def _distinct_forms(isa: Int8Isa) -> list[Form]:
     return [*forms(None, isa), *sparse, Form(1, QUAD, 1)]
 
 
-def _epilogues() -> list[Epilogue]:
+def _epilogues(isa: Int8Isa) -> list[Epilogue]:
     """All that `_epilogue` gives."""
     found = [
         Epilogue(a, residual, by_token=by_token)
         for a, residual, by_token in product(ACTIVATIONS, (False, True), (False, True))
     ]
-    for activation in ACTIVATIONS:
-        for coarse in (False, True) if activation in COARSE else (False,):
-            found += [
-                Epilogue(activation, residual, True, coarse, bounded)
-                for residual, bounded in ((False, False), (False, True), (True, False))
-            ]
+    ends = ((False, False), (False, True), (True, False))
+    for activation, (residual, bounded) in product(ACTIVATIONS, ends):
+        may_be: dict[ActivationForm, bool] = {
+            "exact": True,
+            "coarse": activation in COARSE,
+            "pieces": _may_take_pieces(activation, residual, isa),
+        }
+        found += [Epilogue(activation, residual, True, f, bounded) for f in may_be if may_be[f]]
     return found
 
 
-def _epilogue(node: Node) -> Epilogue:
+def _epilogue(node: Node, isa: Int8Isa) -> Epilogue:
     residual, activation = node.optional_input(4) is not None, str(node.attrs["activation"])
     if node.output.type.dtype is not DType.U8:
         return Epilogue(activation, residual, by_token=node.optional_input(5) is not None)
-    coarse = activation in COARSE and node.attrs["out_scale"] >= STEPS_OF_COARSE * MAX_ERROR
-    bounded = not residual and _largest(node) / node.attrs["out_scale"] < 2**30
-    return Epilogue(activation, residual, True, coarse, bounded)
+    scale, units = node.attrs["out_scale"], 1
+    form: ActivationForm = "exact"
+    table = _pieces(node) if _may_take_pieces(activation, residual, isa) else None
+    if table is not None:
+        form, units = "pieces", pieces.units_per_step(table)
+    elif activation in COARSE and scale >= STEPS_OF_COARSE * MAX_ERROR:
+        form = "coarse"
+    bounded = not residual and _largest(node) / scale * units < 2**30
+    return Epilogue(activation, residual, True, form, bounded)
+
+
+def _may_take_pieces(activation: str, residual: bool, isa: Int8Isa) -> bool:
+    return activation in pieces.PIECEWISE and not residual and 2 * isa.lanes == pieces.LANES
 
 
 def _largest(node: Node) -> float:
@@ -299,7 +312,7 @@ def _share_of_values(weight: Value) -> float:
 
 def _bitmap_call(node: Node, w: Array, binder: Binder) -> KernelCall:
     kernel, packed, tokens = (
-        BitmapGemm.of(_epilogue(node)),
+        BitmapGemm.of(_epilogue(node, AVX512_VBMI2)),
         pack_bitmap(w),
         node.input(0).type.tokens,
     )
@@ -310,7 +323,7 @@ def _bitmap_call(node: Node, w: Array, binder: Binder) -> KernelCall:
         binder.ref(node.input(0)),
         *(binder.weight(f"{name}.{n}", array) for n, array in packed.arrays.items()),
         *_rows(node, ROWS, binder),
-        *_operands(node, binder),
+        *_operands(node, kernel.epilogue, binder),
         *(tokens, m, k),
         *_numbers(node, kernel.epilogue),
     ]
@@ -327,10 +340,19 @@ def _bitmap_call(node: Node, w: Array, binder: Binder) -> KernelCall:
     )
 
 
-def _operands(node: Node, binder: Binder) -> list[BufferRef]:
-    """What the epilogue reads of tokens, and the result."""
-    found = (node.optional_input(5), node.optional_input(4), node.output)
-    return [binder.ref(v) for v in found if v is not None]
+def _operands(node: Node, epilogue: Epilogue, binder: Binder) -> list[BufferRef]:
+    """What the epilogue reads of tokens and of its activation, and the result."""
+    read = (node.optional_input(5), node.optional_input(4))
+    table = _pieces(node) if epilogue.form == "pieces" else None
+    return [
+        *(binder.ref(v) for v in read if v is not None),
+        *([] if table is None else [binder.weight(f"{node.name}.pieces", table)]),
+        binder.ref(node.output),
+    ]
+
+
+def _pieces(node: Node) -> Array | None:
+    return pieces.piece_table(str(node.attrs["activation"]), node.attrs["out_scale"])
 
 
 def _numbers(node: Node, epilogue: Epilogue) -> list[Arg]:
@@ -338,7 +360,9 @@ def _numbers(node: Node, epilogue: Epilogue) -> list[Arg]:
         return []
     _, stored_scale = _scales(node)
     inverse = np.float32(1) / np.float32(stored_scale)
-    return [float(inverse), int(node.attrs["out_zero_point"])]
+    table = _pieces(node) if epilogue.form == "pieces" else None
+    units = 1 if table is None else pieces.units_per_step(table)
+    return [float(inverse) * units, int(node.attrs["out_zero_point"])]
 
 
 def _weights(

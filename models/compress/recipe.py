@@ -53,9 +53,7 @@ class Distillation:
     @property
     def needs_teacher(self) -> bool:
         """Whether any loss looks at a teacher."""
-        return any(
-            (self.logits, self.hidden, self.relations, self.embedding, self.similarity)
-        )
+        return any((self.logits, self.hidden, self.relations, self.embedding, self.similarity))
 
 
 DISTILLATION: dict[Head, Distillation] = {

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sparsec.codegen.isa import pieces
 from sparsec.codegen.isa.coarse import COARSE, MAX_ERROR
 from sparsec.codegen.isa.int8 import INT8_ISAS
 from sparsec.codegen.isa.polynomials import ACTIVATIONS
@@ -88,12 +89,19 @@ class Layer:
         total = (a["x"].astype(np.int64) - self.zero_point) @ a["w"].astype(np.int64).T
         return np.asarray(total)
 
-    def linear(self, by_token: bool = False) -> Array:
+    def linear(self, by_token: bool = False, factor: float = 1.0) -> Array:
         """sum * multiplier + bias, rounded once: the 64 bits of a long double hold it all."""
         sums = self.sums().astype(np.float32)
         sums = sums * self.arrays["token_scale"] if by_token else sums
-        y = sums.astype(np.longdouble) * self.arrays["multiplier"] + self.arrays["bias"]
+        multiplier, bias = (self.arrays[n] * np.float32(factor) for n in ("multiplier", "bias"))
+        y = sums.astype(np.longdouble) * multiplier + bias
         return np.asarray(y.astype(np.float32))
+
+    def in_pieces(self, table: Array) -> Array:
+        """The result of an epilogue in pieces, to the bit."""
+        units = np.rint(self.linear(factor=self.inverse * pieces.units_per_step(table)))
+        steps = pieces.evaluate(np.clip(units, -(2**15), 2**15 - 1), table)
+        return np.clip(steps + self.out_zero_point, 0, 255).astype(np.uint8)
 
     def result(self, epilogue: Epilogue) -> Array:
         wide = self.linear(epilogue.by_token).astype(np.float64)
@@ -101,6 +109,11 @@ class Layer:
         if epilogue.has_residual:
             y = y + self.arrays["residual"]
         return self.stored(y) if epilogue.to_u8 else np.asarray(y)
+
+    def table(self, epilogue: Epilogue) -> Array | None:
+        if epilogue.form != "pieces":
+            return None
+        return pieces.piece_table(epilogue.activation, self.out_scale)
 
     def stored(self, y: Array) -> Array:
         steps = np.rint(y * self.inverse) + self.out_zero_point
@@ -147,9 +160,13 @@ def call(run: Any, kernel: Int8Gemm, layer: Layer, *, group: int = 2, splits: in
     per_row = [pack_rows(v, rows) for v in (offset, a["multiplier"], a["bias"])]
     residual = [run.to_panels(a["token_scale"])] if kernel.epilogue.by_token else []
     residual += [run.to_panels(a["residual"])] if kernel.epilogue.has_residual else []
+    table, units = layer.table(kernel.epilogue), 1
+    if table is not None:
+        residual, units = [*residual, table], pieces.units_per_step(table)
     sizes = [tokens, m, k, *([] if is_bitmap else [group])]
     sizes += [rows // kernel.strip] if kernel.tall else []
-    numbers = [float(layer.inverse), layer.out_zero_point] if kernel.epilogue.to_u8 else []
+    numbers = [float(layer.inverse) * units, layer.out_zero_point]
+    numbers = numbers if kernel.epilogue.to_u8 else []
     pointers = [run.to_panels(a["x"]), *packed.arrays.values(), *per_row, *residual, y]
     status = run(
         kernel, *pointers, *sizes, *numbers,
@@ -237,16 +254,18 @@ def test_every_epilogue(some_kernel: Int8Gemm, run: Any) -> None:
     layer = Layer((70, 13, 40), out_scale=0.043, out_zero_point=17)
     epilogue, y = some_kernel.epilogue, call(run, some_kernel, layer)
     expected = layer.result(epilogue)
-    if epilogue.to_u8:
+    if (table := layer.table(epilogue)) is not None:
+        np.testing.assert_array_equal(y, layer.in_pieces(table))
+    elif epilogue.to_u8:
         # The kernel's activation is not rounded as the reference's: a step apart, and seldom.
         apart = np.abs(y.astype(int) - expected.astype(int))
         assert apart.max() <= (0 if epilogue.activation in ("none", "relu") else 1)
         assert (apart > 0).mean() < 0.01
-        return
-    # Activations are good to 1e-6 max(1, |x|); adding the residual rounds once more.
-    size = np.abs(layer.linear(epilogue.by_token))
-    bound = 2e-6 * np.maximum(1, size) + 2e-7 * np.abs(expected)
-    assert (np.abs(y - expected) <= bound).all()
+    else:
+        # Activations are good to 1e-6 max(1, |x|); adding the residual rounds once more.
+        size = np.abs(layer.linear(epilogue.by_token))
+        bound = 2e-6 * np.maximum(1, size) + 2e-7 * np.abs(expected)
+        assert (np.abs(y - expected) <= bound).all()
 
 
 def test_variants_are_all_that_schedules_ask_for() -> None:
@@ -271,7 +290,7 @@ def test_coarse_activations_stay_in_their_bound(run: Any) -> None:
         layer.arrays["multiplier"][:] = 9 / 2**14
         layer.arrays["bias"][:] = 0
         (form,) = forms(None, isa)
-        y = call(run, kernel_of(form, isa, Epilogue(activation, coarse=True)), layer)
+        y = call(run, kernel_of(form, isa, Epilogue(activation, form="coarse")), layer)
         exact = REFERENCES[activation](layer.linear().astype(np.float64))
         assert np.abs(layer.linear()).max() > 8
         assert np.abs(y - exact).max() < MAX_ERROR
