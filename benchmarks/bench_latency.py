@@ -150,7 +150,9 @@ def remote_engines(
 
 def print_per_core(results: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """A row per length: samples/s per core of all engines here, and what was published."""
-    names = dict.fromkeys(name for result in results for name in result["engines"])
+    names: dict[str, None] = {}
+    for result in results:
+        names |= dict.fromkeys((*result["engines"], *(f["engine"] for f in result["failures"])))
     limit = f"p99 <= {options.latency_ms:g} ms"
     title = (
         f"{options.model}, {options.block}, {options.sparsity} % zeros, {limit}: samples/s/core"

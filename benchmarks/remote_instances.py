@@ -103,7 +103,7 @@ class Instances:
 
 
 def _windows(remotes: Sequence[Remote], seconds: float) -> Windows:
-    ask_all(remotes, "warm")
+    ask_all(remotes, "warm", wait_seconds=WAIT_PER_TURN_SECONDS)
     wait_seconds = seconds + WAIT_PER_TURN_SECONDS
     answers = ask_all(remotes, "window", wait_seconds=wait_seconds, seconds=seconds)
     return [answer["seconds"] for answer in answers]

@@ -51,8 +51,11 @@ def test_published_figures_are_per_core(
         "sparsec": {"met": True, "best": {"samples_per_s_per_core": 123.45}},
         "peer": {"met": False, "best": {"samples_per_s_per_core": 67.8}},
     }
-    results = [{"seq": seq, "cores": 2, "engines": engines} for seq in (32, 33)]
-    results[1]["engines"] = {"sparsec": engines["sparsec"]}  # the peer failed
+    results = [
+        {"seq": 32, "cores": 2, "engines": engines, "failures": []},
+        {"seq": 33, "cores": 2, "engines": {"sparsec": engines["sparsec"]}, "failures": []},
+    ]
+    results[1]["failures"] = [{"engine": "peer", "setting": "", "reason": "signal 9"}]
     script.print_per_core(results, options)
     rows = [line for line in capsys.readouterr().out.splitlines() if "123.5" in line]
     assert "226.7" in rows[0]  # 5440 samples/s over 24 cores
