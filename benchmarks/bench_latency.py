@@ -2,10 +2,13 @@
 
     python benchmarks/bench_latency.py [--model distilbert] [--latency-ms 10] [--seqs 32,128]
                                        [--block 4x1] [--sparsity 80] [--setting "static linear"]
+                                       [--deepsparse-python FILE] [--itrex-python FILE]
 
-Builds the pruned model and its int8 library, makes the peers' int8 file of the same network, and
-searches instances x threads x batch for every engine, as `sparsec bench --latency-ms` does. What
-was published is from another machine, which the table names.
+Builds the pruned model and its int8 library, makes the peers' int8 files of the same network, and
+searches instances x threads x batch for every engine, as `sparsec bench --latency-ms` does.
+DeepSparse and ITREX, a worker process for each instance, are searched with their dense file and
+with files pruned to as many zeros in their own blocks (docs/benchmarks.md). What was published is
+from another machine, which the table names.
 """
 
 from __future__ import annotations
@@ -13,18 +16,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 from bench_files import build, peers, progress
 from bench_models import CPUINFO, integers, parse_shape
+from remote_instances import RemoteEngine
 from rich.table import Table
+from sparse_peers import SPARSE_ENGINES, add_python_options, installed_version, sparse_files
 
 from sparsec.errors import CompilerError, InvalidInput
-from sparsec.models.registry import find_model
+from sparsec.models.registry import ModelSpec, find_model
 from sparsec.models.weights import Pruning
 from sparsec.tools.console import console
-from sparsec.tools.peer_instances import PEER_ENGINES, is_installed
+from sparsec.tools.instances import Engine
+from sparsec.tools.peer_instances import PEER_ENGINES, is_installed, peer_engines
 from sparsec.tools.throughput import Space, print_throughput, throughput
 
 # Intel Extension for Transformers, repository, 10 July 2022: int8, 4x1 blocks, batch up to 8, the
@@ -80,6 +87,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--setting", default="static linear", help="int8 file of the peers: or static all, dynamic"
     )
+    add_python_options(parser)
     add("--seconds", type=float, default=5.0, help="of the last measurement of each engine")
     add("--folder", type=Path, default=Path("out/bench"), metavar="DIR", help="models, libraries")
     add("--json", type=Path, metavar="FILE", help="write the results to this file")
@@ -96,20 +104,19 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             "--latency-ms and --sparsity: wanted numbers above 0, below 100 per cent"
         )
     spec = find_model(options.model)
+    versions = {name: installed_version(name, options) for name in SPARSE_ENGINES}
     library = build(spec, options, Pruning(options.sparsity / 100, *parse_shape(options.block)))
-    installed = [name for name in PEER_ENGINES if is_installed(name)]
-    files = {side.setting: side.path for side in peers(spec, options, installed)}
-    if installed and options.setting not in files:
-        raise InvalidInput(f"--setting {options.setting!r}: known are {', '.join(files)}")
-    with progress.status("starting") as status:
+    with ExitStack() as stack:
+        remote = [stack.enter_context(closing(e)) for e in remote_engines(spec, options, versions)]
+        engines = [*local_engines(spec, options), *remote]
+        status = stack.enter_context(progress.status("starting"))
         return [
             throughput(
                 library.path,
                 limit_ms=options.latency_ms,
                 seq=seq,
                 space=Space(),
-                onnx=files[options.setting] if installed else None,
-                against=None,
+                peers=engines,
                 seconds=options.seconds,
                 progress=lambda stage: status.update(stage),
             )
@@ -117,29 +124,58 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         ]
 
 
+def local_engines(spec: ModelSpec, options: argparse.Namespace) -> list[Engine]:
+    """The installed peers of this Python, with the int8 file asked for."""
+    installed = [name for name in PEER_ENGINES if is_installed(name)]
+    if not installed:
+        return []
+    files = {side.setting: side.path for side in peers(spec, options, installed)}
+    if options.setting not in files:
+        raise InvalidInput(f"--setting {options.setting!r}: known are {', '.join(files)}")
+    return [*peer_engines(files[options.setting], None)]
+
+
+def remote_engines(
+    spec: ModelSpec, options: argparse.Namespace, versions: dict[str, str | None]
+) -> list[RemoteEngine]:
+    """Those of SPARSE_ENGINES that have a version, with the files that can be made."""
+    engines = []
+    for name, version in versions.items():
+        if version is not None:
+            kind = SPARSE_ENGINES[name]
+            files = list(sparse_files(spec, options, name, [options.sparsity]))
+            engines.append(RemoteEngine(f"{kind.title} {version}", files, kind.copies))
+    return engines
+
+
 def print_per_core(results: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """A row per length: samples/s per core of all engines here, and what was published."""
-    engines = list(results[0]["engines"])
+    names: dict[str, None] = {}
+    for result in results:
+        names |= dict.fromkeys((*result["engines"], *(f["engine"] for f in result["failures"])))
     limit = f"p99 <= {options.latency_ms:g} ms"
     title = (
         f"{options.model}, {options.block}, {options.sparsity} % zeros, {limit}: samples/s/core"
     )
     table = Table(title=title)
-    for column in ("length", *engines, "published"):
+    for column in ("length", *names, "published"):
         table.add_column(column)
     for result in results:
-        cells = [
-            f"{e['best']['samples_per_s_per_core']:.1f}" if e["met"] else "misses"
-            for e in result["engines"].values()
-        ]
+        cells = [_per_core(result["engines"].get(name)) for name in names]
         key = (options.model, options.latency_ms, result["seq"], options.sparsity)
         known = PUBLISHED.get(key) if options.block == "4x1" else None
         published = f"{known / PUBLISHED_CORES:.1f}" if known else "-"
         table.add_row(str(result["seq"]), *cells, published)
     console().print(table)
-    names = [s for s in CPUINFO.read_text().splitlines() if s.startswith("model name")]
-    here = names[0].partition(":")[2].strip() if names else "a CPU without a name"
+    lines = [s for s in CPUINFO.read_text().splitlines() if s.startswith("model name")]
+    here = lines[0].partition(":")[2].strip() if lines else "a CPU without a name"
     print(f"Here: {results[0]['cores']} cores of a {here}. Published: {PUBLISHED_MACHINE}.")
+
+
+def _per_core(engine: dict[str, Any] | None) -> str:
+    if engine is None:
+        return "fails"
+    return f"{engine['best']['samples_per_s_per_core']:.1f}" if engine["met"] else "misses"
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ import numpy as np
 from bench_files import Library, Side, build, peers, progress, source_digest
 from model_tables import print_tables
 from remote import Remote
-from sparse_peers import SPARSE_ENGINES, sparse_peers, version
+from sparse_peers import SPARSE_ENGINES, add_python_options, installed_version, sparse_peers
 
 import sparsec
 from sparsec.errors import CompilerError, InvalidInput
@@ -123,8 +123,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--all", action="store_true", help=f"all models but minilm, {ALL_SHAPES}, 1 and 2 threads")
     names = ",".join((*PEERS, *SPARSE_ENGINES))
     add("--peers", default=names, metavar="NAME,...", help=f"default: {names}")
-    for name, engine in SPARSE_ENGINES.items():
-        add(f"--{name}-python", type=Path, metavar="FILE", help=f"a Python with {engine.title}")
+    add_python_options(parser)
     add("--seconds", type=float, default=2.0, help="of each engine and setting in each cell")
     add("--clock", choices=list(CLOCKS), default="wall", help="cpu: of the whole process")
     add("--target", default="native", help="target to compile for; default: this machine")
@@ -231,16 +230,11 @@ def installed_peers(options: argparse.Namespace) -> dict[str, str]:
             module = importlib.import_module(name)
             found[name] = module.__version__.split("-")[0]
         elif name in SPARSE_ENGINES:
-            title, python = SPARSE_ENGINES[name].title, getattr(options, f"{name}_python")
             if options.precision != "int8":
+                title = SPARSE_ENGINES[name].title
                 progress.print(f"{title} is left out: it is measured in int8 only")
-            elif python is None:
-                how = f"--{name}-python FILE, a Python set up as docs/benchmarks.md says"
-                progress.print(
-                    f"{title}, which makes use of zeros, is left out; to measure it: {how}"
-                )
-            else:
-                found[name] = version(name, python)
+            elif (version := installed_version(name, options)) is not None:
+                found[name] = version
         else:
             known = ", ".join((*PEERS, *SPARSE_ENGINES))
             raise InvalidInput(f"--peers {name}: known are {known}")

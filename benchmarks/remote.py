@@ -6,9 +6,11 @@ The protocol is described in workers/protocol.py.
 from __future__ import annotations
 
 import json
+import os
 import select
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,15 +35,16 @@ class Worker:
 
 
 class Remote:
-    """An engine in a worker, which its first request starts with the CPUs of this process.
+    """An engine in a worker, which its first request starts on `cpus`: None for all of the caller.
 
     `failure` says what went wrong; from then on it takes no time in its turns, so that the engines
     beside it can go on.
     """
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, cpus: Sequence[int] | None = None) -> None:
         self.failure: str | None = None
         self._worker = worker
+        self._cpus = cpus
         self._process: subprocess.Popen[str] | None = None
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
 
@@ -66,14 +69,23 @@ class Remote:
 
     def ask(self, name: str, *, wait_seconds: float = WAIT_SECONDS, **arguments: Any) -> Answer:
         """The answer to a request; raises WorkerFailed."""
+        self.send(name, **arguments)
+        return self.receive(name, wait_seconds)
+
+    def send(self, name: str, **arguments: Any) -> None:
+        """Begin a request, whose answer is to be received before the next; raises WorkerFailed."""
         process = self._started()
         assert process.stdin is not None
-        assert process.stdout is not None
         try:
             process.stdin.write(json.dumps({name: arguments}) + "\n")
             process.stdin.flush()
         except BrokenPipeError:
             raise WorkerFailed(self._last_words(process)) from None
+
+    def receive(self, name: str, wait_seconds: float) -> Answer:
+        """The answer to the request that was sent; raises WorkerFailed."""
+        process = self._started()
+        assert process.stdout is not None
         if not select.select([process.stdout], [], [], wait_seconds)[0]:
             raise WorkerFailed(f"no answer to {name!r} within {wait_seconds:g} s")
         line = process.stdout.readline()  # answers are written whole
@@ -93,7 +105,10 @@ class Remote:
 
     def _started(self) -> subprocess.Popen[str]:
         if self._process is None:
+            before = os.sched_getaffinity(0)
             try:
+                if self._cpus is not None:
+                    os.sched_setaffinity(0, self._cpus)  # of this thread; the worker inherits it
                 self._process = subprocess.Popen(
                     [self._worker.python, FOLDER / self._worker.script],
                     stdin=subprocess.PIPE,
@@ -103,6 +118,8 @@ class Remote:
                 )
             except OSError as error:
                 raise WorkerFailed(f"{self._worker.python}: {error.strerror}") from None
+            finally:
+                os.sched_setaffinity(0, before)
         return self._process
 
     def _last_words(self, process: subprocess.Popen[str]) -> str:
@@ -111,3 +128,15 @@ class Remote:
         text = self._said.read().decode(errors="replace").strip()[-TOLD_CHARACTERS:]
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
         return f"the worker ended with {how}; its last words: {text or 'none'}"
+
+
+def ask_all(
+    remotes: Sequence[Remote], name: str, *, wait_seconds: float = WAIT_SECONDS, **arguments: Any
+) -> list[Answer]:
+    """The answers to a request that all work on at the same time; raises WorkerFailed.
+
+    After that none of them is to be asked again: answers may be waiting.
+    """
+    for remote in remotes:
+        remote.send(name, **arguments)
+    return [remote.receive(name, wait_seconds) for remote in remotes]

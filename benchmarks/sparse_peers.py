@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,34 +59,71 @@ class SparseEngine:
         return [None, *(Pruning(level / 100, *block) for level in fit for block in self.blocks)]
 
 
+@dataclass(frozen=True, slots=True)
+class SparseFile:
+    """What an engine runs: `variant` is dense, or the block and the per cent of zeros."""
+
+    variant: str
+    path: Path
+    zeros: int
+    worker: Worker
+
+
 def sparse_peers(
     spec: ModelSpec, options: argparse.Namespace, names: Iterable[str], levels: Iterable[int]
 ) -> list[Side]:
-    """The settings of the named engines for dense weights and for these per cent of zeros.
-
-    A file that can not be made is left out, and the reason is printed.
-    """
+    """The settings of the named engines for dense weights and for these per cent of zeros."""
     sides = []
     for name in names:
         engine = SPARSE_ENGINES[name]
-        worker = Worker(getattr(options, f"{name}_python"), f"{name}_worker.py")
-        for pruning in engine.prunings(levels):
-            zeros = round(pruning.sparsity * 100) if pruning else 0
-            variant = f"{pruning}_{zeros}" if pruning else "dense"
-            path = options.folder / spec.name / f"peer_{name}_{variant}{engine.suffix}"
-            try:
-                if not path.exists():
-                    progress.print(f"{spec.name} for {engine.title}: {variant}")
-                    _make(engine, spec, path, pruning, worker)
-            except WorkerFailed as error:
-                what = f"{spec.name}: {engine.title}, {variant}, is left out: {error}"
-                progress.print(what, markup=False)
-                continue
+        for file in sparse_files(spec, options, name, levels):
             for copy in range(1, engine.copies + 1):
-                setting = variant if engine.copies == 1 else f"{variant} graph {copy}"
-                group = f"{engine.title} int8"
-                sides.append(Side(group, setting, path, sparsity=zeros, worker=worker))
+                setting = file.variant if engine.copies == 1 else f"{file.variant} graph {copy}"
+                about = {"sparsity": file.zeros, "worker": file.worker}
+                sides.append(Side(f"{engine.title} int8", setting, file.path, **about))
     return sides
+
+
+def sparse_files(
+    spec: ModelSpec, options: argparse.Namespace, name: str, levels: Iterable[int]
+) -> Iterator[SparseFile]:
+    """The files of an engine for dense weights and for these per cent of zeros.
+
+    One that can not be made is left out, and the reason is printed.
+    """
+    engine = SPARSE_ENGINES[name]
+    worker = Worker(getattr(options, f"{name}_python"), f"{name}_worker.py")
+    for pruning in engine.prunings(levels):
+        zeros = round(pruning.sparsity * 100) if pruning else 0
+        variant = f"{pruning}_{zeros}" if pruning else "dense"
+        path = options.folder / spec.name / f"peer_{name}_{variant}{engine.suffix}"
+        try:
+            if not path.exists():
+                progress.print(f"{spec.name} for {engine.title}: {variant}")
+                _make(engine, spec, path, pruning, worker)
+        except WorkerFailed as error:
+            what = f"{spec.name}: {engine.title}, {variant}, is left out: {error}"
+            progress.print(what, markup=False)
+            continue
+        yield SparseFile(variant, path, zeros, worker)
+
+
+def add_python_options(parser: argparse.ArgumentParser) -> None:
+    """An option for the Python of each engine."""
+    for name, engine in SPARSE_ENGINES.items():
+        what = f"a Python with {engine.title}"
+        parser.add_argument(f"--{name}-python", type=Path, metavar="FILE", help=what)
+
+
+def installed_version(name: str, options: argparse.Namespace) -> str | None:
+    """Version of the engine; None, which is said, when no Python is given. Raises InvalidInput."""
+    python = getattr(options, f"{name}_python")
+    if python is not None:
+        return version(name, python)
+    how = f"--{name}-python FILE, a Python set up as docs/benchmarks.md says"
+    what = f"{SPARSE_ENGINES[name].title}, which makes use of zeros, is left out"
+    progress.print(f"{what}; to measure it: {how}")
+    return None
 
 
 def version(name: str, python: Path) -> str:

@@ -57,6 +57,7 @@ def _bench_latency(args: argparse.Namespace) -> int:
 
 def _bench_throughput(args: argparse.Namespace) -> int:
     from sparsec.tools.console import progress
+    from sparsec.tools.peer_instances import peer_engines
     from sparsec.tools.throughput import Space, print_throughput, throughput
 
     if not args.pin:
@@ -69,8 +70,7 @@ def _bench_throughput(args: argparse.Namespace) -> int:
             limit_ms=args.latency_ms,
             seq=args.seq,
             space=Space(args.instances or None, args.threads or None, args.batch or None),
-            onnx=args.onnx,
-            against=args.against,
+            peers=peer_engines(args.onnx, args.against),
             seconds=args.seconds,
             progress=tell,
         )

@@ -1,4 +1,4 @@
-"""DeepSparse 1.8.0 for bench_models.py; see protocol.py.
+"""DeepSparse 1.8.0 for bench_models.py and bench_latency.py; see protocol.py.
 
 `path` is a model in the form of peer_forms.matmul_integer. The engine computes one fixed shape.
 """

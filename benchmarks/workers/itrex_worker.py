@@ -1,4 +1,4 @@
-"""ITREX 1.1.1 (Intel Extension for Transformers) for bench_models.py; see protocol.py.
+"""ITREX 1.1.1 (Intel Extension for Transformers) for the benchmarks; see protocol.py.
 
 `path` is a folder that `compile` made of a QDQ file with the spelling of
 peer_forms.itrex_spelling. The engine takes any shape.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ def load(path, inputs, threads):
     set_up()
     arrays = dict(np.load(inputs))
     values = [arrays[name].astype(np.int32) for name in INPUTS if name in arrays]
-    graph = read(path)
+    graph = loaded(path)
     return lambda: graph.inference(values), lambda outputs: {
         name.removesuffix(":0"): np.array(array) for name, array in outputs.items()
     }
@@ -50,6 +51,12 @@ def compile_model(path, output, sparse):
         shutil.rmtree(dense)
     partial.rename(output)
     return {}
+
+
+@lru_cache(maxsize=1)
+def loaded(folder):
+    """The graph in a folder: it stays for inputs of other shapes."""
+    return read(folder)
 
 
 def read(folder, **options):

@@ -5,8 +5,14 @@ the answer is a line of JSON. The engine is timed here, so that the pipe is in n
 
     {"load": {"path": FILE, "inputs": FILE.npz, "threads": 1, "clock": "wall", ...}}  -> {}
     {"turn": {"seconds": 0.2}}       -> {"seconds": [0.0041, ...]}
+    {"warm": {}}                     -> {}
+    {"window": {"seconds": 0.2}}     -> {"seconds": [0.0041, ...]}, by the wall clock
     {"answer": {"path": FILE.npz}}   -> {}, and the file has the outputs by name
     anything that goes wrong         -> {"error": TEXT}
+
+A turn is of an engine alone (sparsec.tools.turns.Timed). A window is of one that works beside
+others, all warm (sparsec.tools.turns.window). A second `load` is of the same path and threads
+with other inputs.
 
 Runs under Python 3.10 and later and needs NumPy only.
 """
@@ -51,11 +57,28 @@ def serve(load, **functions):
         time.sleep(REST_SECONDS)
         return {"seconds": taken}
 
+    def warm():
+        for _ in range(turns.WARM_UP_RUNS):
+            engine.run()
+        return {}
+
+    def window(seconds):
+        taken = turns.window(engine.run, seconds)
+        time.sleep(REST_SECONDS)
+        return {"seconds": taken}
+
     def answer(path):
         np.savez(path, **named(engine.run()))
         return {}
 
-    known = {"load": load_and_keep, "turn": turn, "answer": answer, **functions}
+    known = {
+        "load": load_and_keep,
+        "turn": turn,
+        "warm": warm,
+        "window": window,
+        "answer": answer,
+        **functions,
+    }
     for line in sys.stdin:
         ((name, arguments),) = json.loads(line).items()
         try:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -20,9 +20,8 @@ from sparsec.errors import InvalidInput
 from sparsec.runtime import load
 from sparsec.runtime.loader import Model
 from sparsec.tools.inputs import Arrays
-from sparsec.tools.turns import WARM_UP_RUNS
+from sparsec.tools.turns import WARM_UP_RUNS, window
 
-MIN_CALLS = 5  # of each instance, however long they take
 SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 
 Call = Callable[[], object]
@@ -34,11 +33,15 @@ Windows = list[list[float]]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """So many instances of so many threads each, every call with `batch` samples."""
+    """So many instances of so many threads each, every call with `batch` samples.
+
+    `setting`: that of the engine, of Engine.settings.
+    """
 
     instances: int
     threads: int
     batch: int
+    setting: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +55,33 @@ class Measurement:
     calls: int
 
 
+class EngineFailed(Exception):
+    """An engine can not do what it was asked for, and says why; the others go on."""
+
+
+class Engine(Protocol):
+    """What is searched for its best layout.
+
+    `settings`: the ways to run it that are all tried; one without a name where there is no choice.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def settings(self) -> tuple[str, ...]: ...
+
+    def windows(self, setting: str, places: Places, arrays: Arrays, seconds: float) -> Windows:
+        """Seconds of the calls of an instance in each place, all at work at the same time.
+
+        Each is warm, and calls for at least `seconds` and MIN_CALLS (see turns.window). Raises
+        EngineFailed.
+        """
+
+
 @dataclass(frozen=True, slots=True)
-class Engine:
-    """`calls` gives a function per instance that runs it once on the arrays.
+class LocalEngine:
+    """An Engine in this process: `calls` gives a function per instance that runs it once.
 
     `is_pinned_by_caller`: it computes in the thread that calls it, which is to be on the
     instance's first CPU. Another has threads of its own, and its callers only wait.
@@ -63,9 +90,15 @@ class Engine:
     name: str
     calls: Callable[[Places, Arrays], list[Call]]
     is_pinned_by_caller: bool = True
+    settings: tuple[str, ...] = ("",)
+
+    def windows(self, setting: str, places: Places, arrays: Arrays, seconds: float) -> Windows:
+        """See Engine; raises what the calls raise."""
+        pins = [cpus[0] for cpus in places] if self.is_pinned_by_caller else None
+        return run_together(self.calls(places, arrays), pins, seconds)
 
 
-def sparsec_engine(library: Path) -> Engine:
+def sparsec_engine(library: Path) -> LocalEngine:
     """Contexts of one loaded library: the weights are in memory once."""
 
     @lru_cache(maxsize=1)
@@ -75,7 +108,7 @@ def sparsec_engine(library: Path) -> Engine:
     def calls(places: Places, arrays: Arrays) -> list[Call]:
         return [partial(model, arrays) for model in models(places)]
 
-    return Engine("sparsec", calls)
+    return LocalEngine("sparsec", calls)
 
 
 def core_cpus() -> list[int]:
@@ -125,7 +158,7 @@ def run_together(calls: Sequence[Call], pins: Sequence[int] | None, seconds: flo
             for _ in range(WARM_UP_RUNS):
                 calls[index]()
             barrier.wait()
-            windows[index] = _window(calls[index], seconds, stop)
+            windows[index] = window(calls[index], seconds, stop.is_set)
         except threading.BrokenBarrierError:
             return  # another one failed and says why
         except BaseException as error:
@@ -144,17 +177,6 @@ def run_together(calls: Sequence[Call], pins: Sequence[int] | None, seconds: flo
     if errors:
         raise errors[0]
     return windows
-
-
-def _window(call: Call, seconds: float, stop: threading.Event) -> list[float]:
-    taken: list[float] = []
-    start = last = time.perf_counter()
-    while not stop.is_set() and (len(taken) < MIN_CALLS or last - start < seconds):
-        call()
-        now = time.perf_counter()
-        taken.append(now - last)
-        last = now
-    return taken
 
 
 def measurement(layout: Layout, windows: Windows) -> Measurement:

@@ -8,8 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from sparsec.errors import InvalidInput
 from sparsec.tools.inputs import Arrays
-from sparsec.tools.instances import Call, Engine, Places
+from sparsec.tools.instances import Call, LocalEngine, Places
 from sparsec.tools.peers import (
     Run,
     onnxruntime_runner,
@@ -19,7 +20,7 @@ from sparsec.tools.peers import (
 )
 
 
-def onnxruntime_engine(path: Path) -> Engine:
+def onnxruntime_engine(path: Path) -> LocalEngine:
     """A session per instance, its threads pinned; each session has weights of its own.
 
     Raises InvalidInput, as its calls do, when it is not installed or refuses the model.
@@ -33,10 +34,10 @@ def onnxruntime_engine(path: Path) -> Engine:
     def calls(places: Places, arrays: Arrays) -> list[Call]:
         return [partial(run, arrays) for run in sessions(places)]
 
-    return Engine(name, calls)
+    return LocalEngine(name, calls)
 
 
-def openvino_engine(path: Path) -> Engine:
+def openvino_engine(path: Path) -> LocalEngine:
     """A stream per instance, pinned by OpenVINO, of one model compiled for the arrays' shapes.
 
     Where the CPU has bf16 it may compute in that what is not quantised; the name says so.
@@ -63,7 +64,7 @@ def openvino_engine(path: Path) -> Engine:
             latest[key] = [compiled.create_infer_request() for _ in places]
         return [partial(_infer, request, arrays) for request in latest[key]]
 
-    return Engine(name, calls, is_pinned_by_caller=False)
+    return LocalEngine(name, calls, is_pinned_by_caller=False)
 
 
 def _infer(request: Any, arrays: Arrays) -> None:
@@ -78,7 +79,22 @@ def is_installed(name: str) -> bool:
 
 
 # By the name that `bench --against` takes, which is also that of the package.
-PEER_ENGINES: dict[str, Callable[[Path], Engine]] = {
+PEER_ENGINES: dict[str, Callable[[Path], LocalEngine]] = {
     "onnxruntime": onnxruntime_engine,
     "openvino": openvino_engine,
 }
+
+
+def peer_engines(onnx: Path | None, against: str | None) -> list[LocalEngine]:
+    """The peer asked for, or all that are installed, with the ONNX file; none without a file."""
+    if onnx is None:
+        if against is not None:
+            raise InvalidInput(f"--against {against} needs the ONNX file: add --onnx FILE")
+        return []
+    names = [against] if against else [name for name in PEER_ENGINES if is_installed(name)]
+    if not names:
+        raise InvalidInput(
+            f"--onnx: none of {', '.join(PEER_ENGINES)} is installed; "
+            "pip install 'sparsec[bench]', or leave --onnx out"
+        )
+    return [PEER_ENGINES[name](onnx) for name in names]

@@ -1,15 +1,16 @@
 """The most samples per second that keep under a latency limit: `bench --latency-ms`.
 
-Engines are searched one after the other over instances x threads x batch, each layout for a short
-time; then the best layout of every engine is measured for longer, in turns, so that noise of the
-machine hits all alike. A layout that misses the limit then gives way to the engine's next best.
+Engines are searched one after the other over settings x instances x threads x batch, each layout
+for a short time; then the best layout of every engine is measured for longer, in turns, so that
+noise of the machine hits all alike. A layout that misses the limit then gives way to the engine's
+next best. A setting in which the engine fails does not count.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,21 @@ from sparsec.tools.console import console
 from sparsec.tools.inputs import random_inputs
 from sparsec.tools.instances import (
     Engine,
+    EngineFailed,
     Layout,
     Measurement,
     Windows,
     core_cpus,
     measurement,
     places_of,
-    run_together,
     sparsec_engine,
 )
-from sparsec.tools.peer_instances import PEER_ENGINES, is_installed
 
 TRIAL_SHARE = 5  # a trial of the search is this many times shorter than the last measurement
 TURNS = 5  # of the last measurement
 MOST_SAMPLES = 128  # the largest batch that is tried
 PAST_PEAK = 0.8  # of the best rate: a larger batch will not help
-LAYOUT_KEYS = ("instances", "threads", "batch")
+LAYOUT_KEYS = ("instances", "threads", "batch", "setting")
 
 Tell = Callable[[str], None]
 
@@ -66,26 +66,26 @@ def throughput(
     limit_ms: float,
     seq: int,
     space: Space,
-    onnx: Path | None,
-    against: str | None,
+    peers: Sequence[Engine],
     seconds: float,
     progress: Tell,
 ) -> dict[str, Any]:
     """Per engine the layout with most samples/s whose p99 latency is at most `limit_ms`.
 
+    Ours is the first of the engines; `peers` have names of their own.
+
     The last measurement of an engine takes `seconds`, a trial of the search a fifth of that.
     "load_before" is the load average of the system. "met" says whether any layout kept the limit;
     where none did, "best" is the one with the lowest p99. `ratio` is our rate over that of the
-    best peer, where both keep the limit.
+    best peer, where both keep the limit. "failures" says which settings of which engines do not
+    count, and why; an engine without another setting is not among "engines".
     """
-    if against is not None and onnx is None:
-        raise InvalidInput(f"--against {against} needs the ONNX file: add --onnx FILE")
     cpus = core_cpus()
     grid = space.grid(len(cpus))
     busy = os.getloadavg()[0]
     model = load(library, threads=1)
     batch = _batch(model.inputs, space.batch, seq)
-    engines = {e.name: e for e in [sparsec_engine(library), *_peers(onnx, against)]}
+    engines = {e.name: e for e in [sparsec_engine(library), *peers]}
     bench = _Bench(engines, model, cpus, seq, seconds, progress)
     tried = {name: bench.search(name, grid, batch, limit_ms) for name in engines}
     found = confirm(tried, bench.turn, limit_ms)
@@ -95,7 +95,8 @@ def throughput(
         "latency_ms": limit_ms,
         "cores": len(cpus),
         "load_before": busy,
-        "engines": {n: _engine_result(found[n], tried[n], limit_ms) for n in engines},
+        "engines": {n: _engine_result(found[n], tried[n], limit_ms) for n in found},
+        "failures": bench.failures,
         "ratio": _ratio(list(found.values()), limit_ms),
     }
 
@@ -110,25 +111,44 @@ class _Bench:
     seq: int
     seconds: float
     progress: Tell
+    failures: list[dict[str, str]] = field(default_factory=list)
 
     def search(
         self, name: str, grid: Sequence[tuple[int, int]], batch: int | None, limit_ms: float
     ) -> list[Measurement]:
-        return [m for pair in grid for m in search(self.trial, name, pair, batch, limit_ms)]
+        """The trials of all settings that did not fail."""
+        tried: list[Measurement] = []
+        for setting in self.engines[name].settings:
+            try:
+                tried += [
+                    m
+                    for pair in grid
+                    for m in search(self.trial, name, pair, batch, limit_ms, setting)
+                ]
+            except EngineFailed as error:
+                self._note(name, setting, error)
+        return tried
 
     def trial(self, name: str, layout: Layout) -> Measurement:
         self.progress(f"{name}: {_layout_text(layout)}")
         return measurement(layout, self._run(name, layout, self.seconds / TRIAL_SHARE))
 
-    def turn(self, name: str, layout: Layout) -> Windows:
+    def turn(self, name: str, layout: Layout) -> Windows | None:
+        """None when the engine fails."""
         self.progress(f"{name}: {_layout_text(layout)}, once more for longer")
-        return self._run(name, layout, self.seconds / TURNS)
+        try:
+            return self._run(name, layout, self.seconds / TURNS)
+        except EngineFailed as error:
+            self._note(name, layout.setting, error)
+            return None
 
     def _run(self, name: str, layout: Layout, seconds: float) -> Windows:
-        engine, places = self.engines[name], places_of(layout, self.cpus)
         arrays = random_inputs(self.model, layout.batch, self.seq, seed=0, padding=False)
-        pins = [cpus[0] for cpus in places] if engine.is_pinned_by_caller else None
-        return run_together(engine.calls(places, arrays), pins, seconds)
+        places = places_of(layout, self.cpus)
+        return self.engines[name].windows(layout.setting, places, arrays, seconds)
+
+    def _note(self, name: str, setting: str, error: EngineFailed) -> None:
+        self.failures.append({"engine": name, "setting": setting, "reason": str(error)})
 
 
 def search(
@@ -137,18 +157,19 @@ def search(
     pair: tuple[int, int],
     batch: int | None,
     limit_ms: float,
+    setting: str = "",
 ) -> list[Measurement]:
-    """All trials of one engine with (instances, threads), in the order made.
+    """All trials of a setting of an engine with (instances, threads), in the order made.
 
     The batch doubles until the limit is missed or the rate has passed its peak; where the limit
     was missed the batch is narrowed down between the last two, to an eighth.
     """
     if batch is not None:
-        return [trial(name, Layout(*pair, batch))]
+        return [trial(name, Layout(*pair, batch, setting))]
     tried: list[Measurement] = []
     good, bad = 0, 1
     while bad <= MOST_SAMPLES:
-        tried.append(trial(name, Layout(*pair, bad)))
+        tried.append(trial(name, Layout(*pair, bad, setting)))
         if tried[-1].p99_ms > limit_ms:
             break
         if tried[-1].samples_per_s < PAST_PEAK * max(m.samples_per_s for m in tried):
@@ -158,7 +179,7 @@ def search(
         return tried
     while bad - good > max(1, good // 8):
         middle = (good + bad) // 2
-        tried.append(trial(name, Layout(*pair, middle)))
+        tried.append(trial(name, Layout(*pair, middle, setting)))
         if tried[-1].p99_ms > limit_ms:
             bad = middle
         else:
@@ -168,46 +189,56 @@ def search(
 
 def confirm(
     tried: Mapping[str, Sequence[Measurement]],
-    turn: Callable[[str, Layout], Windows],
+    turn: Callable[[str, Layout], Windows | None],
     limit_ms: float,
 ) -> dict[str, Measurement]:
     """The best of every engine, measured again in turns with the others.
 
     An engine whose layouts all miss the limit, in the trials or now, has the one with the lowest
-    p99 of all.
+    p99 of all. One whose settings all fail, in the trials or now, has none.
     """
+    left = {name: list(trials) for name, trials in tried.items()}
     queues = {name: _candidates(trials, limit_ms) for name, trials in tried.items()}
-    closest = {name: min(trials, key=lambda m: m.p99_ms) for name, trials in tried.items()}
     # A trial that kept the limit does not count where the longer measurement missed it.
     missed: dict[str, list[Measurement]] = {name: [] for name in tried}
     found: dict[str, Measurement] = {}
-    while open_names := [name for name in tried if name not in found]:
+    while open_names := [name for name in tried if name not in found and left[name]]:
         for name in [name for name in open_names if not queues[name]]:
-            found[name] = min(missed[name] or [closest[name]], key=lambda m: m.p99_ms)
-        for name, again in _in_turns(queues, found, turn):
-            if again.p99_ms <= limit_ms:
+            found[name] = min(missed[name] or left[name], key=lambda m: m.p99_ms)
+        for name, layout, again in _in_turns(queues, found, turn):
+            if again is None:
+                for kept in (left, queues, missed):
+                    kept[name] = [m for m in kept[name] if m.layout.setting != layout.setting]
+            elif again.p99_ms <= limit_ms:
                 found[name] = again
-                continue
-            missed[name].append(again)
-            queues[name] = [m for m in queues[name] if not _is_beside(m.layout, again.layout)]
-    return {name: found[name] for name in tried}
+            else:
+                missed[name].append(again)
+                queues[name] = [m for m in queues[name] if not _is_beside(m.layout, layout)]
+    return {name: found[name] for name in tried if name in found}
 
 
 def _in_turns(
     queues: Mapping[str, list[Measurement]],
     found: Mapping[str, Measurement],
-    turn: Callable[[str, Layout], Windows],
-) -> Iterator[tuple[str, Measurement]]:
-    """The first of every queue of an engine that is not found yet, measured in turns."""
-    layouts = {n: queue[0].layout for n, queue in queues.items() if n not in found}
-    windows: dict[str, Windows] = {
+    turn: Callable[[str, Layout], Windows | None],
+) -> Iterator[tuple[str, Layout, Measurement | None]]:
+    """The first of every queue of an engine that is not found yet, measured in turns.
+
+    None of an engine that failed: it had no more turns.
+    """
+    layouts = {n: queue[0].layout for n, queue in queues.items() if n not in found and queue}
+    windows: dict[str, Windows | None] = {
         name: [[] for _ in range(layout.instances)] for name, layout in layouts.items()
     }
     for _ in range(TURNS):
         for name, layout in layouts.items():
-            for window, more in zip(windows[name], turn(name, layout), strict=True):
-                window += more
-    return ((name, measurement(layout, windows[name])) for name, layout in layouts.items())
+            if (kept := windows[name]) is None:
+                continue
+            more = turn(name, layout)
+            windows[name] = more and [old + new for old, new in zip(kept, more, strict=True)]
+    for name, layout in layouts.items():
+        kept = windows[name]
+        yield name, layout, None if kept is None else measurement(layout, kept)
 
 
 def _candidates(trials: Sequence[Measurement], limit_ms: float) -> list[Measurement]:
@@ -217,8 +248,7 @@ def _candidates(trials: Sequence[Measurement], limit_ms: float) -> list[Measurem
 
 def _is_beside(layout: Layout, missed: Layout) -> bool:
     """Whether it would miss as well: the same instances with more than 3/4 of the batch."""
-    same = (layout.instances, layout.threads) == (missed.instances, missed.threads)
-    return same and (4 * layout.batch > 3 * missed.batch)
+    return replace(layout, batch=missed.batch) == missed and 4 * layout.batch > 3 * missed.batch
 
 
 def _batch(inputs: Sequence[Any], batch: int | None, seq: int) -> int | None:
@@ -233,19 +263,6 @@ def _batch(inputs: Sequence[Any], batch: int | None, seq: int) -> int | None:
     if batch is not None and batch != sizes[0]:
         raise InvalidInput(f"--batch {batch}: the library is compiled for a batch of {sizes[0]}")
     return int(sizes[0])
-
-
-def _peers(onnx: Path | None, against: str | None) -> list[Engine]:
-    """The peer asked for, or all that are installed."""
-    if onnx is None:
-        return []
-    names = [against] if against else [name for name in PEER_ENGINES if is_installed(name)]
-    if not names:
-        raise InvalidInput(
-            f"--onnx: none of {', '.join(PEER_ENGINES)} is installed; "
-            "pip install 'sparsec[bench]', or leave --onnx out"
-        )
-    return [PEER_ENGINES[name](onnx) for name in names]
 
 
 def _ratio(found: Sequence[Measurement], limit_ms: float) -> float | None:
@@ -275,11 +292,16 @@ def _cores(layout: Layout) -> int:
 
 
 def _layout_text(layout: Layout) -> str:
-    return f"{layout.instances} x {layout.threads} threads, batch {layout.batch}"
+    text = f"{layout.instances} x {layout.threads} threads, batch {layout.batch}"
+    return f"{layout.setting}, {text}" if layout.setting else text
+
+
+def _setting_text(name: str, setting: str) -> str:
+    return f"{name}, {setting}" if setting else name
 
 
 def print_throughput(result: dict[str, Any]) -> None:
-    """The result as a table on standard output, and a line for each engine that missed."""
+    """The result as a table on standard output, and a line for each that missed or failed."""
     limit = result["latency_ms"]
     title = (
         f"{result['model']}, length {result['seq']}, p99 <= {limit:g} ms, {result['cores']} cores"
@@ -291,18 +313,25 @@ def print_throughput(result: dict[str, Any]) -> None:
     missed = []
     for name, engine in result["engines"].items():
         best = engine["best"]
-        numbers = [str(best[k]) for k in LAYOUT_KEYS]
+        layout = Layout(*(best[k] for k in LAYOUT_KEYS))
+        numbers = [str(n) for n in (layout.instances, layout.threads, layout.batch)]
         rates = [f"{best[k]:.0f}" for k in ("samples_per_s", "samples_per_s_per_core")]
         times = [f"{best[k]:.3f}" for k in ("p50_ms", "p99_ms")]
-        table.add_row(name, *numbers, *rates, *times, str(best["calls"]))
+        table.add_row(
+            _setting_text(name, layout.setting), *numbers, *rates, *times, str(best["calls"])
+        )
         if not engine["met"]:
-            layout = _layout_text(Layout(*(best[k] for k in LAYOUT_KEYS)))
             missed.append(
                 f"{name}: nothing keeps the limit of {limit:g} ms; the closest found is "
-                f"{layout}: p99 {times[1]} ms, {rates[0]} samples/s"
+                f"{_layout_text(layout)}: p99 {times[1]} ms, {rates[0]} samples/s"
             )
     console().print(table)
-    print("\n".join(missed), end="\n" if missed else "")
+    failed = [
+        f"{_setting_text(f['engine'], f['setting'])}, does not count: {f['reason']}"
+        for f in result["failures"]
+    ]
+    for line in (*missed, *failed):
+        print(line)
     if result["load_before"] >= 1:
         print(
             f"The load of the machine was {result['load_before']:.1f} before this began. Pinned "

@@ -6,6 +6,7 @@ with it, in the Python of an engine that needs an old one.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 TURNS = 10
 TURN_RUNS = 2
 WARM_UP_RUNS = 1 + TURN_RUNS  # a turn that is not kept
+MIN_CALLS = 5  # of a window, however long they take
 
 
 class Timed(Protocol):
@@ -46,6 +48,23 @@ class Function:
             self.run()
             taken.append(self.now() - start)
         return taken
+
+
+def window(
+    call: Callable[[], object], seconds: float, is_stopped: Callable[[], bool] = lambda: False
+) -> list[float]:
+    """Seconds of each of at least MIN_CALLS calls, at least `seconds` in total.
+
+    They follow each other without a gap. Fewer when `is_stopped`, which is asked before each.
+    """
+    taken: list[float] = []
+    start = last = time.perf_counter()
+    while not is_stopped() and (len(taken) < MIN_CALLS or last - start < seconds):
+        call()
+        now = time.perf_counter()
+        taken.append(now - last)
+        last = now
+    return taken
 
 
 def in_turns(engines: Sequence[Timed], seconds: float) -> list[list[float]]:

@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 
+from sparsec.models.tiny import tiny_spec
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench_latency.py"
 
 
@@ -26,6 +28,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         (["--latency-ms", "0"], "wanted numbers above 0"),
         (["--sparsity", "100"], "below 100 per cent"),
         (["--model", "gpt-9"], "gpt-9"),
+        (["--itrex-python", "no/python"], "--itrex-python no/python: it does not run"),
     ],
 )
 def test_refusals(
@@ -48,9 +51,31 @@ def test_published_figures_are_per_core(
         "sparsec": {"met": True, "best": {"samples_per_s_per_core": 123.45}},
         "peer": {"met": False, "best": {"samples_per_s_per_core": 67.8}},
     }
-    results = [{"seq": seq, "cores": 2, "engines": engines} for seq in (32, 33)]
+    results = [
+        {"seq": 32, "cores": 2, "engines": engines, "failures": []},
+        {"seq": 33, "cores": 2, "engines": {"sparsec": engines["sparsec"]}, "failures": []},
+    ]
+    results[1]["failures"] = [{"engine": "peer", "setting": "", "reason": "signal 9"}]
     script.print_per_core(results, options)
     rows = [line for line in capsys.readouterr().out.splitlines() if "123.5" in line]
     assert "226.7" in rows[0]  # 5440 samples/s over 24 cores
     assert "misses" in rows[0]
     assert "226.7" not in rows[1]
+    assert "fails" in rows[1]
+
+
+def test_sparse_peers_are_searched_with_all_their_files(
+    script: ModuleType, tmp_path: Path
+) -> None:
+    spec = tiny_spec(layers=1)
+    here = Path(sys.executable)
+    options = argparse.Namespace(
+        folder=tmp_path, sparsity=80, deepsparse_python=here, itrex_python=here
+    )
+    (tmp_path / spec.name).mkdir()
+    for name in ("deepsparse_dense.onnx", "deepsparse_4x1_80.onnx", "deepsparse_1x4_80.onnx"):
+        (tmp_path / spec.name / f"peer_{name}").touch()  # is not made again
+    engines = script.remote_engines(spec, options, {"deepsparse": "1.8.0", "itrex": None})
+    assert [(e.name, e.settings) for e in engines] == [
+        ("DeepSparse 1.8.0", ("dense", "4x1_80", "1x4_80"))
+    ]

@@ -15,8 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from sparsec.errors import InvalidInput
-from sparsec.tools.instances import Engine, Layout, core_cpus, places_of, run_together
-from sparsec.tools.peer_instances import PEER_ENGINES
+from sparsec.tools.instances import Layout, LocalEngine, core_cpus, places_of
+from sparsec.tools.peer_instances import PEER_ENGINES, peer_engines
 from sparsec.tools.peer_models import (
     quantize_dynamic,
     quantize_static,
@@ -24,6 +24,7 @@ from sparsec.tools.peer_models import (
     without_roundings,
 )
 from sparsec.tools.peers import PEERS, Arrays, Runner, onnxruntime_runner, openvino_runner
+from sparsec.tools.turns import MIN_CALLS
 
 CHANNELS = 32
 SHAPES = [(1, 5), (3, 7)]
@@ -100,23 +101,27 @@ def test_peer_refuses_what_is_no_model(runner: Runner, tmp_path: Path) -> None:
 
 
 @pytest.fixture(params=sorted(PEER_ENGINES))
-def engine(request: pytest.FixtureRequest) -> Callable[[Path], Engine]:
+def engine(request: pytest.FixtureRequest) -> Callable[[Path], LocalEngine]:
     pytest.importorskip(request.param, reason=f"{request.param} is not installed")
     return PEER_ENGINES[request.param]
 
 
 def test_instances_of_a_peer(
-    engine: Callable[[Path], Engine], model: Path, rng: np.random.Generator
+    engine: Callable[[Path], LocalEngine], model: Path, rng: np.random.Generator
 ) -> None:
     cpus = core_cpus()
     peer = engine(model)
     layouts = [Layout(1, 1, 3), Layout(1, 1, 1), Layout(len(cpus), 1, 1), Layout(1, len(cpus), 2)]
     for layout in layouts:
         places = places_of(layout, cpus)
-        calls = peer.calls(places, feed(rng, (layout.batch, 5)))
-        assert len(calls) == layout.instances
-        pins = [own[0] for own in places] if peer.is_pinned_by_caller else None
-        assert all(run_together(calls, pins, 0))
+        windows = peer.windows("", places, feed(rng, (layout.batch, 5)), 0)
+        assert [len(window) for window in windows] == [MIN_CALLS] * layout.instances
+
+
+def test_a_peer_needs_its_file() -> None:
+    assert peer_engines(None, None) == []
+    with pytest.raises(InvalidInput, match="--against openvino needs the ONNX file"):
+        peer_engines(None, "openvino")
 
 
 def test_threads_of_onnxruntime_stay_on_their_cpus(model: Path) -> None:

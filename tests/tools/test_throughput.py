@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +15,12 @@ import pytest
 from sparsec.errors import InvalidInput
 from sparsec.runtime.loader import Port
 from sparsec.tools import throughput as tool
+from sparsec.tools.inputs import Arrays
 from sparsec.tools.instances import (
-    MIN_CALLS,
+    EngineFailed,
     Layout,
     Measurement,
+    Places,
     Windows,
     core_cpus,
     measurement,
@@ -24,6 +28,7 @@ from sparsec.tools.instances import (
     run_together,
 )
 from sparsec.tools.throughput import Space, confirm, print_throughput, search
+from sparsec.tools.turns import MIN_CALLS
 
 Pair = tuple[int, int]
 
@@ -187,6 +192,7 @@ def engine(met: bool, rate: float, p99: float) -> dict[str, object]:
         "instances": 2,
         "threads": 1,
         "batch": 3,
+        "setting": "",
         "samples_per_s": rate,
         "samples_per_s_per_core": rate / 2,
         "p50_ms": p99 / 2,
@@ -199,6 +205,7 @@ def engine(met: bool, rate: float, p99: float) -> dict[str, object]:
 def test_table_says_what_missed(capsys: pytest.CaptureFixture[str]) -> None:
     engines = {"sparsec": engine(False, 200, 12.5), "peer 1.0": engine(True, 150, 9)}
     result = {"model": "m.so", "seq": 32, "latency_ms": 10.0, "cores": 2, "load_before": 0.1}
+    result["failures"] = []
     print_throughput({**result, "engines": engines, "ratio": None})
     printed = capsys.readouterr().out
     assert (
@@ -229,15 +236,87 @@ def test_an_instance_that_fails_ends_all() -> None:
         run_together([fail, lambda: None], None, 3600)
 
 
-def test_peer_without_a_file() -> None:
-    with pytest.raises(InvalidInput, match="--against openvino needs the ONNX file"):
-        tool.throughput(
-            Path("m.so"),
-            limit_ms=10,
-            seq=8,
-            space=Space(),
-            onnx=None,
-            against="openvino",
-            seconds=1,
-            progress=lambda stage: None,
-        )
+class Formula:
+    """Calls take 1 ms and those for each sample, by setting, which fails after `fails_after`."""
+
+    def __init__(
+        self, name: str, per_sample_ms: dict[str, float], fails_after: dict[str, int] | None = None
+    ) -> None:
+        self.name = name
+        self.settings = tuple(per_sample_ms)
+        self.per_sample_ms = per_sample_ms
+        self.windows_left = dict(fails_after or {})
+
+    def windows(self, setting: str, places: Places, arrays: Arrays, seconds: float) -> Windows:
+        left = self.windows_left[setting] = self.windows_left.get(setting, 99) - 1
+        if left < 0:
+            raise EngineFailed(f"{setting} ran out of memory")
+        batch = len(arrays["ids"])
+        return [[(1 + self.per_sample_ms[setting] * batch) / 1e3] * 10 for _ in places]
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Result of `throughput` on one core under 8.5 ms for the peers and ours, which takes 1 ms."""
+    model = argparse.Namespace(inputs=ports("batch", "seq"))
+    monkeypatch.setattr(tool, "load", lambda library, threads: model)
+    monkeypatch.setattr(tool, "core_cpus", lambda: [0])
+    monkeypatch.setattr(tool, "sparsec_engine", lambda library: Formula("sparsec", {"": 1.0}))
+    monkeypatch.setattr(
+        tool, "random_inputs", lambda model, batch, seq, **_: {"ids": np.zeros((batch, seq))}
+    )
+    return lambda *peers: tool.throughput(
+        Path("m.so"),
+        limit_ms=8.5,
+        seq=8,
+        space=Space(),
+        peers=peers,
+        seconds=1,
+        progress=lambda stage: None,
+    )
+
+
+def test_an_engine_is_searched_in_all_its_settings(found: Callable[..., dict[str, Any]]) -> None:
+    result = found(Formula("peer", {"dense": 4.0, "4x1": 2.0, "1x4": 3.0}))
+    best = result["engines"]["peer"]["best"]
+    assert (best["setting"], best["batch"]) == ("4x1", 3)
+    assert {t["setting"] for t in result["engines"]["peer"]["tried"]} == {"dense", "4x1", "1x4"}
+    # 7 samples in 8 ms, 3 in 7 ms; an error of some sums and quotients.
+    assert result["ratio"] == pytest.approx((7 / 8) / (3 / 7), rel=1e-12)
+    assert result["failures"] == []
+
+
+def test_a_setting_that_fails_in_the_search_does_not_count(
+    found: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = found(
+        Formula("peer", {"dense": 4.0, "4x1": 2.0}, {"4x1": 1}), Formula("other", {"": 5})
+    )
+    assert result["engines"]["peer"]["best"]["setting"] == "dense"
+    assert list(result["engines"]) == ["sparsec", "peer", "other"]
+    assert result["failures"] == [
+        {"engine": "peer", "setting": "4x1", "reason": "4x1 ran out of memory"}
+    ]
+    print_throughput(result)
+    assert "peer, 4x1, does not count: 4x1 ran out of memory" in capsys.readouterr().out
+
+
+def test_a_setting_that_fails_when_measured_again_gives_way(
+    found: Callable[..., dict[str, Any]],
+) -> None:
+    windows = len(found(Formula("peer", {"4x1": 2.0}))["engines"]["peer"]["tried"])
+    result = found(Formula("peer", {"dense": 4.0, "4x1": 2.0}, {"4x1": windows + 2}))
+    assert result["engines"]["peer"]["best"]["setting"] == "dense"
+    assert [f["setting"] for f in result["failures"]] == ["4x1"]
+
+
+def test_an_engine_without_a_setting_that_works_costs_its_own_figures(
+    found: Callable[..., dict[str, Any]],
+) -> None:
+    windows = len(found(Formula("peer", {"4x1": 2.0}))["engines"]["peer"]["tried"])
+    for fails_after in (0, windows):
+        result = found(Formula("peer", {"4x1": 2.0}, {"4x1": fails_after}))
+        assert list(result["engines"]) == ["sparsec"]
+        assert result["engines"]["sparsec"]["best"]["batch"] == 7
+        assert result["ratio"] is None
+        assert [f["engine"] for f in result["failures"]] == ["peer"]

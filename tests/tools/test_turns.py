@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from functools import partial
 
 import pytest
 
-from sparsec.tools.turns import TURN_RUNS, TURNS, WARM_UP_RUNS, Function, in_turns, summary
+from sparsec.tools.turns import (
+    MIN_CALLS,
+    TURN_RUNS,
+    TURNS,
+    WARM_UP_RUNS,
+    Function,
+    in_turns,
+    summary,
+    window,
+)
 
 
 class Clock:
@@ -46,6 +56,15 @@ def test_everyone_is_timed_long_enough() -> None:
     starts = [n for i, n in enumerate(clock.calls) if i == 0 or clock.calls[i - 1] != n]
     assert starts == ["fast", "slow"] * (TURNS + 1)  # and a warm-up
     assert len(clock.calls) == len(fast) + len(slow) + 2 * (WARM_UP_RUNS + TURNS)
+
+
+def test_a_window_is_long_enough_or_stopped() -> None:
+    assert len(window(lambda: None, 0.0)) == MIN_CALLS
+    taken = window(partial(time.sleep, 0.001), 0.02)
+    assert sum(taken) >= 0.02 - 1e-9  # an error of summing
+    assert min(taken) >= 0.001
+    calls: list[None] = []
+    assert len(window(partial(calls.append, None), 3600.0, lambda: len(calls) == 2)) == 2
 
 
 @dataclass
