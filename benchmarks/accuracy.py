@@ -65,6 +65,7 @@ def main() -> int:
     print(f"{len(scores)} pairs, {len(batches)} batches", flush=True)
     with contextlib.ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
         onnx_path = options.onnx or export(model, folder / "minilm.onnx")
         name, peer = onnxruntime_runner(onnx_path, options.threads)
         expected = run_all(peer, batches, name)
