@@ -27,7 +27,7 @@ from sparsec.codegen import tir
 from sparsec.codegen.isa import FEATURES
 from sparsec.codegen.isa.coarse import COARSE
 from sparsec.codegen.isa.int8 import AMX_INT8, INT8_ISAS, Int8Isa, int8_isa
-from sparsec.codegen.isa.pieces import LANES, PIECEWISE, piece_table, units_per_step
+from sparsec.codegen.isa.pieces import may_take_pieces, piece_table, units_per_step
 from sparsec.codegen.kernels.int8_cost import Form
 from sparsec.codegen.kernels.int8_epilogue import ActivationForm, Epilogue
 from sparsec.codegen.kernels.int8_family import PARAMS, Int8GemmFamily, kernel_of, pack
@@ -94,7 +94,7 @@ class Library:
 def u8_epilogue(activation: str, isa: Int8Isa) -> Epilogue:
     """As the family has it for results of OUT_SCALE."""
     forms: dict[ActivationForm, bool] = {
-        "pieces": activation in PIECEWISE and 2 * isa.lanes == LANES,
+        "pieces": may_take_pieces(activation, isa.lanes),
         "coarse": activation in COARSE,
         "exact": True,
     }

@@ -10,6 +10,7 @@ seldom enough to make another u8 of it, and never more than the next one.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,12 @@ _LEAST_BUMP = 1 / 64  # of a step: taken for 0
 _TYPE = f"int16x{LANES}"
 
 
+def may_take_pieces(activation: str, lanes: int) -> bool:
+    """Whether it may be in pieces over `lanes` floats; its table may still not be near enough."""
+    return activation in PIECEWISE and 2 * lanes == LANES
+
+
+@lru_cache(maxsize=64)  # asked for by the kernel's name, its table and its scale
 def piece_table(activation: str, scale: float) -> Array | None:
     """int16 `[ROWS, LANES]` for results of this scale; None where it would err by more."""
     for bits in _BITS if activation in PIECEWISE else ():
@@ -40,6 +47,7 @@ def piece_table(activation: str, scale: float) -> Array | None:
             table = _fitted(bump, reach, bits)
             size = np.arange(_ONE)
             worst = np.abs(_units(-size, table) + bump).max()
+            table.flags.writeable = False  # callers share it
             return table if worst <= MAX_ERROR * 2**bits else None
     return None
 

@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 
 from sparsec.codegen.isa.amx import ROWS, SUMS
 from sparsec.codegen.isa.int8 import AVX512_VNNI, TILES, Int8Isa, int8_isa
-from sparsec.codegen.isa.pieces import LANES, PIECEWISE
+from sparsec.codegen.isa.pieces import may_take_pieces
 from sparsec.codegen.isa.work import activation_work
 from sparsec.codegen.kernels.counts import Counts, Loop, total_cycles
 from sparsec.codegen.kernels.int8_bitmap import CASES, CELL, GROUPS
@@ -253,7 +253,7 @@ def _epilogue(isa: Int8Isa, width: int, rows: int, epilogue: str) -> list[Loop]:
     """Per row of a chunk: sums through L1, scale and bias, activation, residual, u8."""
     words = epilogue.split()
     activation, residual, to_u8 = words[0], "residual" in words, words[-1] == "u8"
-    in_pieces = 2 * isa.lanes == LANES and not residual and activation in PIECEWISE
+    in_pieces = not residual and may_take_pieces(activation, isa.lanes)
     form = ("pieces" if in_pieces else "coarse") if to_u8 else "exact"
     work = activation_work(activation, form)
     tiles = isa.tiles

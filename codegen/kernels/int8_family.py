@@ -260,7 +260,7 @@ def _epilogues(isa: Int8Isa) -> list[Epilogue]:
         may_be: dict[ActivationForm, bool] = {
             "exact": True,
             "coarse": activation in COARSE,
-            "pieces": _may_take_pieces(activation, residual, isa),
+            "pieces": not residual and pieces.may_take_pieces(activation, isa.lanes),
         }
         found += [Epilogue(activation, residual, True, f, bounded) for f in may_be if may_be[f]]
     return found
@@ -272,17 +272,14 @@ def _epilogue(node: Node, isa: Int8Isa) -> Epilogue:
         return Epilogue(activation, residual, by_token=node.optional_input(5) is not None)
     scale, units = node.attrs["out_scale"], 1
     form: ActivationForm = "exact"
-    table = _pieces(node) if _may_take_pieces(activation, residual, isa) else None
+    fits = not residual and pieces.may_take_pieces(activation, isa.lanes)
+    table = _pieces(node) if fits else None
     if table is not None:
         form, units = "pieces", pieces.units_per_step(table)
     elif activation in COARSE and scale >= STEPS_OF_COARSE * MAX_ERROR:
         form = "coarse"
     bounded = not residual and _largest(node) / scale * units < 2**30
     return Epilogue(activation, residual, True, form, bounded)
-
-
-def _may_take_pieces(activation: str, residual: bool, isa: Int8Isa) -> bool:
-    return activation in pieces.PIECEWISE and not residual and 2 * isa.lanes == pieces.LANES
 
 
 def _largest(node: Node) -> float:
