@@ -12,8 +12,11 @@ import pytest
 import sparsec
 from sparsec.calibration import calibrate, choose_range, load_calibration
 from sparsec.cli import main
+from sparsec.codegen.isa import pieces
 from sparsec.frontend.onnx_import import import_model
-from sparsec.interpreter import run
+from sparsec.interpreter import run, run_node
+from sparsec.ir.graph import Node
+from sparsec.ir.ops import OPS
 from sparsec.models.build import Pruning, build_model
 from sparsec.models.tiny import tiny_model, tiny_spec
 from sparsec.options import Calibration
@@ -45,9 +48,9 @@ def samples(tmp_path: Path, rng: np.random.Generator) -> Path:
 
 
 def oracle(
-    path: Path, samples: Path, arrays: dict[str, np.ndarray], int8_attention: bool
+    path: Path, samples: Path, arrays: dict[str, np.ndarray], int8_attention: bool, isa: str
 ) -> dict[str, np.ndarray]:
-    """The answer of the quantised graph in NumPy."""
+    """The answer of the quantised graph in NumPy, activations in pieces where `isa` has them."""
     graph = import_model(path)
     PassManager(graph_pipeline()).run(graph)
     names = [*quantized_values(graph), *attention_values(graph)]
@@ -55,7 +58,23 @@ def oracle(
     ranges = {name: choose_range(o, "minmax") for name, o in observed.items()}
     pipeline = int8_pipeline(Quantization(ranges), supported=lambda node: int8_attention)
     PassManager(pipeline).run(graph)
-    return run(graph, arrays)
+    return run(graph, arrays, compute=run_node if isa == "avx2" else in_pieces)
+
+
+def in_pieces(
+    node: Node, operands: list[np.ndarray | None], env: dict[str, int]
+) -> list[np.ndarray]:
+    """A layer's result, of straight pieces where they may be taken; docs/kernels.md."""
+    scale = node.attrs.get("out_scale")
+    is_stored = node.op == "linear_int8" and scale is not None and not any(node.inputs[4:])
+    table = pieces.piece_table(str(node.attrs["activation"]), scale) if is_stored else None
+    if table is None:
+        return run_node(node, operands, env)
+    plain = {**node.attrs, "activation": "none", "out_scale": None, "out_zero_point": None}
+    (sums,) = OPS[node.op].evaluate(operands, plain, env)
+    units = np.rint(sums * np.float32(pieces.units_per_step(table) / scale))
+    steps = pieces.evaluate(np.clip(units, -(2**15), 2**15 - 1), table)
+    return [np.clip(steps + node.attrs["out_zero_point"], 0, 255).astype(np.uint8)]
 
 
 @pytest.mark.parametrize(
@@ -98,14 +117,14 @@ def test_library_equals_the_oracle(
     assert set(attention) == {isa}
     for batch, seq in [(1, 1), (3, 33), (2, 64)]:
         arrays = random_inputs(model, batch, seq, seed=seq, padding=True)
-        every = oracle(path, samples, arrays, "attention_int8" in layers)
+        every = oracle(path, samples, arrays, "attention_int8" in layers, isa)
         wanted = without_padding(model, arrays, every)
         got = model(arrays)
         for name, array in wanted.items():
             # Both sides round activations to 255 levels of a range of about 8: where fp32 differs
             # in its last bits a value falls on the next level, 0.03 away, for one in some tens.
             assert np.abs(got[name] - array).max() < 0.1, name
-            assert np.abs(got[name] - array).mean() < 5e-3, name
+            assert np.abs(got[name] - array).mean() < 3e-3, name
 
 
 def test_int8_is_near_fp32_and_needs_less_memory(samples: Path, tmp_path: Path) -> None:

@@ -178,12 +178,14 @@ def test_answers_are_those_of_the_model_as_it_was_imported(family, style, signed
     assert found["linear_int8"] == ENCODER_PRODUCTS
     assert (found["quantize"], found["dequantize"]) == (0, 0)
     wanted = oracle(model)
-    # fp32 sums in another order move a few values over the edge between two numbers, one step
-    # apart, and that moves what is computed of them: 99.7 % to 100 % are within a step, as they
-    # are for ONNX Runtime. A wrong scale or zero point moves all of them by many steps.
+    # fp32 sums in another order, as in ONNX Runtime, and GELU in straight pieces move a few values
+    # over the edge between two numbers, one step apart, and that moves what is computed of them:
+    # 98.8 % to 99.9 % are within a step, 0.2 to 0.26 of one apart in the mean. A wrong scale or
+    # zero point moves all of them by many steps.
     step = 4 / 127  # normalised values are within -4..4, near enough
     difference = real(outputs["last_hidden_state"] - wanted["last_hidden_state"])
-    assert (difference <= step).mean() > 0.99
+    assert (difference <= step).mean() > 0.98
+    assert difference.mean() < step / 3
 
 
 def test_in_fp32_the_roundings_are_left_out(compile_and_run):
