@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sparsec.codegen.isa.avx2 import AVX2
 from sparsec.codegen.isa.avx512 import AVX512
-from sparsec.codegen.isa.bf16 import AVX512_BF16
+from sparsec.codegen.isa.bf16 import AMX_BF16, AVX512_BF16
 from sparsec.codegen.isa.int8 import AVX512_VBMI2, INT8_ISAS
 from sparsec.codegen.isa.vector import VectorIsa
 from sparsec.target import Isa, Target
@@ -17,6 +17,7 @@ FEATURES: dict[Isa, tuple[str, ...]] = {
     **{v.isa: v.features for v in INT8_ISAS},
     AVX512_VBMI2.isa: AVX512_VBMI2.features,
     AVX512_BF16.isa: AVX512_BF16.features,
+    AMX_BF16.isa: AMX_BF16.features,  # those of int8 among them
 }
 
 __all__ = [

@@ -15,6 +15,7 @@ import numpy as np
 from tvm.script.ir_builder import tirx as T
 
 from sparsec.codegen import tir
+from sparsec.codegen.isa.amx import AMX_FEATURES
 from sparsec.codegen.isa.avx512 import AVX512
 from sparsec.codegen.isa.vector import keep, shuffle_of
 from sparsec.ir.op_spec import Array
@@ -28,6 +29,8 @@ AVX512_BF16 = replace(
     isa=Isa.AVX512_BF16,
     features=(*AVX512.features, "+avx512vnni", "+avx512bf16"),
 )
+# Tiles are multiplied by `isa.amx`; all else is as with vectors.
+AMX_BF16 = replace(AVX512_BF16, isa=Isa.AMX, features=(*AVX512_BF16.features, *AMX_FEATURES))
 
 
 def dot(total: Any, x: Any, words: Any) -> Any:

@@ -43,10 +43,12 @@ def _f32(vector: VectorIsa) -> Numbers:
     )
 
 
+def _bf16(vector: VectorIsa) -> Numbers:
+    return Numbers("bf16", vector, "int32", 2, bf16.dot, lambda rows: bf16.mixed(*rows))
+
+
 F32_NUMBERS = (_f32(AVX2), _f32(AVX512))
-BF16_NUMBERS = (
-    Numbers("bf16", bf16.AVX512_BF16, "int32", 2, bf16.dot, lambda rows: bf16.mixed(*rows)),
-)
+BF16_NUMBERS = (_bf16(bf16.AVX512_BF16), _bf16(bf16.AMX_BF16))
 NUMBERS = (*F32_NUMBERS, *BF16_NUMBERS)  # of each name weakest first
 
 

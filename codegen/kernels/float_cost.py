@@ -5,17 +5,26 @@
     rows * nv       nv * indices    rows and indices    nv      sparse; blends in bf16 alone
 
 A step of a sparse weight reads one index in fp32, two in bf16.
+
+AMX multiplies 16 pairs in a step (float_tiles), at a cycle per row of weights and tile of tokens.
+Counted per step of `rows` by `nv` tiles:
+
+    rows of tiles loaded      rows loaded and blended    stores
+    rows + 16 * nv            -                          -          dense
+    rows + 16 * nv            2 * 16 * nv                16 * nv    sparse
 """
 
 from __future__ import annotations
 
 import math
 
+from sparsec.codegen.isa.bf16 import AMX_BF16
 from sparsec.codegen.isa.numbers import Numbers, numbers_of
 from sparsec.codegen.isa.work import activation_work
 from sparsec.codegen.kernels.counts import Counts, Loop, total_cycles
 from sparsec.codegen.kernels.dense_cost import BLOCK_CYCLES, LATENCY_CYCLES, columns
 from sparsec.codegen.kernels.float_gemm import ACCUMULATORS, CHAINS
+from sparsec.codegen.kernels.float_pack import DEPTH
 from sparsec.codegen.kernels.panels import GROUP, LEAST_MACS, WIDTH, grain_at
 from sparsec.codegen.kernels.weight_blocks import block_of
 from sparsec.ir.schedule import Schedule, Workload
@@ -24,7 +33,10 @@ from sparsec.rates import product_of
 from sparsec.target import Target
 
 INDEX_CYCLES = 1.0  # of an index, beside the multiply-adds: its row's address
-WORD_BYTES, INDEX_BYTES = 4, 2
+WORD_BYTES, INDEX_BYTES, LINE_BYTES = 4, 2, 64
+BLENDS = 1.0  # instructions that join two rows of pairs
+FETCH_CYCLES = 4.0  # of a step of tiles: branches of the loop that fetches
+PASS_CYCLES = 150.0  # latency of loads, products and stores of tiles around the loop over steps
 
 
 def cycles(workload: Workload, schedule: Schedule, target: Target) -> float:
@@ -46,7 +58,8 @@ def counts(workload: Workload, schedule: Schedule, tokens: int, target: Target) 
         if times and lanes:
             for nv, parts in columns(lanes // n, schedule.param("nv")):
                 rounds = times * parts * blocks * strips
-                loops += _register_block(schedule, numbers, nv, (k, steps), target, rounds)
+                block = _tile_block if numbers.vector is AMX_BF16 else _register_block
+                loops += block(schedule, numbers, nv, (k, steps), target, rounds)
             loops.append(_epilogue(workload.epilogue, m * times * lanes / n))
     indices = INDEX_BYTES * numbers.indices_per_step if schedule.param("sparse") else 0
     weights = blocks * strips * steps * (WORD_BYTES * strip + indices)
@@ -60,11 +73,17 @@ def counts(workload: Workload, schedule: Schedule, tokens: int, target: Target) 
             round(strip * strips * steps * numbers.per_lane), tokens, LEAST_MACS["fp32"]
         ),
         streams=((weights * groups, max(weights, target.l2_bytes)),),
+        has_own_unit=numbers.vector is AMX_BF16,
     )
 
 
 def _steps(workload: Workload, schedule: Schedule, numbers: Numbers) -> float:
-    """Of a strip of rows."""
+    """Of a strip of rows, in channels or in pairs."""
+    steps = _all_steps(workload, schedule, numbers)
+    return -(-steps // DEPTH) * DEPTH if numbers.vector is AMX_BF16 else steps
+
+
+def _all_steps(workload: Workload, schedule: Schedule, numbers: Numbers) -> float:
     k, block = workload.size("k"), block_of(workload.layout) or (1, 1)
     if not schedule.param("sparse"):
         return k / numbers.per_lane
@@ -101,6 +120,30 @@ def _register_block(
         fixed_cycles=INDEX_CYCLES * indices,
     )
     return [step, Loop(strips, loads=rows * nv, stores=rows * nv, fixed_cycles=BLOCK_CYCLES)]
+
+
+def _tile_block(
+    schedule: Schedule, numbers: Numbers, nv: int, depths: tuple[int, float], target: Target,
+    strips: float,
+) -> list[Loop]:  # fmt: skip
+    """As `_register_block`; the steps are pairs, DEPTH at a time."""
+    k, pairs = depths
+    n, rows, sparse = numbers.vector.lanes, schedule.param("strip"), schedule.param("sparse")
+    # Weights of a strip, and the panel: all strips read it.
+    weights = pairs * WORD_BYTES * rows
+    in_l1 = k / numbers.per_lane * WIDTH * WORD_BYTES + weights <= target.l1d_bytes
+    fetched = DEPTH * nv if sparse else 0
+    step = Loop(
+        strips * pairs / DEPTH,
+        macs=rows * nv * n * DEPTH * numbers.per_lane,
+        others=fetched * BLENDS,
+        loads=rows + DEPTH * nv + 2 * fetched,
+        broadcasts=2 * DEPTH if sparse else 0,
+        stores=fetched,
+        l2_bytes=0 if in_l1 else LINE_BYTES * (rows + (2 * fetched or DEPTH * nv)),
+        fixed_cycles=FETCH_CYCLES if sparse else 0.0,
+    )
+    return [step, Loop(strips, loads=rows * nv, stores=rows * (1 + nv), fixed_cycles=PASS_CYCLES)]
 
 
 def _epilogue(epilogue: str, vectors: float) -> Loop:

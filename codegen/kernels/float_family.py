@@ -1,9 +1,14 @@
-"""`linear` in fp32 and `linear_bf16`: which kernel computes a layer, dense or by its blocks."""
+"""`linear` in fp32 and `linear_bf16`: which kernel computes a layer, dense or by its blocks.
+
+Tiles of AMX do not replace the vectors of AVX512-BF16: few rows or tokens leave tiles half empty.
+Their schedules are ranked together.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sparsec.codegen.isa.bf16 import AMX_BF16
 from sparsec.codegen.isa.numbers import BF16_NUMBERS, F32_NUMBERS, NUMBERS, Numbers, numbers_of
 from sparsec.codegen.isa.polynomials import ACTIVATIONS
 from sparsec.codegen.kernels import dense_cost
@@ -12,22 +17,35 @@ from sparsec.codegen.kernels.counts import total_cycles
 from sparsec.codegen.kernels.dense_gemm import DENSE, DenseGemmFamily, pack_bias
 from sparsec.codegen.kernels.float_cost import cycles
 from sparsec.codegen.kernels.float_gemm import FloatEpilogue, FloatGemm
-from sparsec.codegen.kernels.float_pack import pack_dense_bf16, pack_sparse
+from sparsec.codegen.kernels.float_pack import (
+    PackedFloats,
+    pack_dense_bf16,
+    pack_dense_tiles,
+    pack_sparse,
+    pack_sparse_tiles,
+)
+from sparsec.codegen.kernels.float_tiles import TileFloatGemm
 from sparsec.codegen.kernels.panels import LEAST_MACS, WIDTH, grain_of
 from sparsec.codegen.kernels.weight_blocks import block_of, layout_and_density
 from sparsec.codegen.program import Arg, Kernel, KernelCall
 from sparsec.ir.dims import ceildiv
 from sparsec.ir.graph import Node
 from sparsec.ir.layouts import Panels
+from sparsec.ir.op_spec import Array
 from sparsec.ir.schedule import Schedule, Workload
 from sparsec.ir.types import DType
 from sparsec.target import Target
 
 FAMILY = "float_gemm"
 PARAMS = ("sparse", "strip", "strips", "nv", "group")
-# (strip, strips, nv) per vector length.
-DENSE_BLOCKS = {16: (6, 2, 4)}
-SPARSE_BLOCKS = {8: ((4, 1, 2), (1, 4, 4)), 16: ((4, 1, 4), (1, 4, 4))}
+# (strip, strips, nv) per level; fp32 has dense kernels of its own.
+DENSE_BLOCKS = {"avx512bf16": ((6, 2, 4),), "amx": ((32, 1, 2),)}
+SPARSE_BLOCKS = {
+    "avx2": ((4, 1, 2), (1, 4, 4)),
+    "avx512": ((4, 1, 4), (1, 4, 4)),
+    "avx512bf16": ((4, 1, 4), (1, 4, 4)),
+    "amx": ((16, 1, 4), (32, 1, 2)),
+}
 MOST_PANELS = 8  # of a group
 MAX_STEPS = 65536  # rows of a panel that a 16-bit index can name
 
@@ -67,10 +85,13 @@ class FloatGemmFamily:
         usable = [n for n in table.get(workload.dtype, ()) if target.has(n.vector.isa)]
         if not usable or workload.epilogue.split()[0] not in ACTIVATIONS:
             return []
-        numbers = usable[-1]
-        is_f32 = numbers.dtype == "float32"
+        is_f32 = workload.dtype == str(DType.F32)
         dense = DenseGemmFamily().schedules(workload, target) if is_f32 else []
-        own = [_schedule(block, numbers, workload, target) for block in _blocks(numbers, workload)]
+        own = [
+            _schedule(block, numbers, workload, target)
+            for numbers in (usable[-1:] if is_f32 else usable)
+            for block in _blocks(numbers, workload)
+        ]
         costs = [(cycles(workload, schedule, target), schedule) for schedule in own]
         if dense:  # in their own order, all at the place of their first for any number of tokens
             first = next(s for s in dense if s.family == DENSE)
@@ -86,19 +107,14 @@ class FloatGemmFamily:
         assert weight.data is not None, node
         assert isinstance(x.type.layout, Panels), node
         kernel = _kernel(node, schedule)
-        numbers, strip, strips = kernel.numbers, kernel.strip, kernel.strips
+        numbers, strip = kernel.numbers, kernel.strip
         m, k = weight.data.shape
-        if kernel.is_sparse:
-            packed = pack_sparse(weight.data, strip, strips, numbers.per_lane)
-        else:
-            packed = pack_dense_bf16(weight.data, strip, strips)
-        name = f"{weight.name}.{numbers.name}"
-        args: list[Arg] = [binder.ref(x), binder.weight(name, packed.words)]
-        share = 1.0
-        if packed.starts is not None and packed.indices is not None:
-            args += [binder.weight(f"{name}.starts", packed.starts)]
-            args += [binder.weight(f"{name}.indices", packed.indices)]
-            share = float(packed.starts[-1]) * strip * numbers.per_lane / (m * k)
+        packed = pack(kernel, weight.data)
+        args: list[Arg] = [binder.ref(x)]
+        for part, array in packed.named.items():
+            end = "" if part == "words" else f".{part}"
+            args += [binder.weight(f"{weight.name}.{numbers.name}{end}", array)]
+        share = 1.0 if packed.starts is None else packed.words.size * numbers.per_lane / (m * k)
         bias_data = None if bias is None else bias.data
         args += [binder.weight(f"{node.name}.bias", pack_bias(bias_data, m, kernel.rows))]
         args += [] if residual is None else [binder.ref(residual)]
@@ -119,7 +135,7 @@ class FloatGemmFamily:
 
     def variants(self) -> list[Kernel]:
         own = [
-            FloatGemm(numbers, b.sparse, b.strip, b.strips, b.nv, epilogue)
+            _kind(numbers)(numbers, b.sparse, b.strip, b.strips, b.nv, epilogue)
             for numbers in NUMBERS
             for b in _all_blocks(numbers)
             for epilogue in _epilogues(numbers)
@@ -127,10 +143,23 @@ class FloatGemmFamily:
         return [*DenseGemmFamily().variants(), *own]
 
 
+def pack(kernel: FloatGemm, w: Array) -> PackedFloats:
+    """A weight `[m, k]` as the kernel reads it."""
+    if isinstance(kernel, TileFloatGemm):
+        return (pack_sparse_tiles if kernel.is_sparse else pack_dense_tiles)(w, kernel.strip)
+    if kernel.is_sparse:
+        return pack_sparse(w, kernel.strip, kernel.strips, kernel.numbers.per_lane)
+    return pack_dense_bf16(w, kernel.strip, kernel.strips)
+
+
+def _kind(numbers: Numbers) -> type[FloatGemm]:
+    return TileFloatGemm if numbers.vector is AMX_BF16 else FloatGemm
+
+
 def _all_blocks(numbers: Numbers) -> list[Block]:
-    lanes = numbers.vector.lanes
-    dense = [] if numbers.dtype == "float32" else [Block(False, *DENSE_BLOCKS[lanes])]
-    return [*dense, *(Block(True, *b) for b in SPARSE_BLOCKS[lanes])]
+    level = numbers.vector.name
+    dense = [Block(False, *b) for b in DENSE_BLOCKS.get(level, ())]
+    return [*dense, *(Block(True, *b) for b in SPARSE_BLOCKS[level])]
 
 
 def _blocks(numbers: Numbers, workload: Workload) -> list[Block]:
@@ -151,7 +180,7 @@ def _kernel(node: Node, schedule: Schedule) -> FloatGemm:
     name = "bf16" if node.op == "linear_bf16" else "f32"
     sparse, strip, strips, nv, _ = (schedule.param(n) for n in PARAMS)
     numbers = numbers_of(name, schedule.isa)
-    return FloatGemm(numbers, bool(sparse), strip, strips, nv, _epilogue(node))
+    return _kind(numbers)(numbers, bool(sparse), strip, strips, nv, _epilogue(node))
 
 
 def _epilogue(node: Node) -> FloatEpilogue:

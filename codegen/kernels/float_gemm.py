@@ -79,12 +79,18 @@ class FloatGemm:
         return (
             Parameter("x", dtype=dtype),
             Parameter("words", dtype=dtype),
+            *((Parameter("tiles", dtype="uint8"),) if self.has_tiles else ()),
             *(lists if self.is_sparse else ()),
             Parameter("bias"),
             *((Parameter("residual"),) if self.epilogue.has_residual else ()),
             y,
             *(Parameter(n, Kind.INT) for n in ("tokens", "m", "steps", "group")),
         )
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether it takes the shapes of tile registers, `tiles`."""
+        return False
 
     @property
     def has_scratch(self) -> bool:

@@ -2,7 +2,7 @@
 
 A *strip* is the rows of a register block. A *step* is a channel in fp32; in bf16 it is an even
 and an odd channel, which need not be neighbours when the weight is sparse. The words of a strip
-are `[step][row]`.
+are `[step][row]`; those for AMX `[step of tiles][tile][row][pair]`, 16 rows by 16 pairs to a tile.
 """
 
 from __future__ import annotations
@@ -11,8 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sparsec.codegen.isa.amx import FULL, ROWS, TILE_REGISTERS, configuration
 from sparsec.codegen.isa.bf16 import pair_words
 from sparsec.ir.op_spec import Array
+
+DEPTH = 16  # pairs of a step for AMX
+_TILES = configuration([FULL] * TILE_REGISTERS)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,11 +25,20 @@ class PackedFloats:
 
     Strip i has steps `starts[i]:starts[i + 1]`. `indices` are the rows of a panel that a step
     reads: one in fp32; in bf16 the row of pairs of its even channel and that of its odd one.
+    Weights for AMX have steps of DEPTH pairs, and `tiles`, the shapes of the tile registers.
     """
 
     words: Array
     starts: Array | None = None
     indices: Array | None = None
+    tiles: Array | None = None
+
+    @property
+    def named(self) -> dict[str, Array]:
+        """The arrays that there are, in the order of the kernels' parameters."""
+        names = ("words", "tiles", "starts", "indices")
+        found = {name: getattr(self, name) for name in names}
+        return {name: array for name, array in found.items() if array is not None}
 
 
 def pack_dense_bf16(w: Array, strip: int, strips: int) -> PackedFloats:
@@ -59,6 +72,41 @@ def pack_sparse(w: Array, strip: int, strips: int, per_lane: int) -> PackedFloat
         np.array(starts, np.int32),
         np.concatenate([*indices, np.zeros(per_lane, np.int64)]).astype(np.uint16),
     )
+
+
+def pack_dense_tiles(w: Array, strip: int) -> PackedFloats:
+    """All pairs of channels for AMX, zeros up to whole strips and steps."""
+    whole = _whole_blocks(w, strip)
+    whole = np.pad(whole, ((0, 0), (0, -w.shape[1] % (2 * DEPTH))))
+    words = pair_words(whole[:, 0::2], whole[:, 1::2]).reshape(-1, strip, whole.shape[1] // 2)
+    return PackedFloats(_tiles(words.transpose(0, 2, 1), strip), tiles=_TILES)
+
+
+def pack_sparse_tiles(w: Array, strip: int) -> PackedFloats:
+    """As `pack_sparse` for AMX: a strip has whole steps, filled up with weights of zero."""
+    plain = pack_sparse(w, strip, 1, 2)
+    assert plain.starts is not None
+    assert plain.indices is not None
+    lengths = np.diff(plain.starts)
+    starts = np.concatenate([[0], np.cumsum(-(-lengths // DEPTH))])
+    place = np.repeat(starts[:-1] * DEPTH - plain.starts[:-1], lengths)
+    place += np.arange(plain.starts[-1])
+    words = np.zeros((starts[-1] * DEPTH, strip), np.int32)
+    words[place] = plain.words[:-1].reshape(-1, strip)
+    indices = np.zeros((len(words), 2), np.uint16)
+    indices[place] = plain.indices[:-2].reshape(-1, 2)
+    return PackedFloats(
+        np.append(_tiles(words, strip), np.int32(0)),
+        starts.astype(np.int32),
+        np.append(indices.ravel(), np.uint16(0)),
+        _TILES,
+    )
+
+
+def _tiles(words: Array, strip: int) -> Array:
+    """`[..., pair][row]` of whole steps as tiles."""
+    steps = words.reshape(-1, DEPTH, strip // ROWS, ROWS)
+    return np.ascontiguousarray(steps.transpose(0, 2, 3, 1)).ravel()
 
 
 def _paired(used: Array) -> tuple[Array, Array, tuple[Array, Array]]:

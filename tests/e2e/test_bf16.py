@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -54,6 +56,28 @@ def test_equals_the_oracle(block: tuple[int, int] | None, tmp_path: Path) -> Non
     assert "attention_bf16" in ops
     assert "linear" not in ops
     model = sparsec.load(library, threads=2)
+    for batch, seq in ((1, 1), (3, 33), (2, 40)):
+        arrays = random_inputs(model, batch, seq, seed=3, padding=True)
+        close(model(arrays), run(rounded(path), arrays))
+
+
+@pytest.mark.isa("amx")
+@pytest.mark.isa("avx512bf16")
+@pytest.mark.parametrize("block", [None, (16, 1)], ids=str)
+def test_equals_the_oracle_by_tiles(
+    block: tuple[int, int] | None, tmp_path: Path, amx_models: Any
+) -> None:
+    path, library = tmp_path / "m.onnx", tmp_path / "m.so"
+    pruning = Pruning(0.8, *block) if block else None
+    spec = replace(tiny_spec(), hidden=64, ffn=256)
+    onnx.save(build_model(spec, pruning=pruning), path)
+    report = sparsec.compile_model(
+        path, library, precision="bf16", target="sapphirerapids", keep_padding=True
+    ).report
+    assert report["isa"] == "amx"
+    model = sparsec.load(library, threads=2)
+    steps = model.description["steps"]
+    assert "amx" in {step["isa"] for step in steps if step["op"] == "linear_bf16"}
     for batch, seq in ((1, 1), (3, 33), (2, 40)):
         arrays = random_inputs(model, batch, seq, seed=3, padding=True)
         close(model(arrays), run(rounded(path), arrays))

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from sparsec.codegen.kernels.dense_gemm import pack_bias
-from sparsec.codegen.kernels.float_family import FloatGemmFamily
+from sparsec.codegen.kernels.float_family import FloatGemmFamily, pack
 from sparsec.codegen.kernels.float_gemm import FloatGemm
-from sparsec.codegen.kernels.float_pack import pack_dense_bf16, pack_sparse
-from sparsec.ir.graph import Graph
+from sparsec.codegen.kernels.float_pack import pack_sparse
+from sparsec.ir.graph import Graph, Node
 from sparsec.ir.layouts import Bsr
 from sparsec.ir.ops import OPS
 from sparsec.ir.types import DType
@@ -39,15 +39,11 @@ def call(run: Any, kernel: FloatGemm, data: dict[str, Array], group: int) -> Arr
     (tokens, k), (m, _) = data["x"].shape, data["w"].shape
     x = stored(kernel, data["x"])
     panels = run.to_pairs(x) if kernel.numbers.per_lane == 2 else run.to_panels(x)
-    if kernel.is_sparse:
-        packed = pack_sparse(data["w"], kernel.strip, kernel.strips, kernel.numbers.per_lane)
-    else:
-        packed = pack_dense_bf16(data["w"], kernel.strip, kernel.strips)
+    packed = pack(kernel, data["w"])
     to_bf16 = kernel.epilogue.result == "bf16"
     size = (panels.shape[0], m // 2 if to_bf16 else m, 64)
     y = np.full(size, 99, np.int32) if to_bf16 else np.full(size, np.nan, np.float32)
-    pointers = [panels, packed.words]
-    pointers += [a for a in (packed.starts, packed.indices) if a is not None]
+    pointers = [panels, *packed.named.values()]
     pointers.append(pack_bias(data["bias"], m, kernel.rows))
     pointers += [run.to_panels(data["residual"])] if kernel.epilogue.has_residual else []
     items = -(-size[0] // group) * -(-m // kernel.rows)
@@ -98,6 +94,31 @@ def test_blocks(some_kernel: FloatGemm, run: Any, block: tuple[int, int], zeros:
     check(run, some_kernel, (40, 36, 130), zeros=zeros, block=block)
 
 
+def layer(dtype: DType, block: tuple[int, int] | None, zeros: float, rows: int) -> Node:
+    """`rows` by 768 with zeros in blocks, for 128 tokens."""
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((rows, 768)).astype(np.float32)
+    graph = Graph("g")
+    weight = graph.add_constant((w if block is None else w * block_mask(w, *block, zeros)).astype(
+        dtype.numpy), "w")  # fmt: skip
+    if block is not None:
+        graph.set_type(weight, weight.type.with_layout(Bsr(*block)))
+    x = graph.add_input("x", DType.F32, (1, 128, 768))
+    if dtype is DType.BF16:
+        x = graph.add("to_bf16", [x])
+    op = "linear" if dtype is DType.F32 else "linear_bf16"
+    return graph.add_node(op, [x, weight, None, None], {"activation": "none"})
+
+
+@pytest.mark.parametrize("block", [None, (32, 1)])
+def test_tiles_and_vectors_are_ranked_together(block: tuple[int, int] | None) -> None:
+    family = FloatGemmFamily()
+    workload = family.workload(layer(DType.BF16, block, 0.8, 768))
+    found = family.schedules(workload, Target.named("sapphirerapids"))
+    assert found[0].isa == "amx"
+    assert {s.isa for s in found} == {"amx", "avx512bf16"}
+
+
 @pytest.mark.parametrize("dtype", [DType.F32, DType.BF16])
 @pytest.mark.parametrize(
     ("block", "zeros", "sparse", "strip"),
@@ -112,18 +133,7 @@ def test_blocks(some_kernel: FloatGemm, run: Any, block: tuple[int, int], zeros:
 def test_the_cheapest_kernel_comes_first(
     dtype: DType, block: tuple[int, int] | None, zeros: float, sparse: int, strip: int | None
 ) -> None:
-    rng = np.random.default_rng(0)
-    w = rng.standard_normal((768, 768)).astype(np.float32)
-    graph = Graph("g")
-    weight = graph.add_constant((w if block is None else w * block_mask(w, *block, zeros)).astype(
-        dtype.numpy), "w")  # fmt: skip
-    if block is not None:
-        graph.set_type(weight, weight.type.with_layout(Bsr(*block)))
-    x = graph.add_input("x", DType.F32, (1, 128, 768))
-    if dtype is DType.BF16:
-        x = graph.add("to_bf16", [x])
-    op = "linear" if dtype is DType.F32 else "linear_bf16"
-    node = graph.add_node(op, [x, weight, None, None], {"activation": "none"})
+    node = layer(dtype, block, zeros, 768)
     family = FloatGemmFamily()
     first = family.schedules(family.workload(node), Target.named("znver4"))[0]
     params = dict(first.params)
