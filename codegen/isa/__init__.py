@@ -38,5 +38,5 @@ def best_vector_isa(target: Target) -> VectorIsa | None:
 
 
 def by_name(name: str) -> VectorIsa:
-    """The vectors of the level with this name: of VECTOR_ISAS, or those that store bf16."""
-    return next(v for v in (*VECTOR_ISAS, AVX512_BF16) if v.name == name)
+    """The vectors of the level with this name: of VECTOR_ISAS, or those that compute in bf16."""
+    return next(v for v in (*VECTOR_ISAS, AVX512_BF16, AMX_BF16) if v.name == name)

@@ -235,7 +235,6 @@ class QueryBlock:
 
     def compute_context(self) -> None:
         """y; 0 where all scores are -inf."""
-        size = self.s["head_size"]
         for at in self.at:
             inverse = keep(splat(1.0, self.lanes) / self.total[at])
             dead = self.highest[at] < splat(LOWEST, self.lanes)
@@ -243,6 +242,10 @@ class QueryBlock:
         if self.kernel.result == "u8":
             zero_point = self.s["zero_point"]
             self.packer = Packer.of(self.v, "uint8", self.s["inverse"], zero_point)
+        self._sum_channels()
+
+    def _sum_channels(self) -> None:
+        size = self.s["head_size"]
         in_steps(const(0), size, self._channel_steps, self._context_channels)
 
     @property

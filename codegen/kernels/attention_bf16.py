@@ -1,52 +1,45 @@
-"""`attention_bf16` over panels of pairs: the fp32 kernel with two products to a multiply-add.
-
-    scores   pairs of channels, as queries and keys lie in their panels
-    context  pairs of keys: probabilities are rounded and joined as they are made, and the values
-             of the sequence are rewritten from pairs of channels to pairs of keys
-
-Pairs of keys are those of the panels, so a sequence may begin or end inside one: what is not its
-own has a score of -inf and a value of zero.
-"""
+"""`attention_bf16`: the kernels of AVX512-BF16 and of AMX, and which one computes a node."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tvm.script.ir_builder import tirx as T
-
 from sparsec.codegen import tir
-from sparsec.codegen.isa.bf16 import AVX512_BF16, LANES, dot, pairs_of
-from sparsec.codegen.isa.polynomials import exp_negative
-from sparsec.codegen.isa.vector import keep, ramp, shuffle_of, splat
+from sparsec.codegen.isa import amx, by_name
+from sparsec.codegen.isa.bf16 import AMX_BF16, AVX512_BF16, LANES
 from sparsec.codegen.kernels.attention import (
-    LOWEST,
     MASKS,
     REGISTER_BLOCKS,
     Attention,
-    QueryBlock,
-    higher,
     mask_kind,
     mask_steps,
 )
+from sparsec.codegen.kernels.attention_bf16_block import PairBlock
+from sparsec.codegen.kernels.attention_bf16_tiles import TilePairBlock
 from sparsec.codegen.kernels.base import Binder
-from sparsec.codegen.kernels.panels import GROUP, WIDTH, const, div, loop, mod
+from sparsec.codegen.kernels.panels import GROUP, WIDTH
 from sparsec.codegen.kernels.quantize import inverse_of
 from sparsec.codegen.kernels.query_blocks import (
     PACKED,
     Sequences,
+    over_query_blocks,
     sequence_args,
-    store_context,
 )
 from sparsec.codegen.program import Arg, Kernel, KernelCall, Parameter
-from sparsec.ir.dims import Dim, ceildiv, round_up
+from sparsec.ir.dims import ceildiv
 from sparsec.ir.graph import Node
 from sparsec.ir.schedule import Schedule, Workload
 from sparsec.ir.types import DType
 from sparsec.target import Target
 
-PAIRS = WIDTH // 2  # of keys in a panel
 RESULTS = ("f32", "u8", "bf16")
+BLOCKS: Mapping[str, type[PairBlock]] = {
+    AVX512_BF16.name: PairBlock,
+    AMX_BF16.name: TilePairBlock,
+}
+TILES = (4, 16)  # groups of queries, keys or channels at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,169 +55,42 @@ class AttentionBf16(Attention):
     def parameters(self) -> tuple[Parameter, ...]:
         pairs = {"q", "k", "v", *(["y"] if self.result == "bf16" else [])}
         plain = Attention.parameters.fget(self)  # type: ignore[attr-defined]
-        return tuple(Parameter(p.name, dtype="int32") if p.name in pairs else p for p in plain)
+        tiles = [Parameter("tiles", dtype="uint8")] if self.has_tiles else []
+        typed = [Parameter(p.name, dtype="int32") if p.name in pairs else p for p in plain]
+        return (*typed, *tiles)
+
+    @property
+    def block(self) -> type[PairBlock]:
+        """What computes a run of queries."""
+        return BLOCKS[self.isa]
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether it takes the shapes of tile registers, `tiles`."""
+        return self.vector is AMX_BF16
+
+    def _body(self, s: tir.KernelScope) -> None:
+        if not self.has_tiles:
+            Attention._body(self, s)
+            return
+        amx.configure(s["tiles"])
+        sequences = Sequences(s, self.mask == PACKED)
+        over_query_blocks(s, sequences, (4, 2), lambda *run: self._run(s, *run))
+        amx.release()
 
     def _run(self, s: tir.KernelScope, head: Any, token: Any, sequence: Any, groups: int) -> None:
         sequences = Sequences(s, self.mask == PACKED)
-        block = _PairBlock(self, s, sequences, head, token, sequence, groups)
+        block = self.block(self, s, sequences, head, token, sequence, groups)
         block.load_mask()
-        block.exclude_others()
         block.copy_values()
         block.compute_scores()
+        block.exclude_others()
         block.exponentiate()
         block.compute_context()
 
 
-class _PairBlock(QueryBlock):
-    """Scores have a row for every key of every pair; pairs of probabilities take their place."""
-
-    def __init__(self, kernel: Attention, s: tir.KernelScope, *where: Any):
-        QueryBlock.__init__(self, kernel, s, *where)
-        self.shift = keep(mod(self.start, 2))
-        self.first = keep(self.start - self.shift)
-        self.pairs = keep(div(self.stop - self.first + 1, 2))
-        # The copy of the values is behind the scores: [panel][channel][pair].
-        self.values = keep(scores_rows(self.stop - self.start) * WIDTH)
-
-    def exclude_others(self) -> None:
-        """-inf for keys of the first and the last pair that are of other sequences."""
-        with T.If(self.shift == 1), T.Then():
-            self._fill(const(0))
-        with T.If(mod(self.stop, 2) == 1), T.Then():
-            self._fill(self.stop - self.first)
-
-    def _fill(self, row: Any) -> None:
-        for i in range(self.count):
-            where = ramp(row * self.width + i * self.lanes, self.lanes)
-            T.buffer_store(self.s.scratch, splat(float("-inf"), self.lanes), [where])
-
-    def copy_values(self) -> None:
-        """The values as pairs of keys; zero where a key is of another sequence."""
-        s, half = self.s, 2 * LANES  # keys of two vectors
-        with loop(div(self.start, half), div(self.stop - 1, half) + 1) as part:
-            key0 = keep(part * half)
-            panel, lane = keep(div(key0, WIDTH)), keep(mod(key0, WIDTH))
-            low = T.cast(T.max(self.start - key0, const(0)), "int32")
-            high = T.cast(T.min(self.stop - key0, const(half)), "int32")
-            index = T.ramp(T.int32(0), 1, half)
-            # Integers and no booleans, which TVM can not keep.
-            own = keep(
-                T.Select(
-                    T.And(index >= T.broadcast(low, half), index < T.broadcast(high, half)),
-                    T.broadcast(T.int16(-1), half),
-                    T.broadcast(T.int16(0), half),
-                )
-            )
-            source = keep(self._row("v", panel) + lane)
-            local = panel - div(self.first, WIDTH)
-            target = keep(self.values + local * s["head_size"] * PAIRS + div(lane, 2))
-            with loop(0, div(s["head_size"], 2)) as pair:
-                words = [
-                    keep(T.reinterpret("int16x32", s["v"][ramp(source + pair * WIDTH + i, LANES)]))
-                    for i in (0, LANES)
-                ]
-                for channel in (0, 1):
-                    row = keep(shuffle_of(words, list(range(channel, 2 * half, 2))))
-                    bits = T.reinterpret("float32x16", T.bitwise_and(row, own))
-                    at = target + (pair * 2 + channel) * PAIRS
-                    T.buffer_store(s.scratch, bits, [ramp(at, LANES)])
-
-    def _row(self, operand: str, panel: Any) -> Any:
-        """Where this head's first pair of channels of a panel of q, k or v starts."""
-        channels, offset = self.s[f"{operand}_channels"], self.s[f"{operand}_offset"]
-        head = self.head * div(self.s["head_size"], 2)
-        return (panel * channels + offset + head) * WIDTH
-
-    def _score_keys(self, panel: Any, lane: Any, rows: int) -> None:
-        s, n = self.s, self.lanes
-        acc = self._zeros(rows)
-        q0 = keep(self._row("q", div(self.token, WIDTH)) + mod(self.token, WIDTH))
-        k0 = keep(self._row("k", panel) + lane)
-        with loop(0, div(s["head_size"], 2)) as d:
-            qs = [keep(s["q"][ramp(q0 + d * WIDTH + i * n, n)]) for i in range(self.count)]
-            for r in range(rows):
-                key = keep(T.broadcast(s["k"][k0 + d * WIDTH + r], n))
-                for q, at in zip(qs, self.at, strict=True):
-                    T.buffer_store(acc[r], dot(acc[r][at], q, key), [at])
-        key0 = keep(panel * WIDTH + lane - self.start)
-        for r in range(rows):
-            for i, at in enumerate(self.at):
-                where = ramp((key0 + r + self.shift) * self.width + i * n, n)
-                score = keep(self._masked(acc[r][at] * splat(s["scale"], n), key0 + r, where))
-                T.buffer_store(s.scratch, score, [where])
-                T.buffer_store(self.highest, higher(self.highest[at], score), [at])
-
-    def exponentiate(self) -> None:
-        """Pairs of exp(score - highest) in the rows of the scores; the sums of all in fp32."""
-        n, scratch = self.lanes, self.s.scratch
-        highest = [keep(higher(splat(LOWEST, n), self.highest[at])) for at in self.at]
-        for at in self.at:
-            T.buffer_store(self.total, splat(0.0, n), [at])
-        with loop(0, self.pairs) as pair:
-            for i, at in enumerate(self.at):
-                both = []
-                for part in (0, 1):
-                    where = ramp((pair * 2 + part) * self.width + i * n, n)
-                    both.append(exp_negative(self.v, keep(scratch[where] - highest[i])))
-                    T.buffer_store(self.total, self.total[at] + both[part], [at])
-                bits = T.reinterpret(f"float32x{n}", pairs_of(*both))
-                T.buffer_store(scratch, bits, [ramp(pair * self.width + i * n, n)])
-
-    def _context_channels(self, channel: Any, rows: int) -> None:
-        acc = self._zeros(rows)
-        last = self.first + 2 * self.pairs
-        with loop(div(self.first, WIDTH), div(last - 1, WIDTH) + 1) as panel:
-            begin = keep(div(T.max(self.first - panel * WIDTH, const(0)), 2))
-            end = keep(div(T.min(last - panel * WIDTH, const(WIDTH)), 2))
-            local = panel - div(self.first, WIDTH)
-            values = keep(self.values + (local * self.s["head_size"] + channel) * PAIRS)
-            row0 = keep(panel * PAIRS - div(self.first, 2))
-            with loop(begin, end) as pair:
-                self._add_pair(acc, keep((row0 + pair) * self.width), keep(values + pair))
-        panel = div(self.token, WIDTH)
-        y0 = (panel * self.s["heads"] + self.head) * self.s["head_size"] + channel
-        results = [[keep(row[at] * self.total[at]) for at in self.at] for row in acc]
-        self._store(results, keep(y0))
-
-    def _add_pair(self, acc: list[Any], p0: Any, v0: Any) -> None:
-        n, scratch = self.lanes, self.s.scratch
-        ps = [
-            keep(T.reinterpret(f"int32x{n}", scratch[ramp(p0 + i * n, n)]))
-            for i in range(self.count)
-        ]
-        for r, row in enumerate(acc):
-            word = keep(T.broadcast(scratch[v0 + r * PAIRS], n))
-            value = keep(T.reinterpret(f"int32x{n}", word))
-            for p, at in zip(ps, self.at, strict=True):
-                T.buffer_store(row, dot(row[at], p, value), [at])
-
-    def _store(self, results: list[list[Any]], y0: Any) -> None:
-        per_row = 1
-        if self.kernel.result == "bf16":
-            y0, per_row = keep(div(y0, 2)), 2
-            results = [
-                [pairs_of(*both) for both in zip(results[r], results[r + 1], strict=True)]
-                for r in range(0, len(results), per_row)
-            ]
-        for r, vectors in enumerate(results):
-            row = (y0 + r) * WIDTH + mod(self.token, WIDTH)
-            store_context(
-                self.s["y"], row, vectors, self.lanes, packer=self.packer, before=self.before
-            )
-
-    @property
-    def _channel_steps(self) -> tuple[int, ...]:
-        """Channels come in pairs."""
-        return tuple(2 if n == 1 else n for n in self.steps)
-
-
-def scores_rows(seq: Any) -> Any:
-    """Rows of scores in the scratch memory of a kernel: those of a sequence in whole pairs."""
-    return div(seq + (2 * GROUP - 1), GROUP) * GROUP
-
-
 class AttentionBf16Family:
-    """`attention_bf16`."""
+    """`attention_bf16` on AVX512-BF16, and on AMX where a head is whole tiles."""
 
     ops = ("attention_bf16",)
 
@@ -237,9 +103,14 @@ class AttentionBf16Family:
     def schedules(self, workload: Workload, target: Target) -> list[Schedule]:
         if not target.has(AVX512_BF16.isa) or workload.epilogue.split()[1] not in MASKS:
             return []
+        tiles = (
+            target.has(AMX_BF16.isa) and workload.size("head_size") % TilePairBlock.head_unit == 0
+        )
+        found = [(AMX_BF16, TILES)] if tiles else []
+        found += [(AVX512_BF16, block) for block in REGISTER_BLOCKS[LANES]]
         return [
-            Schedule("attention_bf16", AVX512_BF16.name, (("groups", groups), ("rows", rows)))
-            for groups, rows in REGISTER_BLOCKS[LANES]
+            Schedule("attention_bf16", isa.name, (("groups", groups), ("rows", rows)))
+            for isa, (groups, rows) in found
         ]
 
     def lower(self, node: Node, schedule: Schedule, binder: Binder) -> list[KernelCall]:
@@ -247,7 +118,7 @@ class AttentionBf16Family:
         kind = mask_kind(node)
         pointers, lengths, longest = sequence_args(node, binder)
         groups, rows = schedule.param("groups"), schedule.param("rows")
-        kernel = AttentionBf16(AVX512_BF16, groups, rows, kind, _result(node))
+        kernel = AttentionBf16(by_name(schedule.isa), groups, rows, kind, _result(node))
         heads, head_size = int(node.attrs["heads"]), int(node.attrs["head_size"])
         tokens = q.type.tokens
         args: list[Arg] = [binder.ref(node.input(i)) for i in range(3)]
@@ -260,30 +131,28 @@ class AttentionBf16Family:
         args += [float(node.attrs["scale"])]
         if kernel.result == "u8":
             args += [inverse_of(node.attrs["out_scale"]), node.attrs.get("out_zero_point", 0)]
+        if kernel.has_tiles:
+            shapes = amx.configuration([amx.FULL] * amx.TILE_REGISTERS)
+            args.append(binder.weight(f"{node.name}.tiles", shapes))
         return [
             KernelCall(
                 kernel,
                 tuple(args),
                 ceildiv(tokens, WIDTH) * heads,
                 f"{node.name}: {heads} heads of {head_size} in bf16, mask {kind}",
-                scratch_bytes=scratch_bytes(longest, head_size),
+                scratch_bytes=kernel.block.scratch_bytes(longest, head_size),
                 macs=tokens * longest * (2 * heads * head_size),
             )
         ]
 
     def variants(self) -> list[Kernel]:
+        blocks = [(AVX512_BF16, *block) for block in REGISTER_BLOCKS[LANES]]
         return [
-            AttentionBf16(AVX512_BF16, groups, rows, mask, result)
-            for groups, rows in REGISTER_BLOCKS[LANES]
+            AttentionBf16(isa, groups, rows, mask, result)
+            for isa, groups, rows in (*blocks, (AMX_BF16, *TILES))
             for mask in MASKS
             for result in RESULTS
         ]
-
-
-def scratch_bytes(seq: Dim, head_size: int) -> Dim:
-    """Scores, and the values of all panels that a sequence of any first token touches."""
-    scores = (round_up(seq, GROUP) + GROUP) * (WIDTH * 4)
-    return scores + (ceildiv(seq, WIDTH) + 1) * (head_size * PAIRS * 4)
 
 
 def _result(node: Node) -> str:

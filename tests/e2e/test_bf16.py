@@ -69,7 +69,7 @@ def test_equals_the_oracle_by_tiles(
 ) -> None:
     path, library = tmp_path / "m.onnx", tmp_path / "m.so"
     pruning = Pruning(0.8, *block) if block else None
-    spec = replace(tiny_spec(), hidden=64, ffn=256)
+    spec = replace(tiny_spec(), hidden=64, heads=2, ffn=256)
     onnx.save(build_model(spec, pruning=pruning), path)
     report = sparsec.compile_model(
         path, library, precision="bf16", target="sapphirerapids", keep_padding=True
@@ -77,7 +77,8 @@ def test_equals_the_oracle_by_tiles(
     assert report["isa"] == "amx"
     model = sparsec.load(library, threads=2)
     steps = model.description["steps"]
-    assert "amx" in {step["isa"] for step in steps if step["op"] == "linear_bf16"}
+    for op in ("linear_bf16", "attention_bf16"):
+        assert "amx" in {step["isa"] for step in steps if step["op"] == op}
     for batch, seq in ((1, 1), (3, 33), (2, 40)):
         arrays = random_inputs(model, batch, seq, seed=3, padding=True)
         close(model(arrays), run(rounded(path), arrays))

@@ -170,7 +170,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def _marked(kernel: Kernel) -> Any:
     """An emulated CPU with AMX has no bf16 vectors but its own: they round results to bf16."""
-    needs = [kernel.isa, *(["avx512bf16"] if kernel.name.startswith("linear_bf16") else [])]
+    needs = [kernel.isa, *(["avx512bf16"] if "bf16" in kernel.name else [])]
     return pytest.param(kernel, marks=[pytest.mark.isa(x) for x in needs], id=kernel.name)
 
 

@@ -8,11 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparsec.codegen.kernels.attention_bf16 import (
-    AttentionBf16,
-    AttentionBf16Family,
-    scratch_bytes,
-)
+from sparsec.codegen.isa.amx import FULL, TILE_REGISTERS, configuration
+from sparsec.codegen.kernels.attention_bf16 import AttentionBf16, AttentionBf16Family
 from sparsec.codegen.kernels.quantize import inverse_of
 from sparsec.codegen.kernels.query_blocks import PACKED
 from sparsec.ir.ops import OPS
@@ -21,7 +18,8 @@ from sparsec.ir.types import DType
 Array = np.ndarray[Any, Any]
 ALL = [k for k in AttentionBf16Family().variants() if isinstance(k, AttentionBf16)]
 VARIANTS = [k for k in ALL if k.result == "f32" and k.mask != PACKED]
-SOME = [k for k in ALL if k.result != "f32" and k.rows == 4 and k.mask != PACKED]
+SOME = [k for k in ALL if k.result != "f32" and k.rows in (4, 16) and k.mask != PACKED]
+EACH_ISA = [k for k in VARIANTS if k.rows in (4, 16) and k.mask == "none"]
 EPS = float(np.finfo(np.float32).eps)
 BF16 = DType.BF16.numpy
 SEQS = [1, 2, 7, 17, 48, 64, 65, 129]
@@ -73,8 +71,9 @@ def call(run: Any, kernel: AttentionBf16, c: Case, x: Array, mask: Array | None,
     steps = end[0] if mask is not None else []
     numbers = [c.tokens, c.seq, c.heads, c.head_size, *places, *steps, c.attrs["scale"], *end[1:]]
     given = [panels, panels, panels, *([] if mask is None else [mask]), y]
-    scratch = int(scratch_bytes(c.seq, c.head_size))  # type: ignore[call-overload]
-    status = run(kernel, *given, *numbers, output=y, items=y.shape[0] * c.heads,
+    scratch = int(kernel.block.scratch_bytes(c.seq, c.head_size))  # type: ignore[call-overload]
+    tiles = [configuration([FULL] * TILE_REGISTERS)] if kernel.has_tiles else []
+    status = run(kernel, *given, *numbers, *tiles, output=y, items=y.shape[0] * c.heads,
                  scratch_bytes=scratch)  # fmt: skip
     assert status == 0
     return y
@@ -86,12 +85,12 @@ def operands(c: Case, rng: np.random.Generator) -> Array:
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("seq", SEQS)
-@pytest.mark.parametrize("head_size", [2, 10])
+@pytest.mark.parametrize("units", [1, 3])
 def test_against_exact_softmax(
-    kernel: AttentionBf16, run: Any, batch: int, seq: int, head_size: int
+    kernel: AttentionBf16, run: Any, batch: int, seq: int, units: int
 ) -> None:
-    c = Case(batch, seq, head_size)
-    rng = np.random.default_rng([batch, seq, head_size])
+    c = Case(batch, seq, units * kernel.block.head_unit)
+    rng = np.random.default_rng([batch, seq, units])
     x = operands(c, rng)
     mask, steps = mask_of(kernel.mask, c, rng)
     y = call(run, kernel, c, x, mask, steps)
@@ -105,7 +104,7 @@ def test_against_exact_softmax(
     )
     # Each probability is rounded to bf16, half to even: off by 2**-8 of it. Sums of head_size
     # products, of seq probabilities, and exp of scores below 2**5 are off by a few eps a term.
-    terms = 8 * head_size + seq + 64
+    terms = 8 * c.head_size + seq + 64
     bound = (2.0**-8 + terms * EPS) * sizes + 1e-30
     got = run.from_panels(y, c.tokens).reshape(exact.shape)
     assert (np.abs(got - exact) <= bound).all(), np.abs(got - exact).max()
@@ -116,7 +115,7 @@ def test_against_exact_softmax(
 def test_stored_results_are_those_of_fp32(
     some_kernel: AttentionBf16, run: Any, batch: int, seq: int
 ) -> None:
-    c, plain = Case(batch, seq, 10), None
+    c, plain = Case(batch, seq, 3 * some_kernel.block.head_unit), None
     rng = np.random.default_rng([batch, seq])
     x = operands(c, rng)
     mask, steps = mask_of(some_kernel.mask, c, rng)
@@ -134,13 +133,18 @@ def test_stored_results_are_those_of_fp32(
     np.testing.assert_array_equal(run.from_panels(stored, c.tokens), expected)
 
 
-def test_a_sequence_does_not_see_the_values_of_its_neighbours(run: Any) -> None:
+@pytest.mark.isa("avx512bf16")
+@pytest.mark.parametrize(
+    "plain", [pytest.param(k, marks=pytest.mark.isa(k.isa), id=k.isa) for k in EACH_ISA]
+)
+def test_a_sequence_does_not_see_the_values_of_its_neighbours(
+    plain: AttentionBf16, run: Any
+) -> None:
     """Pairs of keys straddle sequences of odd length: infinities stay where they are."""
-    c = Case(3, 5, 4)
+    c = Case(3, 5, plain.block.head_unit)
     x = operands(c, np.random.default_rng(0))
     x[5:10, 2 * c.channels :] = np.inf
-    kernel = VARIANTS[0]
-    y = run.from_panels(call(run, kernel, c, x, None, []), c.tokens)
+    y = run.from_panels(call(run, plain, c, x, None, []), c.tokens)
     assert np.isfinite(y[:5]).all()
     assert np.isfinite(y[10:]).all()
     assert np.isinf(y[5:10]).all()

@@ -9,11 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparsec.codegen.kernels.attention_bf16 import (
-    AttentionBf16,
-    AttentionBf16Family,
-    scratch_bytes,
-)
+from sparsec.codegen.isa.amx import FULL, TILE_REGISTERS, configuration
+from sparsec.codegen.kernels.attention_bf16 import AttentionBf16, AttentionBf16Family
 from sparsec.codegen.kernels.quantize import inverse_of
 from sparsec.codegen.kernels.query_blocks import PACKED
 from sparsec.ir.ops import OPS
@@ -22,7 +19,7 @@ from sparsec.ir.types import DType
 Array = np.ndarray[Any, Any]
 ALL = [k for k in AttentionBf16Family().variants() if isinstance(k, AttentionBf16)]
 VARIANTS = [k for k in ALL if k.mask == PACKED and k.result == "f32"]
-SOME = [k for k in ALL if k.mask == PACKED and k.result != "f32" and k.rows == 4]
+SOME = [k for k in ALL if k.mask == PACKED and k.result != "f32" and k.rows in (4, 16)]
 EPS = float(np.finfo(np.float32).eps)
 BF16 = DType.BF16.numpy
 HEADS = 2
@@ -72,8 +69,9 @@ def call(
     places = [n for i in range(3) for n in (3 * channels // 2, i * channels // 2)]
     pointers = [panels, panels, panels, mask, sequence_of, starts, y]
     numbers = [len(x), HEADS, size, *places, size**-0.5, *quant]
-    scratch = int(scratch_bytes(max(lengths), size))  # type: ignore[call-overload]
-    status = run(kernel, *pointers, *numbers, output=y, items=y.shape[0] * HEADS,
+    scratch = int(kernel.block.scratch_bytes(max(lengths), size))  # type: ignore[call-overload]
+    tiles = [configuration([FULL] * TILE_REGISTERS)] if kernel.has_tiles else []
+    status = run(kernel, *pointers, *numbers, *tiles, output=y, items=y.shape[0] * HEADS,
                  scratch_bytes=scratch)  # fmt: skip
     assert status == 0
     return y
@@ -95,10 +93,11 @@ def exact(x: Array, mask: Array, lengths: list[int]) -> tuple[Array, Array]:
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=IDS)
-@pytest.mark.parametrize("size", [2, 10])
+@pytest.mark.parametrize("units", [1, 3])
 def test_against_exact_softmax(
-    kernel: AttentionBf16, run: Any, lengths: list[int], size: int
+    kernel: AttentionBf16, run: Any, lengths: list[int], units: int
 ) -> None:
+    size = units * kernel.block.head_unit
     x, mask = operands(lengths, size)
     got = run.from_panels(call(run, kernel, x, mask, lengths), len(x))
     wanted, sizes = exact(x, mask, lengths)
@@ -112,7 +111,7 @@ def test_against_exact_softmax(
 def test_stored_results_are_those_of_fp32(
     some_kernel: AttentionBf16, run: Any, lengths: list[int]
 ) -> None:
-    x, mask = operands(lengths, 10)
+    x, mask = operands(lengths, 3 * some_kernel.block.head_unit)
     plain = replace(some_kernel, result="f32")
     y = run.from_panels(call(run, plain, x, mask, lengths), len(x))
     if some_kernel.result == "bf16":
