@@ -37,6 +37,11 @@ def buckets() -> Iterator[Bucket]:
         yield Bucket(above, most)
 
 
+def bucket_of(tokens: int) -> Bucket:
+    """The one that holds a number of tokens, at least 1."""
+    return next(bucket for bucket in buckets() if tokens in bucket)
+
+
 @dataclass(frozen=True, slots=True)
 class Workload:
     """What is computed: an op, its static sizes, its types and its epilogue.

@@ -24,7 +24,7 @@ from sparsec.errors import InvalidInput
 from sparsec.ir.dims import evaluate
 from sparsec.ir.graph import Graph, Node
 from sparsec.ir.layouts import Bsr
-from sparsec.ir.schedule import EVERY, Schedule, Workload, buckets
+from sparsec.ir.schedule import EVERY, Schedule, Workload, bucket_of
 from sparsec.options import CompileOptions
 from sparsec.passes.choose_weight_layout import PRODUCTS
 from sparsec.passes.plan_memory import plan_memory
@@ -130,7 +130,7 @@ class _Timer:
     def time(self, block: Block | None, density: float) -> dict[str, Any] | None:
         """Microseconds and what they are of; None when no kernel takes the workload."""
         layout = "dense" if block is None else str(Bsr(*block))
-        bucket = next(b for b in buckets() if self.shape.tokens in b)
+        bucket = bucket_of(self.shape.tokens)
         work = replace(self.work, layout=layout, density=density, bucket=bucket)
         schedules = FAMILIES[work.op].schedules(work, self.target)
         if not schedules:

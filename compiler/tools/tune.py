@@ -16,9 +16,11 @@ from rich.table import Table
 from sparsec.codegen.kernels import FAMILIES
 from sparsec.codegen.lower import family_of, schedules_of
 from sparsec.errors import InvalidInput
-from sparsec.ir.graph import Graph
+from sparsec.ir.dims import Dim, evaluate, symbols
+from sparsec.ir.graph import Graph, Node
 from sparsec.ir.schedule import Bucket, buckets
 from sparsec.options import CompileOptions
+from sparsec.passes.padding_proof import ATTENTIONS
 from sparsec.stages import limited, scheduled_graph
 from sparsec.target import Target
 from sparsec.tools.console import console
@@ -117,11 +119,12 @@ def jobs_of(graph: Graph, target: Target, options: TuneOptions) -> list[Job]:
     """
     found: dict[tuple[Any, ...], Job] = {}
     work: dict[tuple[Any, ...], float] = {}
+    every = {n.input(0).type.tokens for n in graph.nodes if n.op in ATTENTIONS}
     for node in graph.nodes:
         if node.op not in FAMILIES or not re.search(options.layers, node.name):
             continue
         workload = family_of(node, target).workload(node)
-        for bucket in _buckets(options.tokens):
+        for bucket in _buckets(_tokens_of(node, every, options.tokens)):
             schedules = schedules_of(node, target, bucket)
             task = task_of(node, workload, bucket, options.threads, {})
             if task is None or len(schedules) < 2:
@@ -136,6 +139,16 @@ def jobs_of(graph: Graph, target: Target, options: TuneOptions) -> list[Job]:
     most = sum(work.values())
     return [found[key] for key in sorted(found, key=lambda k: -work[k])
             if work[key] > LEAST_SHARE * most]  # fmt: skip
+
+
+def _tokens_of(node: Node, every: set[Dim], tokens: Sequence[int]) -> Sequence[int]:
+    """What the node has of runs of so many tokens: a pooler has one of each sequence.
+
+    `every` are the numbers of all tokens, as attention has them; none: no node tells.
+    """
+    if node.tokens in every or not every:
+        return tokens
+    return [max(1, evaluate(node.tokens, dict.fromkeys(symbols(node.tokens), 1)))]
 
 
 def _buckets(tokens: Sequence[int]) -> Iterable[Bucket]:

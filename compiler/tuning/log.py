@@ -107,12 +107,17 @@ class TuningLog:
         return next(iter(ranking(self.exact(query))), None)
 
     def lookup(
-        self, query: Query, allowed: Callable[[Schedule], bool] = lambda schedule: True
+        self,
+        query: Query,
+        allowed: Callable[[Schedule], bool] = lambda schedule: True,
+        comparable: Callable[[int], bool] = lambda tokens: True,
     ) -> Schedule | None:
         """The best schedule recorded for the query, or for what is nearest to it; else None.
 
         Records of another revision of the kernel, of an instruction set that the machine lacks,
-        or whose schedule is not `allowed` do not count. `source` says where it comes from.
+        or whose schedule is not `allowed` do not count; nor do those of token counts that are
+        not `comparable`, at which what is best for the query could not be measured. `source` says
+        where it comes from.
         """
         for schedule in self.ranking(query):
             if allowed(schedule):
@@ -120,7 +125,8 @@ class TuningLog:
         groups: dict[tuple[float, str], list[TuningRecord]] = {}
         for record in self._by_key.get(_key(query.workload), []):
             distance = _distance(record, query)
-            if distance < math.inf and _is_valid(record, query) and record.outcome is Outcome.OK:
+            usable = _is_valid(record, query) and record.outcome is Outcome.OK
+            if distance < math.inf and usable and comparable(record.tokens):
                 groups.setdefault((distance, _difference(record, query)), []).append(record)
         for (_, difference), records in sorted(groups.items(), key=lambda item: item[0]):
             for schedule, _ in ranking(records):

@@ -8,7 +8,7 @@ from pathlib import Path
 from sparsec.codegen.kernels.revision import revision
 from sparsec.codegen.lower import family_of, schedules_of
 from sparsec.ir.graph import Node
-from sparsec.ir.schedule import EVERY, Bucket, Schedule
+from sparsec.ir.schedule import EVERY, Bucket, Schedule, bucket_of
 from sparsec.target import Target
 from sparsec.tuning.log import Query, TuningLog
 from sparsec.tuning.record import Machine
@@ -32,4 +32,9 @@ def schedule_from(
         return next(iter(schedules), None)
     workload = replace(family_of(node, target).workload(node), bucket=EVERY)
     query = Query(workload, tokens_of(bucket), threads, Machine.of(target), code)
-    return log.lookup(query, allowed=set(schedules).__contains__) or schedules[0]
+
+    def comparable(tokens: int) -> bool:
+        """Kernels for few tokens are candidates up to a limit: above it nothing beat them."""
+        return schedules[0] in schedules_of(node, target, bucket_of(tokens))
+
+    return log.lookup(query, set(schedules).__contains__, comparable) or schedules[0]

@@ -133,8 +133,21 @@ def test_multiply_accumulates_of_float_products_are_those_of_the_blocks(tokens: 
                   if s.family == "float_gemm" and s.param("sparse")}[4]  # fmt: skip
         assert macs_of(work, sparse, tokens) == pytest.approx(768 * 768 * tokens / 4)
     plain = replace(work, layout="dense", density=1.0)
-    (dense,) = FloatGemmFamily().schedules(plain, AMX)
-    assert macs_of(plain, dense, tokens) == 768 * 768 * tokens
+    both = FloatGemmFamily().schedules(plain, AMX)
+    assert [s.isa for s in both] == ["amx", "avx512bf16"]
+    for dense in both:
+        assert macs_of(plain, dense, tokens) == 768 * 768 * tokens
+
+
+@pytest.mark.parametrize("strip", [16, 32])
+def test_float_tiles_multiply_whole_steps(strip: int) -> None:
+    """The 48 pairs that a strip of 768 channels has left are three tiles; 49 would be four."""
+    for density, steps in ((0.125, 3), (0.128, 4)):
+        work = Workload("linear", (("m", 768), ("k", 768)), "bf16", "bsr32x4", "none", density)
+        found = FloatGemmFamily().schedules(work, AMX)
+        schedule = next(s for s in found if s.isa == "amx" and s.param("sparse")
+                        and s.param("strip") == strip)  # fmt: skip
+        assert macs_of(work, schedule, 64) == pytest.approx(768 * 64 * 32 * steps)
 
 
 @pytest.mark.parametrize("strip", [8, 16, 32])
@@ -218,8 +231,10 @@ def test_the_cheapest_layout_is_chosen(target: str) -> None:
     assert [c.seconds for c in considered] == sorted(c.seconds for c in considered)
 
 
-@pytest.mark.parametrize("op", ["linear", "linear_bf16"])
-def test_float_weights_have_the_cheapest_layout_too(op: str) -> None:
+@pytest.mark.parametrize(
+    ("op", "target"), [("linear", "sapphirerapids"), ("linear_bf16", "znver4")]
+)
+def test_float_weights_have_the_cheapest_layout_too(op: str, target: str) -> None:
     graph = Graph("layer")
     dtype = DType.F32 if op == "linear" else DType.BF16
     x = graph.add_input("x", dtype, (symbol("batch"), symbol("seq"), 256))
@@ -227,7 +242,7 @@ def test_float_weights_have_the_cheapest_layout_too(op: str) -> None:
     graph.add_output("y", graph.add(op, [x, graph.add_constant(w, "w"), None, None],
                                     {"activation": "none"}, name="dense"))  # fmt: skip
     (node,) = graph.nodes
-    choose = CheapestLayout(AMX)
+    choose = CheapestLayout(Target.named(target))
     assert choose(node, [(ROW_MAJOR, 1.0), (Bsr(4, 1), 0.2), (Bsr(1, 4), 0.2)]) == Bsr(4, 1)
     assert choose(node, [(ROW_MAJOR, 1.0), (Bsr(4, 1), 0.97)]) == ROW_MAJOR
 
