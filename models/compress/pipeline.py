@@ -43,6 +43,7 @@ Tell = Callable[[str, int, int], None]
 
 SPARSITIES = "sparsities.json"  # of each linear, where they are not the recipe's one
 STREAM = "stream.json"  # in `sparse`: the order of the residual stream's channels
+A_BLOCK = 1e-3  # of sparsity: less than this is due to whole blocks
 CALIBRATION_TOKENS = 16384  # for OBS and the first ranges of quantisation
 OBS_STEPS = 6  # moments at which OBS prunes further
 OTHER_STEPS = 60  # moments for the criteria that cost nothing
@@ -343,10 +344,13 @@ class _Run:
 
     def _tightening(
         self, student: Any, masks: dict[str, prune.BlockMask], goals: dict[str, float]
-    ) -> Tightening:
+    ) -> Tightening | None:
+        """Return how the pattern gets sparser; None where it starts at its goal."""
         linears = encoder_linears(student)
         pruner = prune.Pruner(self.recipe.criterion, self.recipe.budget, goals)
         began = {name: sparsity_of([mask.kept]) for name, mask in masks.items()}
+        if all(goals[name] - sparsity < A_BLOCK for name, sparsity in began.items()):
+            return None
         if self.recipe.criterion != "obs":
             return Tightening(
                 lambda progress: pruner.update(linears, masks, began, progress),

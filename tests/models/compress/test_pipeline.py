@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch", reason="compress needs the extra compress")
 
 from onnx import load, numpy_helper  # noqa: E402
 
+from sparsec.models.compress import pipeline  # noqa: E402
 from sparsec.models.compress.data import load_tokenizer  # noqa: E402
 from sparsec.models.compress.pipeline import compress  # noqa: E402
 from sparsec.models.compress.recipe import Distillation, Epochs, Rates, Recipe  # noqa: E402
@@ -97,6 +98,20 @@ def test_another_block_starts_from_the_same_teacher_and_a_sparser_one_from_the_s
     made = compress(sparser)
     assert made.dev["teacher"] == first.dev["teacher"]
     assert all(share == pytest.approx(0.75, abs=0.05) for share in made.layers.values())
+
+
+def test_a_start_that_is_sparse_enough_keeps_its_pattern(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its prune stage is training on text alone: nothing is chosen again."""
+    first = compress(recipe)
+    monkeypatch.setattr(pipeline, "prune_one_shot", None)
+    made = compress(
+        replace(recipe, output=tmp_path / "more", teacher=first.teacher, start=first.sparse)
+    )
+    assert made.layers == first.layers
+    log = [json.loads(line) for line in (tmp_path / "more" / "log.jsonl").read_text().splitlines()]
+    assert {line["stage"] for line in log} >= {"prune", "tune"}
 
 
 def test_sparsities_of_a_latency_are_kept_for_a_run_that_goes_on(recipe: Recipe) -> None:
