@@ -42,8 +42,9 @@ from sparsec.ir.schedule import Schedule, Workload
 from sparsec.target import Isa, Target
 
 STRIP_CYCLES = 40.0  # to start and end the loop over steps: sums in, sums out, one misprediction
-UNPACKS = 8
+UNPACKS = {4: 8, 2: 8, 1: 5}  # shuffles and joins that make quads of four channels, by tiles
 EXPAND_SHUFFLES = 3  # a mask into its register and the two steps of an expansion
+EXPAND_CYCLES = 1.5  # of it that nothing overlaps with, measured on Zen 4
 LEAST_PRODUCT_ROWS = 8  # a product of tiles with fewer rows takes as long
 PASS_CYCLES = 150.0  # latency of loads, products and stores of tiles around the loop over steps
 LINE_BYTES = 64
@@ -78,7 +79,9 @@ def counts(workload: Workload, schedule: Schedule, tokens: int, target: Target) 
     form = Form(*(schedule.param(n) for n in ("rows", "cols", "strip")))
     density = block_density(workload.density, block_of(workload.layout) or (1, 1), form)
     sizes = (workload.size("m"), workload.size("k"))
-    isa, group = int8_isa(schedule.isa), schedule.param("group")
+    isa, group, most = int8_isa(schedule.isa), schedule.param("group"), schedule.param("most")
+    if most:  # a kernel of that narrow form alone
+        isa = replace(isa.form_for(most), narrow=None)
     return _counts(form, sizes, density, isa, target, tokens, group, workload.epilogue)
 
 
@@ -96,6 +99,7 @@ def bitmap_counts(workload: Workload, tokens: int, target: Target) -> Counts:
         others=1,
         loads=3,  # a mask, and values across two lines
         broadcasts=most / together,
+        fixed_cycles=EXPAND_CYCLES,
     )
     blocks = groups // together
     loops = [_copy(k, hooks, 1), step, Loop(blocks, fixed_cycles=STRIP_CYCLES)]
@@ -160,7 +164,7 @@ def _last_panel(isa: Int8Isa, tokens: int) -> tuple[Int8Isa, int, int]:
 
 def _copy(k: int, isa: Int8Isa, chunks: int) -> Loop:
     """The quads of all channels of `chunks` chunks."""
-    return Loop(-(-k // QUAD) * chunks, shuffles=UNPACKS, loads=QUAD, stores=isa.tiles,
+    return Loop(-(-k // QUAD) * chunks, shuffles=UNPACKS[isa.tiles], loads=QUAD, stores=isa.tiles,
                 l2_bytes=QUAD * isa.chunk)  # fmt: skip
 
 
@@ -179,8 +183,9 @@ def _panel(
     other = _step(form, isa, together, first=False, in_l1=kept_in_l1)
     gathers = form.cols == 1 and isa.columns < isa.tiles  # a loop of its own before all strips
     if gathers:
-        loops.append(Loop(rounds * steps, shuffles=UNPACKS, loads=2 * QUAD, stores=isa.tiles,
-                          l2_bytes=0 if in_l1 else QUAD * isa.chunk))  # fmt: skip
+        in_l2 = 0 if in_l1 else QUAD * isa.chunk
+        loops.append(Loop(rounds * steps, shuffles=UNPACKS[isa.tiles], loads=2 * QUAD,
+                          stores=isa.tiles, l2_bytes=in_l2))  # fmt: skip
         first = other
     loops.append(replace(first, times=rounds * steps))
     if turns > 1:
@@ -194,12 +199,13 @@ def _step(form: Form, isa: Int8Isa, together: int, *, first: bool, in_l1: bool) 
     """One step of one register block of one chunk, all of its column passes."""
     rows, passes, words = form.strip * together, isa.tiles // isa.columns, isa.words_per_quad
     unpacks = form.cols == 1 and first and isa.columns == isa.tiles
+    channels = QUAD * max(0.5, isa.chunk / LINE_BYTES)  # half vectors or less: two loads at once
     return Loop(
         1,
         macs=isa.chunk * QUAD * rows,
-        shuffles=UNPACKS if unpacks else 0,
+        shuffles=UNPACKS[isa.tiles] if unpacks else 0,
         others=0 if words == 1 else 2 * isa.tiles,
-        loads=isa.tiles + {0: 0, 1: QUAD if unpacks else 0, QUAD: passes}[form.cols],
+        loads=isa.tiles + {0: 0, 1: channels if unpacks else 0, QUAD: passes}[form.cols],
         broadcasts=rows * words * passes,
         stores=isa.tiles if unpacks and form.rows > form.strip else 0,
         l2_bytes=0 if in_l1 else isa.chunk * QUAD,
@@ -242,7 +248,7 @@ def _tile_step(form: Form, isa: Int8Isa, quads: float, *, in_l1: bool) -> Loop:
     return Loop(
         1,
         macs=products * max(rows, LEAST_PRODUCT_ROWS) * isa.lanes * TILE_QUADS * QUAD,
-        shuffles=products + UNPACKS * quads * by_channels,
+        shuffles=products + UNPACKS[isa.tiles] * quads * by_channels,
         loads=passes * form.strip + isa.tiles * TILE_QUADS + loads * quads,
         stores=isa.tiles * quads,
         l2_bytes=0 if in_l1 else LINE_BYTES * (tiles + lines * quads + form.strip),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 # Up to each of these numbers of tokens, and above the last, a node may have another schedule.
-BUCKET_LIMITS = (8, 16, 32, 64, 128, 384)
+BUCKET_LIMITS = (4, 8, 16, 32, 64, 128, 384)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,8 @@ def test_neighbouring_buckets_with_one_schedule_are_one(x32):
     graph, x = x32
     graph.add_output("y", graph.add("exp", [x]))
     few, many = Schedule("few", "avx2"), Schedule("many", "avx2")
-    AssignSchedules(lambda node, bucket: few if bucket.most in (8, 16, 384) else many).run(graph)
+    limits = (4, 8, 16, 384)
+    AssignSchedules(lambda node, bucket: few if bucket.most in limits else many).run(graph)
     assert graph.nodes[0].schedules == (
         Choice(few, Bucket(0, 16)),
         Choice(many, Bucket(16, 128)),
