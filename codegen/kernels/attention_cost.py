@@ -10,7 +10,7 @@ from sparsec.codegen.isa.int8 import AVX2_INT8, Int8Isa, int8_isa
 from sparsec.codegen.isa.work import EXP_NEGATIVE
 from sparsec.codegen.kernels.attention_int8 import BLOCKS
 from sparsec.codegen.kernels.attention_int8_block import QUAD
-from sparsec.codegen.kernels.counts import Counts, Loop
+from sparsec.codegen.kernels.counts import LINE_BYTES, Counts, Loop
 from sparsec.codegen.kernels.panels import GROUP, WIDTH
 from sparsec.ir.schedule import Schedule, Workload
 from sparsec.target import Target
@@ -20,7 +20,6 @@ STEP_CYCLES = 20.0  # to start and end a register block
 RUN_CYCLES = 200.0  # to start and end a run of queries
 EXP2_OTHERS = {16: 10, 8: 13}  # difference, fraction, cubic, scale, to integer, shift, or
 UNPACKS = 8
-LINE_BYTES = 64
 # Of a line that no prefetcher expects, with as many on their way as a core has buffers for.
 FAR_LINE_CYCLES = {"l1": 0.0, "l2": 3.0, "l3": 16.0, "dram": 40.0}
 

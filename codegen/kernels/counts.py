@@ -13,6 +13,10 @@ from dataclasses import dataclass, field
 from sparsec.rates import Rates
 from sparsec.target import Target
 
+LINE_BYTES = 64  # of the caches
+# Latency of loads, products and stores of AMX tiles around a loop over steps.
+PASS_CYCLES = 150.0
+
 
 @dataclass(frozen=True, slots=True)
 class Loop:

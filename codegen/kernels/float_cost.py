@@ -21,7 +21,13 @@ import math
 from sparsec.codegen.isa.bf16 import AMX_BF16
 from sparsec.codegen.isa.numbers import Numbers, numbers_of
 from sparsec.codegen.isa.work import activation_work
-from sparsec.codegen.kernels.counts import Counts, Loop, total_cycles
+from sparsec.codegen.kernels.counts import (
+    LINE_BYTES,
+    PASS_CYCLES,
+    Counts,
+    Loop,
+    total_cycles,
+)
 from sparsec.codegen.kernels.dense_cost import BLOCK_CYCLES, LATENCY_CYCLES, columns
 from sparsec.codegen.kernels.float_gemm import ACCUMULATORS, CHAINS
 from sparsec.codegen.kernels.float_pack import DEPTH
@@ -33,10 +39,9 @@ from sparsec.rates import product_of
 from sparsec.target import Target
 
 INDEX_CYCLES = 1.0  # of an index, beside the multiply-adds: its row's address
-WORD_BYTES, INDEX_BYTES, LINE_BYTES = 4, 2, 64
+WORD_BYTES, INDEX_BYTES = 4, 2
 BLENDS = 1.0  # instructions that join two rows of pairs
 FETCH_CYCLES = 4.0  # of a step of tiles: branches of the loop that fetches
-PASS_CYCLES = 150.0  # latency of loads, products and stores of tiles around the loop over steps
 
 
 def cycles(workload: Workload, schedule: Schedule, target: Target) -> float:

@@ -32,7 +32,7 @@ from sparsec.codegen.isa.amx import ROWS, SUMS
 from sparsec.codegen.isa.int8 import AVX512_VNNI, TILES, Int8Isa, int8_isa
 from sparsec.codegen.isa.pieces import may_take_pieces
 from sparsec.codegen.isa.work import activation_work
-from sparsec.codegen.kernels.counts import Counts, Loop, total_cycles
+from sparsec.codegen.kernels.counts import LINE_BYTES, PASS_CYCLES, Counts, Loop, total_cycles
 from sparsec.codegen.kernels.int8_bitmap import CASES, CELL, GROUPS
 from sparsec.codegen.kernels.int8_bitmap import ROWS as BITMAP_ROWS
 from sparsec.codegen.kernels.int8_pack import QUAD, TILE_QUADS
@@ -46,8 +46,6 @@ UNPACKS = {4: 8, 2: 8, 1: 5}  # shuffles and joins that make quads of four chann
 EXPAND_SHUFFLES = 3  # a mask into its register and the two steps of an expansion
 EXPAND_CYCLES = 1.5  # of it that nothing overlaps with, measured on Zen 4
 LEAST_PRODUCT_ROWS = 8  # a product of tiles with fewer rows takes as long
-PASS_CYCLES = 150.0  # latency of loads, products and stores of tiles around the loop over steps
-LINE_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
