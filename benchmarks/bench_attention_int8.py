@@ -55,7 +55,7 @@ def candidate(library: Library, kernel: Any, shape: tuple[int, int, int, int]) -
     sizes = [tokens, seq, heads, head_size, *offsets, *steps]
     args = [merged, merged, merged, mask, y, *sizes, *scales, 50.0, 128]
     if is_int8 and kernel.has_tiles:
-        args.append(amx.configuration([amx.FULL] * amx.TILE_REGISTERS))
+        args.append(amx.ALL_FULL)
     block = kernel.block if is_int8 else Block  # which needs more than fp32 does
     scratch = aligned(evaluate(block.scratch_bytes(seq, head_size, kernel.mask), {}) // 4)
     call = library.bind(kernel, args, panels * heads, scratch)

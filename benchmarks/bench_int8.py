@@ -25,6 +25,7 @@ import numpy as np
 
 from sparsec.codegen import tir
 from sparsec.codegen.isa import FEATURES
+from sparsec.codegen.isa.amx import ALL_FULL
 from sparsec.codegen.isa.coarse import COARSE
 from sparsec.codegen.isa.int8 import AMX_INT8, INT8_ISAS, Int8Isa, int8_isa
 from sparsec.codegen.isa.pieces import may_take_pieces, piece_table, units_per_step
@@ -34,7 +35,7 @@ from sparsec.codegen.kernels.int8_family import PARAMS, Int8GemmFamily, kernel_o
 from sparsec.codegen.kernels.int8_gemm import Int8Gemm
 from sparsec.codegen.kernels.int8_pack import pack_rows
 from sparsec.codegen.kernels.panels import WIDTH
-from sparsec.codegen.probes import Probe, product_probes, tile_configuration
+from sparsec.codegen.probes import Probe, product_probes
 from sparsec.codegen.program import Kernel, Kind
 from sparsec.ir.schedule import Workload, buckets
 from sparsec.sparse.bsr import block_zeros
@@ -44,6 +45,7 @@ from sparsec.tuning.machine import may_use_tiles
 Array = np.ndarray[Any, Any]
 SHAPES = ["768x768", "3072x768", "768x3072", "256x1024", "1024x256"]
 SPARSE = [  # block, share of zero blocks
+    ((1, 1), 0.8), ((1, 1), 0.9),
     ((4, 1), 0.8), ((4, 1), 0.9), ((16, 1), 0.8), ((16, 1), 0.9), ((32, 1), 0.8), ((32, 1), 0.9),
     ((1, 4), 0.8), ((4, 4), 0.8), ((4, 4), 0.9), ((16, 4), 0.8), ((16, 4), 0.9),
 ]  # fmt: skip
@@ -194,7 +196,7 @@ def peak_of(library: Library, isa: Int8Isa) -> float:
     probe, items = peak_probe(isa), 200_000
     x, y = (aligned(np.ones(1024, np.float32)) for _ in range(2))
     if isa is AMX_INT8:
-        x = aligned(tile_configuration())
+        x = aligned(ALL_FULL)
     peak = Candidate("peak", library.bind(probe, [x, y, 0], items), probe.work * items)
     measure([peak], 10)
     return peak.work / min(peak.seconds)

@@ -19,7 +19,6 @@ from sparsec.codegen.isa.int8 import AVX2_INT8, AVX512_VNNI, Int8Isa
 from sparsec.codegen.isa.vector import VectorIsa, keep, ramp, splat
 from sparsec.codegen.kernels.panels import loop, mod
 from sparsec.codegen.program import Kernel, Kind, Parameter
-from sparsec.ir.op_spec import Array
 from sparsec.target import Isa
 
 CHAINS = 12
@@ -227,11 +226,6 @@ def _tiles(product: amx.Product) -> Body:
 def _pairs(p: Probe, s: tir.KernelScope) -> None:
     words = keep(T.reinterpret(f"int32x{p.lanes}", s["x"][ramp(0, p.lanes)]))
     _chains(p, s, lambda i, value: bf16.dot(value, words, words))
-
-
-def tile_configuration() -> Array:
-    """All tiles of 16 rows of 64 bytes."""
-    return amx.configuration([amx.FULL] * amx.TILE_REGISTERS)
 
 
 _PORT_PROBES: tuple[tuple[str, Body], ...] = (

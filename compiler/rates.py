@@ -85,8 +85,27 @@ _SERVER = Rates(
     "defaults of any server", 2.6 * _GB, _PRODUCTS, _PORTS, (280 * _GB, 110 * _GB, 25 * _GB,
     12 * _GB), 2e-6,
 )  # fmt: skip
-# Clocks under sustained vector work, and read bandwidth of one core.
-_BY_TARGET: Mapping[str, Rates] = {
+# AMD's Zen 4 does 512 bits as twice 256: multiply-adds on two pipes, shuffles on one of those and
+# another, other arithmetic on all four. From `sparsec calibrate`, rounded.
+_ZEN4 = Rates(
+    "defaults of znver4",
+    3.5 * _GB,
+    (
+        ("f32.avx2", 16.0),
+        ("f32.avx512", 16.0),
+        ("u8s8.avx2", 24.0),
+        ("u8s8.avx512vnni", 64.0),
+        ("bf16.avx512bf16", 32.0),
+    ),
+    (
+        (256, Ports(0.5, 0.5, 1.0, 0.5, 0.2, 0.5, 0.2, 3.0)),
+        (512, Ports(1.0, 1.0, 2.0, 1.0, 0.0, 1.0, 0.0, 6.0)),
+    ),
+    (220 * _GB, 110 * _GB, 80 * _GB, 22 * _GB),
+    2e-6,
+)
+# Intel's: clocks under sustained vector work, and read bandwidth of one core.
+_INTEL = {
     name: replace(
         _SERVER,
         source=f"defaults of {name}",
@@ -100,6 +119,7 @@ _BY_TARGET: Mapping[str, Rates] = {
         ("haswell", 2.6, 64, 25, 20, 10),
     )
 }
+_BY_TARGET: Mapping[str, Rates] = {"znver4": _ZEN4, **_INTEL}
 
 
 _SAME_PRODUCTS = {"avx512vbmi2": "avx512vnni"}  # levels that multiply bytes as another does

@@ -86,7 +86,8 @@ class Target:
             )
         sizes = _read_caches(caches)
         cores = len(os.sched_getaffinity(0))
-        return Target("native", isas, cores, sizes["1"], sizes["2"], sizes["3"])
+        rates = default_rates(_kin(cpu_fields(cpuinfo).get("vendor_id", ""), isas[-1]))
+        return Target("native", isas, cores, sizes["1"], sizes["2"], sizes["3"], rates)
 
     @staticmethod
     def named(name: str) -> Target:
@@ -166,11 +167,28 @@ def _read_caches(folder: Path) -> dict[str, int]:
     return sizes
 
 
+def _kin(vendor: str, level: Isa) -> str:
+    """The named target whose instructions take the time that those of such a machine do."""
+    if vendor == "AuthenticAMD":
+        return "avx2" if level is Isa.AVX2 else "znver4"
+    return _KIN[level]
+
+
 def _server(name: str, highest: Isa, l1d: int, l2: int, l3: int) -> Target:
     levels = list(Isa)
     isas = tuple(levels[: levels.index(highest) + 1])
     return Target(name, isas, 8, l1d, l2, l3, default_rates(name))
 
+
+# Intel's: guests of a Sapphire Rapids may lack AMX.
+_KIN = {
+    Isa.AVX2: "haswell",
+    Isa.AVX512: "skylake-avx512",
+    Isa.AVX512_VNNI: "skylake-avx512",
+    Isa.AVX512_VBMI2: "icelake-server",
+    Isa.AVX512_BF16: "sapphirerapids",
+    Isa.AMX: "sapphirerapids",
+}
 
 # Caches per core and, for L3, of the smallest part that is common in servers.
 _NAMED: dict[str, Target] = {

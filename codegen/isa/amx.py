@@ -70,6 +70,9 @@ def configuration(shapes: Sequence[tuple[int, int]]) -> Array:
     return config
 
 
+ALL_FULL = configuration([FULL] * TILE_REGISTERS)  # what `configure` loads for most kernels
+
+
 def configure(config: Any) -> None:
     """Give the tiles the shapes at the start of a buffer of `CONFIG_BYTES`, and clear them."""
     _emit("ldtilecfg", T.address_of(config[T.int64(0)]))

@@ -132,8 +132,7 @@ class AttentionBf16Family:
         if kernel.result == "u8":
             args += [inverse_of(node.attrs["out_scale"]), node.attrs.get("out_zero_point", 0)]
         if kernel.has_tiles:
-            shapes = amx.configuration([amx.FULL] * amx.TILE_REGISTERS)
-            args.append(binder.weight(f"{node.name}.tiles", shapes))
+            args.append(binder.weight(f"{node.name}.tiles", amx.ALL_FULL))
         return [
             KernelCall(
                 kernel,

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sparsec.codegen.isa.amx import FULL, ROWS, TILE_REGISTERS, configuration
+from sparsec.codegen.isa.amx import ALL_FULL, ROWS
 from sparsec.codegen.isa.bf16 import pair_words
+from sparsec.codegen.kernels.weight_blocks import whole_steps
 from sparsec.ir.op_spec import Array
 
 DEPTH = 16  # pairs of a step for AMX
-_TILES = configuration([FULL] * TILE_REGISTERS)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,7 +79,7 @@ def pack_dense_tiles(w: Array, strip: int) -> PackedFloats:
     whole = _whole_blocks(w, strip)
     whole = np.pad(whole, ((0, 0), (0, -w.shape[1] % (2 * DEPTH))))
     words = pair_words(whole[:, 0::2], whole[:, 1::2]).reshape(-1, strip, whole.shape[1] // 2)
-    return PackedFloats(_tiles(words.transpose(0, 2, 1), strip), tiles=_TILES)
+    return PackedFloats(_tiles(words.transpose(0, 2, 1), strip), tiles=ALL_FULL)
 
 
 def pack_sparse_tiles(w: Array, strip: int) -> PackedFloats:
@@ -87,10 +87,7 @@ def pack_sparse_tiles(w: Array, strip: int) -> PackedFloats:
     plain = pack_sparse(w, strip, 1, 2)
     assert plain.starts is not None
     assert plain.indices is not None
-    lengths = np.diff(plain.starts)
-    starts = np.concatenate([[0], np.cumsum(-(-lengths // DEPTH))])
-    place = np.repeat(starts[:-1] * DEPTH - plain.starts[:-1], lengths)
-    place += np.arange(plain.starts[-1])
+    starts, place = whole_steps(plain.starts, DEPTH)
     words = np.zeros((starts[-1] * DEPTH, strip), np.int32)
     words[place] = plain.words[:-1].reshape(-1, strip)
     indices = np.zeros((len(words), 2), np.uint16)
@@ -99,7 +96,7 @@ def pack_sparse_tiles(w: Array, strip: int) -> PackedFloats:
         np.append(_tiles(words, strip), np.int32(0)),
         starts.astype(np.int32),
         np.append(indices.ravel(), np.uint16(0)),
-        _TILES,
+        ALL_FULL,
     )
 
 

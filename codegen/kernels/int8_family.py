@@ -99,6 +99,8 @@ def forms(block: tuple[int, int] | None, isa: Int8Isa) -> list[Form]:
     if cols % QUAD == 0 or rows < STRIP:
         found += [Form(r, QUAD, STRIP) for r in sizes]
         found.append(Form(1, QUAD, 1))
+    if rows * cols < QUAD:  # unpacking for one row pays where its channels are not its neighbours'
+        found.append(Form(1, 1, 1))
     return found
 
 
@@ -246,7 +248,7 @@ def _distinct_forms(isa: Int8Isa) -> list[Form]:
         return [*forms(None, isa), *(Form(r, c, strip) for c in (1, QUAD) for r, strip in heights)]
     tall = 2 * STRIP
     sparse = [Form(r, c, STRIP) for c in (1, QUAD) for r in (STRIP, tall)]
-    return [*forms(None, isa), *sparse, Form(1, QUAD, 1)]
+    return [*forms(None, isa), *sparse, Form(1, QUAD, 1), Form(1, 1, 1)]
 
 
 def _epilogues(isa: Int8Isa) -> list[Epilogue]:

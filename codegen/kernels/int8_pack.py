@@ -19,6 +19,7 @@ from sparsec.codegen.isa.amx import (
     TILE_REGISTERS,
     configuration,
 )
+from sparsec.codegen.kernels.weight_blocks import whole_steps
 from sparsec.ir.op_spec import Array
 from sparsec.sparse.bsr import BsrMatrix
 
@@ -94,23 +95,20 @@ def pack_tiles(w: Array, rows: int, cols: int, strip: int) -> PackedWeight:
         quads = steps.shape[0] * -(-w.shape[1] // QUAD)
         return PackedWeight(_flat(_bytes, steps.transpose(0, 2, 1, 3)), tiles=tiles, quads=quads)
     found = _channels_of(w, rows) if cols == 1 else _quads_of(w, rows)
-    lengths = np.diff(found.starts)
-    steps = -(-lengths // TILE_QUADS)
-    first = np.concatenate([[0], np.cumsum(steps)])
-    place = np.repeat(first[:-1] * TILE_QUADS - found.starts[:-1], lengths)
-    place += np.arange(len(found.blocks))
+    first, place = whole_steps(found.starts, TILE_QUADS)
     blocks = np.zeros((first[-1] * TILE_QUADS, rows, QUAD), np.int8)
     blocks[place] = found.blocks
     indices = np.zeros((len(blocks), found.indices.shape[1]), np.int32)
     indices[place] = found.indices
     whole = blocks.reshape(-1, TILE_QUADS, rows, QUAD).transpose(0, 2, 1, 3)
-    starts = np.stack([first[:-1], -(-lengths // FETCH)], axis=1).astype(np.int32)
+    fetches = -(-np.diff(found.starts) // FETCH)
+    starts = np.stack([first[:-1], fetches], axis=1).astype(np.int32)
     return PackedWeight(
         _strips(whole.reshape(-1, rows, ROW_BYTES), first, strip, _bytes),
         starts,
         _indices(indices),
         tiles,
-        most_steps=int(steps.max(initial=0)),
+        most_steps=int(np.diff(first).max(initial=0)),
         quads=len(found.blocks),
     )
 

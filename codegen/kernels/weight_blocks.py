@@ -1,9 +1,12 @@
-"""What families know of a weight's blocks: its layout, and how many of them are stored."""
+"""What families know of a weight's blocks: its layout, how many are stored, and where."""
 
 from __future__ import annotations
 
+import numpy as np
+
 from sparsec.ir.graph import Value
 from sparsec.ir.layouts import Bsr
+from sparsec.ir.op_spec import Array
 from sparsec.sparse.bsr import block_zeros
 
 
@@ -23,3 +26,15 @@ def block_of(layout: str) -> tuple[int, int] | None:
         return None
     rows, cols = layout.removeprefix("bsr").split("x")
     return int(rows), int(cols)
+
+
+def whole_steps(starts: Array, depth: int) -> tuple[Array, Array]:
+    """Where entries go when each list of them is filled up to whole steps of `depth`.
+
+    List i is the entries `starts[i]:starts[i + 1]`. Returns the first step of each list, with the
+    end of the last one, and the place of each entry.
+    """
+    lengths = np.diff(starts)
+    first = np.concatenate([[0], np.cumsum(-(-lengths // depth))])
+    shifts = np.repeat(first[:-1] * depth - starts[:-1], lengths)
+    return first, shifts + np.arange(len(shifts))

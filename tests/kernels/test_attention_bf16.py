@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparsec.codegen.isa.amx import FULL, TILE_REGISTERS, configuration
+from sparsec.codegen.isa.amx import ALL_FULL
 from sparsec.codegen.kernels.attention_bf16 import AttentionBf16, AttentionBf16Family
 from sparsec.codegen.kernels.quantize import inverse_of
 from sparsec.codegen.kernels.query_blocks import PACKED
@@ -72,7 +72,7 @@ def call(run: Any, kernel: AttentionBf16, c: Case, x: Array, mask: Array | None,
     numbers = [c.tokens, c.seq, c.heads, c.head_size, *places, *steps, c.attrs["scale"], *end[1:]]
     given = [panels, panels, panels, *([] if mask is None else [mask]), y]
     scratch = int(kernel.block.scratch_bytes(c.seq, c.head_size))  # type: ignore[call-overload]
-    tiles = [configuration([FULL] * TILE_REGISTERS)] if kernel.has_tiles else []
+    tiles = [ALL_FULL] if kernel.has_tiles else []
     status = run(kernel, *given, *numbers, *tiles, output=y, items=y.shape[0] * c.heads,
                  scratch_bytes=scratch)  # fmt: skip
     assert status == 0

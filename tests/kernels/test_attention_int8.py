@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparsec.codegen.isa.amx import FULL, TILE_REGISTERS, configuration
+from sparsec.codegen.isa.amx import ALL_FULL
 from sparsec.codegen.isa.int8 import AVX512_VNNI
 from sparsec.codegen.kernels.attention_int8 import AttentionInt8, AttentionInt8Family
 from sparsec.codegen.kernels.quantize import inverse_of
@@ -31,7 +31,6 @@ OTHERS = [  # than those on AVX512-VNNI
     for k in ALL
     if k.int8 is not AVX512_VNNI and k.mask != PACKED
 ]
-SHAPES = configuration([FULL] * TILE_REGISTERS)
 EPS = float(np.finfo(np.float32).eps)
 V_SCALE = 0.013
 BATCH, SEQ = symbol("batch"), symbol("seq")
@@ -81,7 +80,7 @@ def call(run: Any, kernel: AttentionInt8, case: Case, qkv: Array, mask: Array | 
         args += [0 if batch == 1 else heads * queries * keys, 0 if heads == 1 else queries * keys]
         args += [keys] if kernel.mask == "full" else []
     args += [case.factor, V_SCALE, *(() if out is None else (inverse_of(out[0]), out[1]))]
-    args += [SHAPES] if kernel.has_tiles else []
+    args += [ALL_FULL] if kernel.has_tiles else []
     scratch = evaluate(kernel.block.scratch_bytes(case.seq, case.head_size, kernel.mask), {})
     items = y.shape[0] * case.heads
     assert run(kernel, *args, output=y, items=items, scratch_bytes=scratch) == 0

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparsec.codegen.isa.amx import FULL, TILE_REGISTERS, configuration
+from sparsec.codegen.isa.amx import ALL_FULL
 from sparsec.codegen.kernels.attention import Attention, AttentionFamily
 from sparsec.codegen.kernels.attention_int8 import AttentionInt8, AttentionInt8Family
 from sparsec.codegen.kernels.attention_int8_tiles import LEAST_HEAD_SIZE
@@ -53,7 +53,7 @@ def run_kernel(
     quant = [inverse_of(OUT[0]), OUT[1]] if kernel.result == "u8" else []
     if isinstance(kernel, AttentionInt8):
         args += [*steps[:2], 3.0 / (74 * 74 * size**0.5), V_SCALE, *quant]
-        args += [configuration([FULL] * TILE_REGISTERS)] if kernel.has_tiles else []
+        args += [ALL_FULL] if kernel.has_tiles else []
         scratch = evaluate(kernel.block.scratch_bytes(longest, size, kernel.mask), {})
     else:
         args += [*steps[:3], size**-0.5, *quant]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparsec.codegen.isa.amx import FULL, TILE_REGISTERS, configuration
+from sparsec.codegen.isa.amx import ALL_FULL
 from sparsec.codegen.kernels.attention_bf16 import AttentionBf16, AttentionBf16Family
 from sparsec.codegen.kernels.quantize import inverse_of
 from sparsec.codegen.kernels.query_blocks import PACKED
@@ -70,7 +70,7 @@ def call(
     pointers = [panels, panels, panels, mask, sequence_of, starts, y]
     numbers = [len(x), HEADS, size, *places, size**-0.5, *quant]
     scratch = int(kernel.block.scratch_bytes(max(lengths), size))  # type: ignore[call-overload]
-    tiles = [configuration([FULL] * TILE_REGISTERS)] if kernel.has_tiles else []
+    tiles = [ALL_FULL] if kernel.has_tiles else []
     status = run(kernel, *pointers, *numbers, *tiles, output=y, items=y.shape[0] * HEADS,
                  scratch_bytes=scratch)  # fmt: skip
     assert status == 0

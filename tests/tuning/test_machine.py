@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sparsec.codegen import probes, tir
+from sparsec.codegen.isa.amx import ALL_FULL
 from sparsec.errors import InvalidInput
 from sparsec.target import Target
 from sparsec.tuning import machine
@@ -53,8 +54,8 @@ def test_probes_of_tiles_and_pairs_are_compiled_on_any_machine() -> None:
     assert not {"u8s8.amx", "bf16.amx"} & probes.product_probes(frozenset()).keys()
 
 
-def test_tile_configuration() -> None:
-    data = bytes(probes.tile_configuration())
+def test_configuration_of_full_tiles() -> None:
+    data = bytes(ALL_FULL)
     assert len(data) == 64
     assert data[0] == 1  # palette
     assert data[16:32] == bytes([64, 0]) * 8  # bytes of a row, per tile
