@@ -41,7 +41,10 @@ from sparsec.codegen.kernels.weight_blocks import block_of
 from sparsec.ir.schedule import Schedule, Workload
 from sparsec.target import Isa, Target
 
-STRIP_CYCLES = 40.0  # to start and end the loop over steps: sums in, sums out, one misprediction
+# To start and end the loop over steps: sums in, sums out, one misprediction. With fewer rows more
+# of it overlaps with the next strip.
+STRIP_CYCLES, STRIP_ROWS = 40.0, 4
+INDEX_LOADS = QUAD / 2  # what the loads of four scalars cost, in loads of vectors
 UNPACKS = {4: 8, 2: 8, 1: 5}  # shuffles and joins that make quads of four channels, by tiles
 EXPAND_SHUFFLES = 3  # a mask into its register and the two steps of an expansion
 EXPAND_CYCLES = 1.5  # of it that nothing overlaps with, measured on Zen 4
@@ -188,8 +191,8 @@ def _panel(
     loops.append(replace(first, times=rounds * steps))
     if turns > 1:
         loops.append(replace(other, times=rounds * steps * (turns - 1)))
-    passes = isa.tiles // isa.columns
-    loops.append(Loop(rounds * turns * passes, fixed_cycles=STRIP_CYCLES))
+    passes, share = isa.tiles // isa.columns, min(1.0, form.strip / STRIP_ROWS)
+    loops.append(Loop(rounds * turns * passes, fixed_cycles=STRIP_CYCLES * share))
     return loops
 
 
@@ -203,7 +206,7 @@ def _step(form: Form, isa: Int8Isa, together: int, *, first: bool, in_l1: bool) 
         macs=isa.chunk * QUAD * rows,
         shuffles=UNPACKS[isa.tiles] if unpacks else 0,
         others=0 if words == 1 else 2 * isa.tiles,
-        loads=isa.tiles + {0: 0, 1: channels if unpacks else 0, QUAD: passes}[form.cols],
+        loads=INDEX_LOADS + channels if unpacks else isa.tiles + passes * (form.cols == QUAD),
         broadcasts=rows * words * passes,
         stores=isa.tiles if unpacks and form.rows > form.strip else 0,
         l2_bytes=0 if in_l1 else isa.chunk * QUAD,

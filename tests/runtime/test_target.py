@@ -45,6 +45,25 @@ def test_levels_come_from_flags(tmp_path: Path, flags: str, levels: int) -> None
     assert target.isas == tuple(Isa)[:levels]
 
 
+@pytest.mark.parametrize(
+    ("vendor", "flags", "name"),
+    [
+        ("AuthenticAMD", f"{AVX512} avx512_vnni avx512_vbmi2 avx512_bf16", "znver4"),
+        ("AuthenticAMD", AVX2, "any server"),
+        ("GenuineIntel", f"{AVX512} avx512_vnni avx512_vbmi2 avx512_bf16", "sapphirerapids"),
+        ("GenuineIntel", f"{AVX512} avx512_vnni avx512_vbmi2", "icelake-server"),
+        ("GenuineIntel", AVX512, "skylake-avx512"),
+        ("", AVX2, "haswell"),
+    ],
+)
+def test_rates_are_those_of_the_nearest_target(
+    tmp_path: Path, vendor: str, flags: str, name: str
+) -> None:
+    cpuinfo, caches = _machine(tmp_path, flags)
+    cpuinfo.write_text(f"vendor_id\t: {vendor}\n{cpuinfo.read_text()}")
+    assert Target.host(cpuinfo, caches).rates.source == f"defaults of {name}"
+
+
 def test_caches(tmp_path: Path) -> None:
     target = Target.host(*_machine(tmp_path, AVX2))
     assert (target.l1d_bytes, target.l2_bytes) == (48 << 10, 2 << 20)

@@ -231,6 +231,16 @@ def test_the_cheapest_layout_is_chosen(target: str) -> None:
     assert [c.seconds for c in considered] == sorted(c.seconds for c in considered)
 
 
+@pytest.mark.parametrize("target", ["icelake-server", "znver4"])
+def test_unstructured_zeros_need_no_blocks(target: str) -> None:
+    (node,) = (n for n in int8_node().nodes if n.op == "linear_int8")
+    choose = CheapestLayout(Target.named(target))
+    candidates = [(ROW_MAJOR, 1.0), (Bsr(1, 1), 0.1), (Bsr(4, 1), 0.344), (Bsr(1, 4), 0.344)]
+    assert choose(node, candidates) == Bsr(1, 1)
+    best = choose.considered["dense"][0].schedule
+    assert [best.param(n) for n in ("rows", "cols")] == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("op", "target"), [("linear", "sapphirerapids"), ("linear_bf16", "znver4")]
 )
