@@ -44,7 +44,7 @@ class SparseEngine:
 
     title: str
     distribution: str  # what pip calls it
-    blocks: tuple[tuple[int, int], ...]  # output x input, that it has a fast path for
+    blocks: tuple[tuple[int, int], ...]  # output x input, that it makes use of
     least_zeros: int  # per cent, for that path
     copies: int  # loaded beside each other; the fastest counts
     suffix: str  # of its files
@@ -201,7 +201,7 @@ SPARSE_ENGINES = {
     "deepsparse": SparseEngine(
         title="DeepSparse",
         distribution="deepsparse",
-        blocks=((4, 1), (1, 4)),
+        blocks=((1, 1), (4, 1), (1, 4)),
         least_zeros=1,
         copies=1,
         suffix=".onnx",

@@ -25,6 +25,7 @@ from sparsec.target import Target
 
 USUAL = Shape(1, 128)  # what layouts are chosen for: more tokens change all candidates alike
 PORTS, BYTES = "ports", "bytes"
+WORTH_BLOCKS = 0.9  # share of a dense layer's time: expectations are no nearer, and indices cost
 
 
 def usual_shape(graph: Graph) -> Shape:
@@ -93,9 +94,10 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class CheapestLayout:
-    """The layout with the least expected time; a `LayoutChoice` of the passes.
+    """The layout with the least expected time, or dense where that is little more.
 
-    `considered` holds the candidates of each node by its name, cheapest first.
+    A `LayoutChoice` of the passes. `considered` holds the candidates of each node by its name,
+    cheapest first.
     """
 
     target: Target
@@ -115,9 +117,11 @@ class CheapestLayout:
                 found.append(Candidate(layout, density, schedule, time))
         if not found:  # no kernel at all: AssignSchedules says so, and of what
             return candidates[0][0]
-        found.sort(key=lambda c: c.seconds)  # stable: of equals the first, dense before blocks
+        dense = found[0]
+        found.sort(key=lambda c: c.seconds)
         self.considered[node.name] = found
-        return found[0].layout
+        best = found[0]
+        return best.layout if best.seconds < WORTH_BLOCKS * dense.seconds else dense.layout
 
 
 def expected_layers(

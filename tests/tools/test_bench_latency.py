@@ -73,9 +73,9 @@ def test_sparse_peers_are_searched_with_all_their_files(
         folder=tmp_path, sparsity=80, deepsparse_python=here, itrex_python=here
     )
     (tmp_path / spec.name).mkdir()
-    for name in ("deepsparse_dense.onnx", "deepsparse_4x1_80.onnx", "deepsparse_1x4_80.onnx"):
-        (tmp_path / spec.name / f"peer_{name}").touch()  # is not made again
+    for name in ("dense", "1x1_80", "4x1_80", "1x4_80"):
+        (tmp_path / spec.name / f"peer_deepsparse_{name}.onnx").touch()  # is not made again
     engines = script.remote_engines(spec, options, {"deepsparse": "1.8.0", "itrex": None})
     assert [(e.name, e.settings) for e in engines] == [
-        ("DeepSparse 1.8.0", ("dense", "4x1_80", "1x4_80"))
+        ("DeepSparse 1.8.0", ("dense", "1x1_80", "4x1_80", "1x4_80"))
     ]

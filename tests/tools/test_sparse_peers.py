@@ -95,12 +95,14 @@ def test_deepsparse_gets_its_own_blocks_for_each_share_of_zeros(
     sides = module.sparse_peers(spec, options, ["deepsparse"], [75])
     assert [(side.setting, side.sparsity) for side in sides] == [
         ("dense", 0),
+        ("1x1_75", 75),
         ("4x1_75", 75),
         ("1x4_75", 75),
     ]
-    dense, tall, wide = (side.path for side in sides)
+    dense, single, tall, wide = (side.path for side in sides)
     # A block whose values are all below half a step is zero too: more, but few, of 4 values.
     assert zero_groups(dense, 4, 1) < 0.01
+    assert zero_groups(single, 1, 1) == pytest.approx(0.75, abs=0.03)
     assert zero_groups(tall, 4, 1) == pytest.approx(0.75, abs=0.01)
     assert zero_groups(wide, 1, 4) == pytest.approx(0.75, abs=0.01)
     assert zero_groups(wide, 4, 1) < 0.5
@@ -108,7 +110,7 @@ def test_deepsparse_gets_its_own_blocks_for_each_share_of_zeros(
     (tmp_path / "deepsparse_worker.py").unlink()
     assert module.sparse_peers(spec, options, ["deepsparse"], [75]) == sides
     assert {path.name for path in dense.parent.iterdir()} == {
-        "samples.npz", dense.name, tall.name, wide.name
+        "samples.npz", dense.name, single.name, tall.name, wide.name
     }  # fmt: skip
 
 

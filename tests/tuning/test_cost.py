@@ -224,6 +224,8 @@ def test_the_cheapest_layout_is_chosen(target: str) -> None:
     choose = CheapestLayout(Target.named(target))
     full = [(ROW_MAJOR, 1.0), (Bsr(16, 1), 0.97), (Bsr(4, 1), 0.95)]
     assert choose(node, full) == ROW_MAJOR
+    some = [(ROW_MAJOR, 1.0), (Bsr(4, 1), 0.93)]
+    assert choose(node, some) == ROW_MAJOR
     sparse = [(ROW_MAJOR, 1.0), (Bsr(16, 1), 0.1), (Bsr(4, 1), 0.099), (Bsr(32, 1), 0.19)]
     assert choose(node, sparse) in (Bsr(16, 1), Bsr(4, 1))
     considered = choose.considered["dense"]
