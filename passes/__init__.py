@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from sparsec.ir.graph import Node
 from sparsec.passes.absorb_dynamic import AbsorbDynamic
+from sparsec.passes.absorb_integer import AbsorbInteger
 from sparsec.passes.absorb_qdq import AbsorbQdq, DropQdq, Roundings
 from sparsec.passes.assign_layouts import AssignLayouts
 from sparsec.passes.assign_schedules import AssignSchedules, ScheduleLookup
@@ -90,6 +91,7 @@ def graph_pipeline(
     """
     return [
         InferTypes(fixed_dims or {}),  # first: what is fixed can be folded
+        AbsorbInteger(),
         AbsorbQdq(roundings),  # before all patterns: they have no roundings inside
         AbsorbDynamic(roundings),
         Canonicalize(),

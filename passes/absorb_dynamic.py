@@ -11,16 +11,14 @@ numbers, and slow.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-
-import numpy as np
+from dataclasses import dataclass, field
 
 from sparsec.ir.graph import Graph, Node, Value
-from sparsec.ir.op_spec import Array
 from sparsec.ir.ops_dynamic import LEVELS
-from sparsec.ir.types import DType, QuantParams
+from sparsec.ir.types import DType
 from sparsec.passes.absorb_qdq import Roundings
 from sparsec.passes.base import PassResult
+from sparsec.passes.integer_weights import has_scale_per_column, real_weight
 from sparsec.passes.rewrite import (
     Builder,
     Match,
@@ -81,9 +79,9 @@ class ToRoundedTokens(RewriteRule):
         zero = sums.optional_input(3)
         if m["w"].type.rank != 2 or (zero is not None and not zero.is_constant):
             return Reject("its weight is not a constant matrix")
-        scale = m["w_scale"].type
-        if scale.shape not in ((), (1,), (m["w"].type.shape[1],), (1, m["w"].type.shape[1])):
-            return Reject(f"scales {scale} are neither one nor one per column of {m['w'].type}")
+        if not has_scale_per_column(m["w_scale"], m["w"]):
+            scales = m["w_scale"].type
+            return Reject(f"scales {scales} are neither one nor one per column of {m['w'].type}")
         if m.root.output.type.shape != sums.output.type.shape or source.input(0).type.rank < 2:
             return Reject("it is no product over tokens")
         return None
@@ -101,24 +99,9 @@ class ToRoundedTokens(RewriteRule):
         """The weight in fp32, which remembers its numbers."""
         key = (w, scale, zero)
         if key not in self.weights:
-            assert w.data is not None, w
             assert scale.data is not None, scale
-            one: Array = np.zeros(1, np.int64)
-            given: list[Array] = [scale.data.reshape(-1), one if zero is None else _numbers(zero)]
-            count = max(len(v) for v in given)
-            scales, zeros = (np.broadcast_to(v, count) for v in given)
-            data = (w.data.astype(np.int64) - zeros).astype(np.float32) * scales
-            made = g.constant(data.astype(np.float32), g.graph.base_name(w.name))
-            axis = None if count == 1 else 1
-            quant = QuantParams(tuple(scales.tolist()), tuple(zeros.tolist()), axis)
-            g.graph.set_type(made, replace(made.type, quant=quant))
-            self.weights[key] = made
+            self.weights[key] = real_weight(g, w, scale.data, zero)
         return self.weights[key]
-
-
-def _numbers(zero: Value) -> Array:
-    assert zero.data is not None, zero
-    return np.asarray(zero.data.reshape(-1).astype(np.int64))
 
 
 def _spell_quantize(graph: Graph, node: Node) -> None:

@@ -188,6 +188,22 @@ def test_answers_are_those_of_the_model_as_it_was_imported(family, style, signed
     assert difference.mean() < step / 3
 
 
+def test_products_over_integers_are_the_same_model(compile_and_run, monkeypatch):
+    """SparseML's form for DeepSparse gives what the QDQ form gives, but for rounded biases."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    model = Writer(tiny_model("bert"), "constants", False).write()
+    wanted, _ = compile_and_run(model)
+    importlib.import_module("peer_forms").matmul_integer(model)
+    assert Counter(n.op_type for n in model.graph.node)["MatMulInteger"] >= ENCODER_PRODUCTS
+    outputs, report = compile_and_run(model)
+    assert report["precision"] == "int8"
+    assert ops(report)["linear_int8"] == ENCODER_PRODUCTS
+    difference = real(outputs["last_hidden_state"] - wanted["last_hidden_state"])
+    step = 4 / 127  # as above
+    assert (difference <= step).mean() > 0.98
+    assert difference.mean() < step / 3
+
+
 def test_in_fp32_the_roundings_are_left_out(compile_and_run):
     plain = tiny_model("bert")
     model = Writer(tiny_model("bert"), "constants", False).write()
