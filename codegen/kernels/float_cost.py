@@ -40,6 +40,7 @@ from sparsec.target import Target
 
 INDEX_CYCLES = 1.0  # of an index, beside the multiply-adds: its row's address
 WORD_BYTES, INDEX_BYTES = 4, 2
+STRIP_ROWS = 4  # with fewer, more of a strip's start and end overlaps with the next one
 BLENDS = 1.0  # instructions that join two rows of pairs
 FETCH_CYCLES = 4.0  # of a step of tiles: branches of the loop that fetches
 
@@ -57,6 +58,7 @@ def counts(workload: Workload, schedule: Schedule, tokens: int, target: Target) 
     strip, strips, group = (schedule.param(p) for p in ("strip", "strips", "group"))
     n, steps = numbers.vector.lanes, _steps(workload, schedule, numbers)
     blocks, panels = -(-m // (strip * strips)), -(-tokens // WIDTH)
+    apart = (block_of(workload.layout) or (1, 1))[1] == 1
     whole, left = divmod(tokens, WIDTH)
     loops: list[Loop] = []
     for times, lanes in ((whole, WIDTH), (1, -(-left // GROUP) * GROUP)):
@@ -64,7 +66,7 @@ def counts(workload: Workload, schedule: Schedule, tokens: int, target: Target) 
             for nv, parts in columns(lanes // n, schedule.param("nv")):
                 rounds = times * parts * blocks * strips
                 block = _tile_block if numbers.vector is AMX_BF16 else _register_block
-                loops += block(schedule, numbers, nv, (k, steps), target, rounds)
+                loops += block(schedule, numbers, nv, (k, steps, apart), target, rounds)
             loops.append(_epilogue(workload.epilogue, m * times * lanes / n))
     indices = INDEX_BYTES * numbers.indices_per_step if schedule.param("sparse") else 0
     weights = blocks * strips * steps * (WORD_BYTES * strip + indices)
@@ -101,11 +103,12 @@ def _all_steps(workload: Workload, schedule: Schedule, numbers: Numbers) -> floa
 
 
 def _register_block(
-    schedule: Schedule, numbers: Numbers, nv: int, depths: tuple[int, float], target: Target,
+    schedule: Schedule, numbers: Numbers, nv: int, depths: tuple[int, float, bool], target: Target,
     strips: float,
 ) -> list[Loop]:  # fmt: skip
-    """`strips` strips by `nv` vectors; `depths` are the channels of x and the steps of a strip."""
-    k, steps = depths
+    """`strips` strips by `nv` vectors. `depths` are the channels of x, the steps of a strip, and
+    whether the two channels of a pair lie apart: in blocks of several they are neighbours."""
+    k, steps, apart = depths
     n, rows = numbers.vector.lanes, schedule.param("strip")
     indices = numbers.indices_per_step if schedule.param("sparse") else 0
     if not indices:  # all strips have the same steps: a block may take several at once
@@ -120,19 +123,20 @@ def _register_block(
         others=nv if indices > 1 else 0,
         loads=loads,
         broadcasts=rows + indices,
-        l2_bytes=0 if in_l1 else loads * n * WORD_BYTES,
+        l2_bytes=0 if in_l1 else (loads if apart else nv) * n * WORD_BYTES,
         chain_cycles=LATENCY_CYCLES / (1 if rows * nv >= CHAINS else 2),
         fixed_cycles=INDEX_CYCLES * indices,
     )
-    return [step, Loop(strips, loads=rows * nv, stores=rows * nv, fixed_cycles=BLOCK_CYCLES)]
+    start = BLOCK_CYCLES * min(1.0, rows / STRIP_ROWS)
+    return [step, Loop(strips, loads=rows * nv, stores=rows * nv, fixed_cycles=start)]
 
 
 def _tile_block(
-    schedule: Schedule, numbers: Numbers, nv: int, depths: tuple[int, float], target: Target,
+    schedule: Schedule, numbers: Numbers, nv: int, depths: tuple[int, float, bool], target: Target,
     strips: float,
 ) -> list[Loop]:  # fmt: skip
     """As `_register_block`; the steps are pairs, DEPTH at a time."""
-    k, pairs = depths
+    k, pairs, _ = depths
     n, rows, sparse = numbers.vector.lanes, schedule.param("strip"), schedule.param("sparse")
     # Weights of a strip, and the panel: all strips read it.
     weights = pairs * WORD_BYTES * rows
