@@ -18,6 +18,14 @@ LINE_BYTES = 64  # of the caches
 PASS_CYCLES = 150.0
 
 
+def strip_cycles(cycles: float, rows: int) -> float:
+    """What a strip of `rows` takes to start and end, where one of 4 rows or more takes `cycles`.
+
+    With fewer rows more of it overlaps with the next strip.
+    """
+    return cycles * min(1.0, rows / 4)
+
+
 @dataclass(frozen=True, slots=True)
 class Loop:
     """What one of `times` rounds issues, in instructions on whole vectors but for `macs`.

@@ -26,6 +26,7 @@ from sparsec.codegen.kernels.counts import (
     PASS_CYCLES,
     Counts,
     Loop,
+    strip_cycles,
     total_cycles,
 )
 from sparsec.codegen.kernels.dense_cost import BLOCK_CYCLES, LATENCY_CYCLES, columns
@@ -40,7 +41,6 @@ from sparsec.target import Target
 
 INDEX_CYCLES = 1.0  # of an index, beside the multiply-adds: its row's address
 WORD_BYTES, INDEX_BYTES = 4, 2
-STRIP_ROWS = 4  # with fewer, more of a strip's start and end overlaps with the next one
 BLENDS = 1.0  # instructions that join two rows of pairs
 FETCH_CYCLES = 4.0  # of a step of tiles: branches of the loop that fetches
 
@@ -127,8 +127,8 @@ def _register_block(
         chain_cycles=LATENCY_CYCLES / (1 if rows * nv >= CHAINS else 2),
         fixed_cycles=INDEX_CYCLES * indices,
     )
-    start = BLOCK_CYCLES * min(1.0, rows / STRIP_ROWS)
-    return [step, Loop(strips, loads=rows * nv, stores=rows * nv, fixed_cycles=start)]
+    ends = strip_cycles(BLOCK_CYCLES, rows)
+    return [step, Loop(strips, loads=rows * nv, stores=rows * nv, fixed_cycles=ends)]
 
 
 def _tile_block(

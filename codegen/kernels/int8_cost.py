@@ -32,7 +32,14 @@ from sparsec.codegen.isa.amx import ROWS, SUMS
 from sparsec.codegen.isa.int8 import AVX512_VNNI, TILES, Int8Isa, int8_isa
 from sparsec.codegen.isa.pieces import may_take_pieces
 from sparsec.codegen.isa.work import activation_work
-from sparsec.codegen.kernels.counts import LINE_BYTES, PASS_CYCLES, Counts, Loop, total_cycles
+from sparsec.codegen.kernels.counts import (
+    LINE_BYTES,
+    PASS_CYCLES,
+    Counts,
+    Loop,
+    strip_cycles,
+    total_cycles,
+)
 from sparsec.codegen.kernels.int8_bitmap import CASES, CELL, GROUPS
 from sparsec.codegen.kernels.int8_bitmap import ROWS as BITMAP_ROWS
 from sparsec.codegen.kernels.int8_pack import QUAD, TILE_QUADS
@@ -41,9 +48,7 @@ from sparsec.codegen.kernels.weight_blocks import block_of
 from sparsec.ir.schedule import Schedule, Workload
 from sparsec.target import Isa, Target
 
-# To start and end the loop over steps: sums in, sums out, one misprediction. With fewer rows more
-# of it overlaps with the next strip.
-STRIP_CYCLES, STRIP_ROWS = 40.0, 4
+STRIP_CYCLES = 40.0  # to start and end the loop over steps: sums in, sums out, one misprediction
 INDEX_LOADS = QUAD / 2  # what the loads of four scalars cost, in loads of vectors
 UNPACKS = {4: 8, 2: 8, 1: 5}  # shuffles and joins that make quads of four channels, by tiles
 EXPAND_SHUFFLES = 3  # a mask into its register and the two steps of an expansion
@@ -191,8 +196,8 @@ def _panel(
     loops.append(replace(first, times=rounds * steps))
     if turns > 1:
         loops.append(replace(other, times=rounds * steps * (turns - 1)))
-    passes, share = isa.tiles // isa.columns, min(1.0, form.strip / STRIP_ROWS)
-    loops.append(Loop(rounds * turns * passes, fixed_cycles=STRIP_CYCLES * share))
+    passes, ends = isa.tiles // isa.columns, strip_cycles(STRIP_CYCLES, form.strip)
+    loops.append(Loop(rounds * turns * passes, fixed_cycles=ends))
     return loops
 
 
