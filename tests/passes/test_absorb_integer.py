@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from sparsec.passes.manager import PassManager
 
 SCALE, ZERO = 0.25, 120  # of values
 STEP = 0.5  # of weights
-Change = Callable[[Graph, Value], Value]
 
 
 def stored(
