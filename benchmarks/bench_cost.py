@@ -32,7 +32,7 @@ from sparsec.codegen.kernels.dense_gemm import DenseGemm, DenseGemmFamily
 from sparsec.codegen.kernels.int8_cost import Form
 from sparsec.codegen.kernels.int8_family import PARAMS, Int8GemmFamily, kernel_of
 from sparsec.codegen.kernels.layer_norm import RESULTS, LayerNorm
-from sparsec.ir.schedule import Schedule, Workload
+from sparsec.ir.schedule import Schedule, Workload, buckets
 from sparsec.models.compress.metrics import spearman
 from sparsec.sparse.bsr import block_zeros
 from sparsec.target import Target
@@ -91,12 +91,14 @@ def int8_layer(
     layout = "dense" if block is None else f"bsr{block[0]}x{block[1]}"
     density = 1.0 if block is None else 1.0 - block_zeros(w, (block,))[block]
     end = f"{shape.epilogue.activation} u8"
-    work = Workload("linear_int8", (("m", shape.m), ("k", shape.k)), "u8s8", layout, end, density)
+    sizes = (("m", shape.m), ("k", shape.k))
+    bucket = next(b for b in buckets() if shape.tokens in b)
+    work = Workload("linear_int8", sizes, "u8s8", layout, end, density, bucket)
     found = []
     for schedule in Int8GemmFamily().schedules(work, target)[:3]:
-        rows, cols, strip, group = (schedule.param(n) for n in PARAMS)
+        rows, cols, strip, group, most = (schedule.param(n) for n in PARAMS)
         form = Form(rows, cols, strip)
-        kernel = kernel_of(form, isa, shape.epilogue)
+        kernel = kernel_of(form, isa, shape.epilogue, most)
         title = f"{shape.m}x{shape.k}x{shape.tokens} {layout} {zeros:.0%} {end} by {rows}x{cols}"
         candidate = shape.candidate(library, kernel, form, w, group, title)
         time = expected(work, schedule, Shape(1, shape.tokens), target)

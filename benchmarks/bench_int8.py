@@ -28,7 +28,7 @@ from sparsec.codegen.isa import FEATURES
 from sparsec.codegen.isa.amx import ALL_FULL
 from sparsec.codegen.isa.coarse import COARSE
 from sparsec.codegen.isa.int8 import AMX_INT8, INT8_ISAS, Int8Isa, int8_isa
-from sparsec.codegen.isa.pieces import may_take_pieces, piece_table, units_per_step
+from sparsec.codegen.isa.pieces import may_take_pieces, piece_table
 from sparsec.codegen.kernels.int8_cost import Form
 from sparsec.codegen.kernels.int8_epilogue import ActivationForm, Epilogue
 from sparsec.codegen.kernels.int8_family import PARAMS, Int8GemmFamily, kernel_of, pack
@@ -151,7 +151,7 @@ class Shape:
             table = piece_table(self.epilogue.activation, OUT_SCALE)
             assert table is not None
             weights.append(table)
-            numbers[0] *= units_per_step(table)
+            numbers = numbers[1:]
         args = [self.x, *(aligned(a) for a in weights), self.y, *sizes, *numbers]
         items = -(-self.m // form.rows) * len(self.x)
         scratch = kernel.scratch_bytes(self.k, group, packed.most_steps)

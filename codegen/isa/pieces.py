@@ -57,6 +57,11 @@ def units_per_step(table: Array) -> int:
     return _ONE // int(table[ROWS.index("round"), 0])
 
 
+def units(table: Array, scale: float) -> np.float32:
+    """How many units 1 is, where a step is `scale`."""
+    return np.float32(1) / np.float32(scale) * np.float32(units_per_step(table))
+
+
 def _bump(activation: str, unit: float) -> Array:
     """g of 0 to _ONE units, in units."""
     size = np.arange(_ONE) * unit

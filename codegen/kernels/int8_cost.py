@@ -262,13 +262,14 @@ def _tile_step(form: Form, isa: Int8Isa, quads: float, *, in_l1: bool) -> Loop:
 
 
 def _epilogue(isa: Int8Isa, width: int, rows: int, epilogue: str) -> list[Loop]:
-    """Per row of a chunk: sums through L1, scale and bias, activation, residual, u8."""
+    """Per row of a chunk: scale and bias, activation, residual, u8; sums through L1 if need be."""
     words = epilogue.split()
     activation, residual, to_u8 = words[0], "residual" in words, words[-1] == "u8"
     in_pieces = not residual and may_take_pieces(activation, isa.lanes)
     form = ("pieces" if in_pieces else "coarse") if to_u8 else "exact"
     work = activation_work(activation, form)
     tiles = isa.tiles
+    in_l1 = 0 if isa.columns == tiles and isa.isa is not Isa.AMX else tiles
     others = tiles * (2 + work.others)  # to float, scale and bias
     others += tiles * (3 if to_u8 else 0) + (2 if to_u8 else 0)  # scale, limit, to int; zero point
     others += tiles * residual
@@ -279,8 +280,8 @@ def _epilogue(isa: Int8Isa, width: int, rows: int, epilogue: str) -> list[Loop]:
             others=others,
             divides=tiles * work.divides,
             shuffles=swaps + (3 if to_u8 else 0),
-            loads=tiles * (1 + residual) + 2,
-            stores=tiles + (1 if to_u8 else tiles),
+            loads=in_l1 + tiles * residual + 2,
+            stores=in_l1 + (1 if to_u8 else tiles),
             fixed_cycles=4.0,
         )
     ]

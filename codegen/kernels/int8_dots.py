@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
@@ -21,6 +23,7 @@ from sparsec.codegen.kernels.panels import WIDTH, const, div, loop
 WORDS_AHEAD = 256  # fetched while others are multiplied: 1 KB, past the end too
 CHAINS = 8  # sums in flight that hide the latency of a multiply-add
 Read = Callable[[Any], list[Any]]
+Sums = list[list[Any]]  # registers, by set and row
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +31,14 @@ class DotGemm(Int8Gemm):
     """A strip has as many rows as their sums fit into vector registers."""
 
     @property
+    def _holds_all(self) -> bool:
+        """Whether the register block has the sums of all tiles: the epilogue can start there."""
+        return self.hooks.columns == self.hooks.tiles
+
+    @property
     def _gathers(self) -> bool:
         """Whether the register block holds all tiles, so that it can unpack channels itself."""
-        return self.form == "channels" and self.hooks.columns == self.hooks.tiles
+        return self.form == "channels" and self._holds_all
 
     @property
     def _together(self) -> int:
@@ -43,8 +51,8 @@ class DotGemm(Int8Gemm):
 
     @property
     def _area(self) -> int:
-        """Where the quads lie in scratch memory, in int32: after the sums of a register block."""
-        return self.strip * WIDTH
+        """Where the quads lie in scratch memory, in int32: after sums that have to go there."""
+        return 0 if self._holds_all else self.strip * WIDTH
 
     def scratch_bytes(self, k: int, group: int, most_steps: int) -> int:
         """For `group` panels of k channels, or for the steps of a block of rows."""
@@ -75,19 +83,30 @@ class DotGemm(Int8Gemm):
                 self._strip(s, at, _Strip(strip, row0, first, steps, words))
 
     def _strip(self, s: tir.KernelScope, at: Place, strip: _Strip) -> None:
+        if self._holds_all:
+            sums = self._started(s, strip)
+            self._all_steps(s, at, strip, sums)
+            self._rows_of(s, at, strip, sums)
+            return
+        with loop(0, self.hooks.tiles // self.hooks.columns) as part:
+            tile = keep(part * self.hooks.columns)
+            sums = self._started(s, strip)
+            self._steps(s, strip, self._from_scratch(s, at, strip, tile), sums)
+            self._to_scratch(s, sums, tile)
+        self._rows(s, at, strip.row0, self._rows_together)
+
+    def _all_steps(self, s: tir.KernelScope, at: Place, strip: _Strip, sums: Sums) -> None:
+        """The steps of a register block that holds all tiles."""
         if self._gathers and self.tall:
             with T.If(strip.index == 0):
                 with T.Then():
-                    self._register_block(s, strip, self._unpacked(s, at, strip, store=True))
+                    self._steps(s, strip, self._unpacked(s, at, strip, store=True), sums)
                 with T.Else():
-                    self._register_block(s, strip, self._from_scratch(s, at, strip, const(0)))
+                    self._steps(s, strip, self._from_scratch(s, at, strip, const(0)), sums)
         elif self._gathers:
-            self._register_block(s, strip, self._unpacked(s, at, strip, store=False))
+            self._steps(s, strip, self._unpacked(s, at, strip, store=False), sums)
         else:
-            with loop(0, self.hooks.tiles // self.hooks.columns) as part:
-                tile = keep(part * self.hooks.columns)
-                self._register_block(s, strip, self._from_scratch(s, at, strip, tile), tile)
-        self._rows(s, at, strip.row0, self._rows_together)
+            self._steps(s, strip, self._from_scratch(s, at, strip, const(0)), sums)
 
     def _unpacked(self, s: tir.KernelScope, at: Place, strip: _Strip, *, store: bool) -> Read:
         """Tiles unpacked from channels of the panel, and kept for the next strips."""
@@ -117,34 +136,51 @@ class DotGemm(Int8Gemm):
 
         return read
 
-    def _register_block(
-        self, s: tir.KernelScope, strip: _Strip, read: Read, tile: Any = None
-    ) -> None:
-        """Sums of the rows of a strip, left in scratch memory."""
+    def _started(self, s: tir.KernelScope, strip: _Strip) -> Sums:
+        """Sums before the first step. There are two sets where one alone waits for itself."""
         n, columns = self.hooks.lanes, self.hooks.columns
         rows = self._rows_together
         # With its own unpacks a step is not shorter than the latency of a multiply-add.
         sets = 1 if rows * columns >= CHAINS or self._gathers else 2
         sums = [[tir.registers("int32", columns * n) for _ in range(rows)] for _ in range(sets)]
-        tiles = [ramp(i * n, n) for i in range(columns)]
         for index, group in enumerate(sums):
             for r, total in enumerate(group):
                 start = s["offset"][strip.row0 + r] if index == 0 else T.int32(0)
-                for lanes in tiles:
+                for lanes in self._column_lanes():
                     T.buffer_store(total, splat(start, n), [lanes])
+        return sums
+
+    def _steps(self, s: tir.KernelScope, strip: _Strip, read: Read, sums: Sums) -> None:
+        sets = len(sums)
         with loop(0, div(strip.steps, sets)) as round:
             for index, group in enumerate(sums):
                 self._step(s, strip, round * sets + index, read, group)
         if sets > 1:
             with T.If(strip.steps % sets != 0), T.Then():
                 self._step(s, strip, strip.steps - 1, read, sums[0])
-        first = const(0) if tile is None else tile * n
-        for r in range(rows):
-            for i, lanes in enumerate(tiles):
-                total = sums[0][r][lanes]
-                for group in sums[1:]:
-                    total = total + group[r][lanes]
-                place = first + (r * self.hooks.chunk + i * n)
+
+    def _column_lanes(self) -> list[Any]:
+        """Where the columns of a row lie in its registers."""
+        return [ramp(i * self.hooks.lanes, self.hooks.lanes) for i in range(self.hooks.columns)]
+
+    def _row_sums(self, sums: Sums, r: int) -> list[Any]:
+        """Of all sets together."""
+        return [keep(reduce(add, (group[r][at] for group in sums))) for at in self._column_lanes()]
+
+    def _rows_of(self, s: tir.KernelScope, at: Place, strip: _Strip, sums: Sums) -> None:
+        """The epilogue of a register block without a loop: sums stay in their registers."""
+        convert = self._converter(s, at)
+        for r in range(self._rows_together):
+            row = keep(strip.row0 + r)
+            with T.If(row < s["m"]), T.Then():
+                self._row(s, at, row, convert(self._row_sums(sums, r)))
+
+    def _to_scratch(self, s: tir.KernelScope, sums: Sums, tile: Any) -> None:
+        """The sums of some of the tiles, from `tile` on."""
+        n = self.hooks.lanes
+        for r in range(self._rows_together):
+            for i, total in enumerate(self._row_sums(sums, r)):
+                place = (tile + i) * n + r * self.hooks.chunk
                 T.buffer_store(s.scratch, total, [ramp(place, n)])
 
     def _step(

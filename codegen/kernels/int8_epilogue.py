@@ -28,9 +28,9 @@ class Epilogue:
 
     The result is fp32, or u8: clip(rint(y * inverse_scale) + zero_point). For u8 the activation
     may be `coarse` or in `pieces`, and `is_bounded` says that no y * inverse_scale is outside
-    int32. With `pieces`, of AVX-512 and without residual, `inverse_scale` is that of units, and
-    they are rounded before the activation. With scales `by_token` a sum is multiplied by its
-    token's scale first.
+    int32. With `pieces`, of AVX-512 and without residual, `multiplier` and `bias` are those of
+    units, which are rounded before the activation. With scales `by_token` a sum is multiplied by
+    its token's scale first.
     """
 
     activation: str = "none"
@@ -67,7 +67,8 @@ class Epilogue:
     def numbers(self) -> tuple[Parameter, ...]:
         if not self.to_u8:
             return ()
-        return (Parameter("inverse_scale", Kind.FLOAT), Parameter("zero_point", Kind.INT))
+        scale = [] if self.form == "pieces" else [Parameter("inverse_scale", Kind.FLOAT)]
+        return (*scale, Parameter("zero_point", Kind.INT))
 
     def sums(
         self, s: tir.KernelScope, isa: Int8Isa, token: Any
@@ -90,7 +91,7 @@ class Epilogue:
         """One row of a chunk: `sums` are its tiles, `start` is the row's first element in y."""
         places = [ramp(start + i * isa.lanes, isa.lanes) for i in range(isa.tiles)]
         if self.form == "pieces":
-            units = self._scaled(s, isa, sums, row, s["inverse_scale"])
+            units = self._scaled(s, isa, sums, row)
             self._store_u8(s, isa, units, start, lambda x: pieces.emit(s["pieces"], x))
             return
         activation = (COARSE if self.form == "coarse" else ACTIVATIONS)[self.activation]
@@ -102,14 +103,9 @@ class Epilogue:
             total = value + s["residual"][place] if self.has_residual else value
             T.buffer_store(s["y"], total, [place])
 
-    def _scaled(
-        self, s: tir.KernelScope, isa: Int8Isa, sums: list[Any], row: Any, factor: Any = None
-    ) -> list[Any]:
-        """sum * multiplier + bias, in units of 1 / `factor`."""
-        rows = [s[name][row] for name in ("multiplier", "bias")]
-        if factor is not None:
-            rows = [keep(value * factor) for value in rows]
-        multiplier, bias = (keep(splat(value, isa.lanes)) for value in rows)
+    def _scaled(self, s: tir.KernelScope, isa: Int8Isa, sums: list[Any], row: Any) -> list[Any]:
+        """sum * multiplier + bias"""
+        multiplier, bias = (keep(splat(s[n][row], isa.lanes)) for n in ("multiplier", "bias"))
         return [keep(part * multiplier + bias) for part in sums]
 
     def _in_steps(

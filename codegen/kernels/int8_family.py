@@ -209,7 +209,7 @@ class Int8GemmFamily:
         args: list[Arg] = [
             binder.ref(x),
             *_weights(node, packed, form, isa, binder),
-            *_rows(node, rows, binder),
+            *_rows(node, rows, kernel.epilogue, binder),
             *_operands(node, kernel.epilogue, binder),
             *(tokens, m, k, group, *([rows // strip] if kernel.tall else [])),
             *_numbers(node, kernel.epilogue),
@@ -321,7 +321,7 @@ def _bitmap_call(node: Node, w: Array, binder: Binder) -> KernelCall:
     args: list[Arg] = [
         binder.ref(node.input(0)),
         *(binder.weight(f"{name}.{n}", array) for n, array in packed.arrays.items()),
-        *_rows(node, ROWS, binder),
+        *_rows(node, ROWS, kernel.epilogue, binder),
         *_operands(node, kernel.epilogue, binder),
         *(tokens, m, k),
         *_numbers(node, kernel.epilogue),
@@ -358,10 +358,8 @@ def _numbers(node: Node, epilogue: Epilogue) -> list[Arg]:
     if not epilogue.to_u8:
         return []
     _, stored_scale = _scales(node)
-    inverse = np.float32(1) / np.float32(stored_scale)
-    table = _pieces(node) if epilogue.form == "pieces" else None
-    units = 1 if table is None else pieces.units_per_step(table)
-    return [float(inverse) * units, int(node.attrs["out_zero_point"])]
+    scale = [] if epilogue.form == "pieces" else [float(np.float32(1) / np.float32(stored_scale))]
+    return [*scale, int(node.attrs["out_zero_point"])]
 
 
 def _weights(
@@ -371,20 +369,24 @@ def _weights(
     return [binder.weight(f"{name}.{n}", array) for n, array in packed.arrays.items()]
 
 
-def _rows(node: Node, rows: int, binder: Binder) -> list[BufferRef]:
+def _rows(node: Node, rows: int, epilogue: Epilogue, binder: Binder) -> list[BufferRef]:
     """What there is one of per row, up to whole blocks: offset, multiplier and bias.
 
     The zero point of x is in the offset: sum (x - zero) w = sum x w - zero sum w.
     """
-    weight, scale, bias = node.input(1).data, node.input(2).data, node.optional_input(3)
+    weight, (scale, _), bias = node.input(1).data, _scales(node), node.optional_input(3)
     assert weight is not None, node
-    assert scale is not None, node
     sums = weight.astype(np.int32).sum(axis=1, dtype=np.int32)
     start = np.zeros(len(weight), np.float32) if bias is None else bias.data
     assert start is not None, node
+    factor, of = np.float32(1), ""
+    if epilogue.form == "pieces":
+        table = _pieces(node)
+        assert table is not None, node
+        factor, of = pieces.units(table, node.attrs["out_scale"]), ".units"
     values = {
         "offset": (-int(node.attrs["x_zero_point"]) * sums).astype(np.int32),
-        "multiplier": _scales(node)[0].astype(np.float32),
-        "bias": start.astype(np.float32),
+        f"multiplier{of}": scale.astype(np.float32) * factor,
+        f"bias{of}": start.astype(np.float32) * factor,
     }
     return [binder.weight(f"{node.name}.{n}", pack_rows(v, rows)) for n, v in values.items()]

@@ -20,13 +20,13 @@ panel with few tokens takes the narrow form of the same loops (`Int8Isa.narrow`)
 kernel for few tokens in all is that form alone, without groups and panels. All read the same
 weights.
 
-Weights are read from memory in order, once per group. Sums go through L1 to the epilogue, which
-is a loop over rows.
+Weights are read from memory in order, once per group. Sums that are all in registers go from there
+through the epilogue, row by row; others go through L1 to an epilogue that is a loop over rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -171,12 +171,21 @@ class Int8Gemm:
     def _rows(self, s: tir.KernelScope, at: Place, row0: Any, count: int) -> None:
         """The epilogue of the sums of `count` rows, at the start of scratch memory."""
         n, size = self.hooks.lanes, self.hooks.chunk
-        convert = self.epilogue.sums(s, self.hooks, keep(at.panel * WIDTH + at.chunk * size))
+        convert = self._converter(s, at)
         with loop(0, T.min(const(count), s["m"] - row0)) as r:
-            row = keep(row0 + r)
             sums = [keep(s.scratch[ramp(r * size + i * n, n)]) for i in range(self.hooks.tiles)]
-            start = keep((at.panel * s["m"] + row) * WIDTH + at.chunk * size)
-            self.epilogue.emit(s, self.hooks, convert(sums), row, start)
+            self._row(s, at, keep(row0 + r), convert(sums))
+
+    def _converter(self, s: tir.KernelScope, at: Place) -> Callable[[list[Any]], list[Any]]:
+        """int32 sums of a row of the chunk to fp32."""
+        return self.epilogue.sums(
+            s, self.hooks, keep(at.panel * WIDTH + at.chunk * self.hooks.chunk)
+        )
+
+    def _row(self, s: tir.KernelScope, at: Place, row: Any, sums: list[Any]) -> None:
+        """The epilogue of a row of the chunk, `sums` in fp32."""
+        start = keep((at.panel * s["m"] + row) * WIDTH + at.chunk * self.hooks.chunk)
+        self.epilogue.emit(s, self.hooks, sums, row, start)
 
     def _gathered(self, s: tir.KernelScope, at: Place, step: Any) -> list[Any]:
         indices = [s["indices"][step * QUAD + i] for i in range(QUAD)]

@@ -99,7 +99,7 @@ class Layer:
 
     def in_pieces(self, table: Array) -> Array:
         """The result of an epilogue in pieces, to the bit."""
-        units = np.rint(self.linear(factor=self.inverse * pieces.units_per_step(table)))
+        units = np.rint(self.linear(factor=pieces.units(table, self.out_scale)))
         steps = pieces.evaluate(np.clip(units, -(2**15), 2**15 - 1), table)
         return np.clip(steps + self.out_zero_point, 0, 255).astype(np.uint8)
 
@@ -157,17 +157,18 @@ def call(run: Any, kernel: Int8Gemm, layer: Layer, *, group: int = 2, splits: in
     offset = (-layer.zero_point * a["w"].astype(np.int64).sum(1)).astype(np.int32)
     panels = -(-tokens // 64)
     y = np.full((panels, m, 64), 99, np.uint8 if kernel.epilogue.to_u8 else np.float32)
-    per_row = [pack_rows(v, rows) for v in (offset, a["multiplier"], a["bias"])]
+    table = layer.table(kernel.epilogue)
+    factor = np.float32(1) if table is None else pieces.units(table, layer.out_scale)
+    per_row = [offset, a["multiplier"] * factor, a["bias"] * factor]
     residual = [run.to_panels(a["token_scale"])] if kernel.epilogue.by_token else []
     residual += [run.to_panels(a["residual"])] if kernel.epilogue.has_residual else []
-    table, units = layer.table(kernel.epilogue), 1
-    if table is not None:
-        residual, units = [*residual, table], pieces.units_per_step(table)
+    residual += [] if table is None else [table]
     sizes = [tokens, m, k, *([] if is_bitmap else [group])]
     sizes += [rows // kernel.strip] if kernel.tall else []
-    numbers = [float(layer.inverse) * units, layer.out_zero_point]
-    numbers = numbers if kernel.epilogue.to_u8 else []
-    pointers = [run.to_panels(a["x"]), *packed.arrays.values(), *per_row, *residual, y]
+    numbers = [float(layer.inverse)] if table is None else []
+    numbers = [*numbers, layer.out_zero_point] if kernel.epilogue.to_u8 else []
+    starts = [pack_rows(v, rows) for v in per_row]
+    pointers = [run.to_panels(a["x"]), *packed.arrays.values(), *starts, *residual, y]
     status = run(
         kernel, *pointers, *sizes, *numbers,
         output=y, items=-(-m // rows) * panels, splits=splits,
