@@ -24,6 +24,7 @@ from sparsec.passes.fuse_layer_norm import FuseLayerNorm
 from sparsec.passes.fuse_linear import FuseLinear
 from sparsec.passes.infer_types import InferTypes
 from sparsec.passes.merge_qkv import MergeQkv
+from sparsec.passes.move_residual import MoveResidual
 from sparsec.passes.pack_tokens import PackTokens
 from sparsec.passes.quantize import (
     Quantization,
@@ -133,6 +134,7 @@ def int8_pipeline(
             quantization.fallback,
         ),
         FoldQuantize(),
+        MoveResidual(),
         *(last if attention else []),
         QuantizeTables(
             quantization.keep_fp32,
