@@ -104,6 +104,25 @@ _ZEN4 = Rates(
     (220 * _GB, 110 * _GB, 80 * _GB, 22 * _GB),
     2e-6,
 )
+# Zen 5 (of servers) does 512 bits at once, two multiply-adds and two loads a cycle; other
+# arithmetic has pipes of its own, and so has half of the shuffles. Likewise.
+_ZEN5 = Rates(
+    "defaults of znver5",
+    4.1 * _GB,
+    (
+        ("f32.avx2", 16.0),
+        ("f32.avx512", 32.0),
+        ("u8s8.avx2", 28.0),
+        ("u8s8.avx512vnni", 128.0),
+        ("bf16.avx512bf16", 60.0),
+    ),
+    (
+        (256, Ports(0.5, 0.5, 0.5, 0.5, 0.27, 0.5, 0.17, 2.5)),
+        (512, Ports(0.5, 0.5, 1.0, 0.5, 0.23, 0.5, 0.15, 2.5)),
+    ),
+    (520 * _GB, 250 * _GB, 115 * _GB, 39 * _GB),
+    3e-6,
+)
 # Intel's: clocks under sustained vector work, and read bandwidth of one core.
 _INTEL = {
     name: replace(
@@ -119,7 +138,7 @@ _INTEL = {
         ("haswell", 2.6, 64, 25, 20, 10),
     )
 }
-_BY_TARGET: Mapping[str, Rates] = {"znver4": _ZEN4, **_INTEL}
+_BY_TARGET: Mapping[str, Rates] = {"znver4": _ZEN4, "znver5": _ZEN5, **_INTEL}
 
 
 _SAME_PRODUCTS = {"avx512vbmi2": "avx512vnni"}  # levels that multiply bytes as another does

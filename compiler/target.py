@@ -86,7 +86,7 @@ class Target:
             )
         sizes = _read_caches(caches)
         cores = len(os.sched_getaffinity(0))
-        rates = default_rates(_kin(cpu_fields(cpuinfo).get("vendor_id", ""), isas[-1]))
+        rates = default_rates(_kin(cpu_fields(cpuinfo).get("vendor_id", ""), isas[-1], flags))
         return Target("native", isas, cores, sizes["1"], sizes["2"], sizes["3"], rates)
 
     @staticmethod
@@ -167,11 +167,13 @@ def _read_caches(folder: Path) -> dict[str, int]:
     return sizes
 
 
-def _kin(vendor: str, level: Isa) -> str:
+def _kin(vendor: str, level: Isa, flags: frozenset[str]) -> str:
     """The named target whose instructions take the time that those of such a machine do."""
-    if vendor == "AuthenticAMD":
-        return "avx2" if level is Isa.AVX2 else "znver4"
-    return _KIN[level]
+    if vendor != "AuthenticAMD":
+        return _KIN[level]
+    if level is Isa.AVX2:
+        return "avx2"
+    return "znver5" if "avx_vnni" in flags else "znver4"  # the first that has it
 
 
 def _server(name: str, highest: Isa, l1d: int, l2: int, l3: int) -> Target:
@@ -196,6 +198,7 @@ _NAMED: dict[str, Target] = {
     for t in (
         _server("sapphirerapids", Isa.AMX, 48 * _KB, 2 * _MB, 30 * _MB),
         _server("znver4", Isa.AVX512_BF16, 32 * _KB, 1 * _MB, 32 * _MB),
+        _server("znver5", Isa.AVX512_BF16, 48 * _KB, 1 * _MB, 32 * _MB),
         _server("cooperlake", Isa.AVX512_VNNI, 32 * _KB, 1 * _MB, 24 * _MB),
         _server("icelake-server", Isa.AVX512_VBMI2, 48 * _KB, 1280 * _KB, 24 * _MB),
         _server("skylake-avx512", Isa.AVX512, 32 * _KB, 1 * _MB, 16 * _MB),

@@ -2,7 +2,7 @@
 
     rates-<16 hex digits>.json    {"format": 1, "machine": {...}, "rates": {...}}
 
-The digits are a digest of the machine: CPU, instruction sets, cores. A file that is damaged, of
+The digits are a digest of the machine: CPU, instruction sets, caches. A file that is damaged, of
 another format or of another machine is not used, and whoever asks is told why.
 """
 
@@ -37,6 +37,7 @@ class Known:
 def machine_of(target: Target) -> dict[str, Any]:
     """What tells this machine from others, as JSON has it: what `Rates` depend on."""
     found: dict[str, Any] = json.loads(json.dumps(asdict(Machine.of(target))))
+    del found["cores"]  # those that this process may use, which taskset changes
     return found
 
 

@@ -49,6 +49,7 @@ def test_levels_come_from_flags(tmp_path: Path, flags: str, levels: int) -> None
     ("vendor", "flags", "name"),
     [
         ("AuthenticAMD", f"{AVX512} avx512_vnni avx512_vbmi2 avx512_bf16", "znver4"),
+        ("AuthenticAMD", f"{AVX512} avx512_vnni avx512_vbmi2 avx512_bf16 avx_vnni", "znver5"),
         ("AuthenticAMD", AVX2, "any server"),
         ("GenuineIntel", f"{AVX512} avx512_vnni avx512_vbmi2 avx512_bf16", "sapphirerapids"),
         ("GenuineIntel", f"{AVX512} avx512_vnni avx512_vbmi2", "icelake-server"),
@@ -84,6 +85,7 @@ def test_named_targets() -> None:
     highest = {
         "sapphirerapids": Isa.AMX,
         "znver4": Isa.AVX512_BF16,
+        "znver5": Isa.AVX512_BF16,
         "cooperlake": Isa.AVX512_VNNI,
         "icelake-server": Isa.AVX512_VBMI2,
         "skylake-avx512": Isa.AVX512,
