@@ -125,10 +125,21 @@ def _most(isa: Int8Isa, tokens: int | None) -> int:
     return min((n for n in _limits_of(isa, tokens) if n), default=0)
 
 
+def _group(isa: Int8Isa, k: int, target: Target) -> int:
+    """Panels that each block of rows is multiplied by before the next.
+
+    With vectors a panel takes longer than its weights take from L3, and one alone stays in L1.
+    With tiles it does not: half of L2 is for activations, the rest for weights and results.
+    """
+    if isa is not AMX_INT8:
+        return 1
+    return min(MOST_PANELS, max(1, target.l2_bytes // 2 // (k * WIDTH)))
+
+
 def _groups(usual: int, tokens: int | None) -> list[int]:
     """Numbers of panels in a group that differ for so many tokens, the heuristic's first."""
     panels = MOST_PANELS * 2 if tokens is None else -(-tokens // WIDTH)
-    others = [n for n in (1, 2, 4, 8, 16) if n < panels]
+    others = [n for n in (1, 2, 4, 8, 16) if n < 2 * panels]
     return [usual, *others]
 
 
@@ -182,14 +193,15 @@ class Int8GemmFamily:
             return cycles(form, sizes, density, isa, target)
 
         found = [(form, isa) for isa in int8_isas(target) for form in forms(block, isa)]
-        # Half of L2 for the group's activations; the rest is for weights and results.
-        group = min(MOST_PANELS, max(1, target.l2_bytes // 2 // (sizes[1] * WIDTH)))
         ordered = sorted(found, key=cost)
-        usual = [_schedule(form, isa, group, _most(isa, tokens)) for form, isa in ordered]
+        usual = [
+            _schedule(form, isa, _group(isa, sizes[1], target), _most(isa, tokens))
+            for form, isa in ordered
+        ]
         others = [
             _schedule(form, isa, panels, most)
             for form, isa in ordered
-            for panels in _groups(group, tokens)
+            for panels in _groups(_group(isa, sizes[1], target), tokens)
             for most in _limits_of(isa, tokens)
         ]
         return _with_bitmap(workload, target, list(dict.fromkeys([*usual, *others])))

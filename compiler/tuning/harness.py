@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ ENTRY = "run_candidates"
 MOST_INTEGERS = 37  # with scratch, begin and end: INTEGERS of harness.c
 MOST_FLOATS = 8
 LINE = 64
+HUGE_PAGE = 2 << 20
 
 
 class _Call(ctypes.Structure):
@@ -60,6 +63,19 @@ def aligned(array: Array) -> Array:
     copy = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
     copy[...] = array
     return copy
+
+
+def arena(sizes: Sequence[int]) -> list[Array]:
+    """Buffers of so many bytes, zeros, one behind the other: in memory like that of a model.
+
+    Large pages, where the system has some: where small ones happen to lie sets the time else.
+    """
+    places = [0, *accumulate(-(-size // LINE) * LINE + LINE for size in sizes)]
+    memory = mmap.mmap(-1, places[-1] + 2 * HUGE_PAGE)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    raw = np.frombuffer(memory, np.uint8)
+    start = -raw.ctypes.data % HUGE_PAGE
+    return [raw[start + p : start + p + n] for p, n in zip(places, sizes, strict=False)]
 
 
 class Harness:

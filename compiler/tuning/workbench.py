@@ -26,7 +26,7 @@ from sparsec.ir.op_spec import Array
 from sparsec.ir.schedule import Schedule
 from sparsec.ir.types import DType, TensorType
 from sparsec.target import Isa, Target
-from sparsec.tuning.harness import BoundCalls, Harness, aligned
+from sparsec.tuning.harness import BoundCalls, Harness, aligned, arena
 from sparsec.tuning.task import Task
 
 SEED = 1
@@ -35,6 +35,7 @@ FEWEST_REPEATS, MOST_REPEATS = 5, 60
 # A result may be off by one step of u8 (another order of a softmax's sums), and by so much of the
 # largest value in fp32: sums over thousands of channels in any order stay far below.
 STEPS_OFF = 1
+UNWRITTEN = 0xAA  # bytes of results before a candidate runs: nobody else's are taken for its own
 PART_OFF = 1e-3
 
 
@@ -57,7 +58,8 @@ class Workbench:
         self._functions: dict[str, int] = {}
         self._inputs = self._random_inputs()
         self._expected = self._oracle()
-        self._baseline, self._warm = self._prepare(baseline)
+        self._memory: dict[str, Array] = {}
+        self._baseline = self._prepare(baseline)
 
     def time(self, schedule: Schedule) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Seconds of each call of the schedule and, in turns, of the baseline.
@@ -65,40 +67,47 @@ class Workbench:
         Raises WrongResult when the schedule's result is not the oracle's, and what building it
         raises.
         """
-        candidate, _ = self._prepare(schedule)
-        pair = [self._baseline, candidate]
-        first = self._harness.time(pair, 2, self._warm)[:, 1].sum()
+        pair = [self._baseline, self._prepare(schedule)]
+        warm = [self._memory[value.name] for value in self._inputs]
+        first = self._harness.time(pair, 2, warm)[:, 1].sum()
         repeats = int(np.clip(SECONDS_PER_TRIAL / first, FEWEST_REPEATS, MOST_REPEATS))
-        baseline, seconds = self._harness.time(pair, repeats, self._warm)
+        baseline, seconds = self._harness.time(pair, repeats, warm)
         return tuple(seconds.tolist()), tuple(baseline.tolist())
 
-    def _prepare(self, schedule: Schedule) -> tuple[BoundCalls, list[Array]]:
-        """The schedule's calls, found to be right, and the memory of the operands."""
+    def _prepare(self, schedule: Schedule) -> BoundCalls:
+        """The schedule's calls, found to be right."""
         program = lower_alone(self._node, schedule, self._target)
         self._build(program)
-        slots = [aligned(np.zeros(evaluate(size, self._sizes), np.uint8))
-                 for size in program.slots]  # fmt: skip
-        operands = [v for v in (*self._node.inputs, *self._node.outputs) if v and v.data is None]
-        memory_of = dict(zip(dict.fromkeys(v.name for v in operands), slots, strict=True))
-        warm = []
-        for value, array in self._inputs.items():
-            memory_of[value.name][...] = lay_out(array, value.type).reshape(-1).view(np.uint8)
-            warm.append(memory_of[value.name])
+        slots = self._slots(program)
         weights = [aligned(weight.data) for weight in program.weights]
         refs = {a for call in program.calls for a in call.args if isinstance(a, BufferRef)}
         memory = {r: slots[r.index] if r.region is Region.ARENA else weights[r.index]
                   for r in refs}  # fmt: skip
         bound = self._harness.bind(program.calls, self._functions, memory, self._sizes)
-        self._check(bound, memory_of, schedule)
-        return bound, warm
+        self._check(bound, schedule)
+        return bound
 
-    def _check(self, bound: BoundCalls, memory_of: dict[str, Array], schedule: Schedule) -> None:
+    def _slots(self, program: Program) -> list[Array]:
+        """The memory of the operands. All candidates share it: none finds its caches colder."""
+        if not self._memory:
+            nodes = (*self._node.inputs, *self._node.outputs)
+            names = dict.fromkeys(v.name for v in nodes if v and v.data is None)
+            found = arena([evaluate(size, self._sizes) for size in program.slots])
+            self._memory = dict(zip(names, found, strict=True))
+            for value, array in self._inputs.items():
+                laid_out = lay_out(array, value.type).reshape(-1).view(np.uint8)
+                self._memory[value.name][...] = laid_out
+        return list(self._memory.values())
+
+    def _check(self, bound: BoundCalls, schedule: Schedule) -> None:
+        for value in self._node.outputs:
+            self._memory[value.name][...] = UNWRITTEN
         status = self._harness.run(bound)
         if status:
             raise WrongResult(f"{schedule}: the kernel ended with status {status}")
         made = zip(self._node.outputs, self._expected, self._is_read, strict=True)
         for value, expected in ((v, e) for v, e, is_read in made if is_read):
-            memory = memory_of[value.name]
+            memory = self._memory[value.name]
             result = read_back(memory.view(value.type.dtype.numpy), value.type, expected.shape)
             if not is_close(result, expected):
                 worst = np.abs(result.astype(np.float64) - expected).max()

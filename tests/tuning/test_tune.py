@@ -82,6 +82,17 @@ def test_a_wrong_result_is_found(
         Workbench(job.task, host, job.schedules[0], tmp_path, harness)
 
 
+def test_results_of_the_candidate_before_do_not_count(
+    graph: Graph, host: Target, harness: Path, tmp_path: Path
+) -> None:
+    """All candidates write to the same memory; one that writes nothing is wrong."""
+    job = jobs_of(graph, host, TuneOptions(tmp_path / "log", tokens=(24,)))[0]
+    bench = Workbench(job.task, host, job.schedules[0], tmp_path, harness)
+    nothing = bench._harness.bind([], {}, {}, {})
+    with pytest.raises(WrongResult, match="is off by"):
+        bench._check(nothing, job.schedules[0])
+
+
 @pytest.mark.parametrize(
     ("result", "expected", "close"),
     [
