@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tvm.script.ir_builder import tirx as T
+
 from sparsec.codegen import tir
 from sparsec.codegen.isa import amx
 from sparsec.codegen.isa.int8 import AMX_INT8, AVX2_INT8, AVX512_VNNI, Int8Isa, int8_isa, int8_isas
@@ -36,6 +38,7 @@ from sparsec.ir.schedule import Schedule, Workload
 from sparsec.ir.types import DType
 from sparsec.target import Target
 
+PANELS = 16  # with queries of one head in turn: its keys and values are prepared once
 MASKS = ("none", "key", "full", PACKED)
 RESULTS = ("f32", "u8")
 BLOCKS: Mapping[Int8Isa, type[Block]] = {
@@ -103,14 +106,18 @@ class AttentionInt8:
 
     def _body(self, s: tir.KernelScope) -> None:
         sequences = Sequences(s, self.mask == PACKED)
+        prepared = tir.registers("int64", 2)
+        for place in range(2):
+            T.buffer_store(prepared, T.int64(-1), [place])
 
         def compute(head: Any, first: Any, sequence: Any, groups: int) -> None:
             kinds = self.mask, self.result
-            self.block(self.int8, *kinds, s, sequences, head, first, sequence, groups).compute()
+            places = head, first, sequence, groups
+            self.block(self.int8, *kinds, s, sequences, prepared, *places).compute()
 
         if self.has_tiles:
             amx.configure(s["tiles"])
-        over_query_blocks(s, sequences, (4, 2), compute)
+        over_query_blocks(s, sequences, (4, 2), compute, PANELS)
         if self.has_tiles:
             amx.release()
 

@@ -10,8 +10,10 @@ with zero point 128. Per run of queries of one sequence:
 Keys are taken in quads that start at multiples of four in a panel: those of a quad that are not
 of the sequence have p = 0. Scratch memory, in 32-bit words, `rows` being the keys rounded up:
 
-    scores [rows][queries] | p [rows / 4][queries] | q [d / 4][64] | k [d / 4][64] of one panel
-    | 64 corrections for the zero point of q | v [panel][d][16]
+    scores [rows][queries] | p [rows / 4][queries] | q [d / 4][64] | v [panel][d][16]
+    | of every panel: k [d / 4][64], 64 corrections for the zero point of q
+
+Keys and values stay there for the next run of queries of the same sequence and head.
 
 A full mask is transposed to where the scores will be.
 """
@@ -54,7 +56,8 @@ class Block:
     """Code for `groups` groups of queries from `token` on against the keys of one sequence.
 
     `unit` keys or channels share a word of 32 bits. Of the groups `most` are computed at once,
-    with `rows[groups]` keys or channels at once.
+    with `rows[groups]` keys or channels at once. `prepared` are the head and the sequence whose
+    keys and values are in scratch memory.
     """
 
     unit: ClassVar[int] = QUAD
@@ -63,15 +66,17 @@ class Block:
 
     def __init__(
         self, int8: Int8Isa, mask: str, result: str, s: tir.KernelScope, sequences: Sequences,
-        head: Any, token: Any, sequence: Any, groups: int,
+        prepared: Any, head: Any, token: Any, sequence: Any, groups: int,
     ):  # fmt: skip
         self.int8, self.v, self.mask, self.result, self.s = int8, int8.vector, mask, result, s
         self.head, self.token, self.sequence = head, token, sequence
+        self.prepared = prepared
         together = min(groups, self.most)
         self.runs = groups // together
         self.start = keep(sequences.start(sequence))
         self.stop = keep(sequences.stop(sequence))
         self.first_panel = keep(div(self.start, WIDTH))
+        self.panels = keep(div(self.stop - 1, WIDTH) - self.first_panel + 1)
         self.lanes = self.v.lanes
         self.width = together * GROUP
         self.count = self.width // self.lanes
@@ -91,9 +96,8 @@ class Block:
         self.row0 = keep(div(self.start, QUAD) * QUAD)
         self.p0 = keep(rows * WIDTH)
         self.q0 = keep(self.p0 + rows * WORDS)
-        self.k0 = keep(self.q0 + size * WORDS)
-        self.sums0 = keep(self.k0 + size * WORDS)
-        self.v0 = keep(self.sums0 + WIDTH)
+        self.v0 = keep(self.q0 + size * WORDS)
+        self.k0 = keep(self.v0 + self.panels * size * WORDS)
         self.mask0 = const(0)
 
     @staticmethod
@@ -101,12 +105,12 @@ class Block:
         """The memory of one worker: see the top of this file."""
         rows = (floordiv(seq, QUAD) + 2) * QUAD
         panels = floordiv(seq + (2 * WIDTH - 2), WIDTH)
-        words = rows * (WIDTH + WORDS) + 2 * head_size * WORDS + WIDTH
-        return (words + panels * (head_size * WORDS)) * 4
+        words = rows * (WIDTH + WORDS) + head_size * WORDS
+        return (words + panels * (2 * head_size * WORDS + WIDTH)) * 4
 
     def compute(self) -> None:
         """All of it."""
-        self._prepare_values()
+        self._prepare_sequence()
         if self.runs == 1:
             self._compute_run()
             return
@@ -157,19 +161,32 @@ class Block:
         """Four channels of the queries as the products take them."""
         return self._four_channels("q", row)
 
-    def _prepare_values(self) -> None:
-        """v - 128, as s8, of all panels of the sequence."""
-        with loop(0, div(self.stop - 1, WIDTH) - self.first_panel + 1) as i:
-            row = keep(self._row("v", self.first_panel + i))
-            with loop(0, self.s["head_size"]) as d:
-                value = self._signed(self.s["v"][ramp(row + d * WIDTH, WIDTH)])
-                words = T.reinterpret(f"int32x{WORDS}", value)
-                where = self.v0 + (i * self.s["head_size"] + d) * WORDS
-                self._store_words(where, words)
+    def _prepare_sequence(self) -> None:
+        """Keys and values of all panels of the sequence, unless they are there."""
+        known = self.prepared
+        is_other = T.Or(known[0] != self.head, known[1] != self.sequence)
+        with T.If(is_other), T.Then():
+            for place, value in enumerate((self.head, self.sequence)):
+                T.buffer_store(known, value, [place])
+            with loop(0, self.panels) as i:
+                self._prepare_values(i)
+                self._prepare_keys(i)
 
-    def _prepare_keys(self, panel: Any) -> None:
+    def _prepare_values(self, i: Any) -> None:
+        """v - 128, as s8, of a panel of the sequence."""
+        row = keep(self._row("v", self.first_panel + i))
+        with loop(0, self.s["head_size"]) as d:
+            value = self._signed(self.s["v"][ramp(row + d * WIDTH, WIDTH)])
+            where = self.v0 + (i * self.s["head_size"] + d) * WORDS
+            self._store_words(where, T.reinterpret(f"int32x{WORDS}", value))
+
+    def _keys_at(self, i: Any) -> Any:
+        """Where the keys of a panel of the sequence are; their corrections are behind them."""
+        return keep(self.k0 + i * (self.s["head_size"] * WORDS + WIDTH))
+
+    def _prepare_keys(self, i: Any) -> None:
         """A panel's keys as s8 quads of channels, in tile order, and -128 * their sums."""
-        row = keep(self._row("k", panel))
+        row, keys = keep(self._row("k", self.first_panel + i)), self._keys_at(i)
         sums = [tir.registers("int32", self.lanes) for _ in range(4)]
         at = ramp(0, self.lanes)
         offset = keep(T.broadcast(tirx.const(128, "uint8"), WIDTH))
@@ -178,15 +195,15 @@ class Block:
         with loop(0, div(self.s["head_size"], QUAD)) as d:
             bytes_ = self._four_channels("k", row + d * (QUAD * WIDTH))
             tiles = self.int8.interleave([keep(self._signed(b)) for b in bytes_])
-            for i, (tile, part) in enumerate(zip(tiles, sums, strict=True)):
-                self._store_words(self.k0 + d * WIDTH + i * self.lanes, tile)
+            for t, (tile, part) in enumerate(zip(tiles, sums, strict=True)):
+                self._store_words(keys + d * WIDTH + t * self.lanes, tile)
                 T.buffer_store(part, self.int8.dot(part[at], (offset,), (tile,)), [at])
-        for i, part in enumerate(sums):
-            self._store_words(self.sums0 + i * self.lanes, self._zeros() - part[at])
+        corrections = keep(keys + self.s["head_size"] * WORDS)
+        for t, part in enumerate(sums):
+            self._store_words(corrections + t * self.lanes, self._zeros() - part[at])
 
     def _compute_scores(self) -> None:
         with loop(self.first_panel, div(self.stop - 1, WIDTH) + 1) as panel:
-            self._prepare_keys(panel)
             first, last = self._lanes_of(panel)
             in_steps(first, last, self.steps, lambda lane, n: self._score_keys(panel, lane, n))
 
@@ -199,11 +216,13 @@ class Block:
     def _score_keys(self, panel: Any, lane: Any, rows: int) -> None:
         s, n = self.s, self.lanes
         places = [self._place(lane + r) for r in range(0, rows, QUAD)]
-        word = [keep(places[r // QUAD] + r % QUAD) for r in range(rows)]
-        acc = self._sums_from([splat(s.scratch[self.sums0 + w], n) for w in word])
+        keys = self._keys_at(panel - self.first_panel)
+        word = [keep(keys + places[r // QUAD] + r % QUAD) for r in range(rows)]
+        corrections = s["head_size"] * WORDS
+        acc = self._sums_from([splat(s.scratch[w + corrections], n) for w in word])
         queries = keep(self.q0 + mod(self.token, WIDTH))
         with loop(0, div(s["head_size"], QUAD)) as d:
-            self._accumulate(acc, queries + d * WIDTH, [self.k0 + d * WIDTH + w for w in word])
+            self._accumulate(acc, queries + d * WIDTH, [w + d * WIDTH for w in word])
         self._keep_scores(keep(panel * WIDTH + lane), [[row[at] for at in self.at] for row in acc])
 
     def _keep_scores(self, key: Any, sums: list[list[Any]]) -> None:

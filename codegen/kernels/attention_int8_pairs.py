@@ -42,7 +42,6 @@ class PairBlock(Block):
 
     def _place_scratch(self) -> None:
         size, rows = self.s["head_size"], (div(self.stop - self.start, PAIR) + 2) * PAIR
-        self.panels = keep(div(self.stop - 1, WIDTH) - self.first_panel + 1)
         self.row0 = keep(div(self.start, PAIR) * PAIR)
         self.p0 = keep(rows * GROUP)
         self.q0 = keep(self.p0 + div(rows, PAIR) * GROUP)
@@ -62,20 +61,22 @@ class PairBlock(Block):
         with loop(0, div(self.s["head_size"], PAIR)) as d:
             self._store_channels("q", row + d * (PAIR * WIDTH), self.q0 + d * GROUP)
 
-    def _prepare_values(self) -> None:
-        """The values of all panels of the sequence, and its keys."""
+    def _prepare_values(self, i: Any) -> None:
         size = self.s["head_size"]
-        with loop(0, self.panels) as i:
-            k, v = (keep(self._row(operand, self.first_panel + i)) for operand in "kv")
-            with loop(0, div(size, PAIR)) as d:
-                words = keep(self.k0 + (i * div(size, PAIR) + d) * WIDTH)
-                for lane in range(0, WIDTH, GROUP):
-                    self._store_channels("k", k + d * (PAIR * WIDTH) + lane, words + lane)
-            with loop(0, size) as d:
-                words = keep(self.v0 + (i * size + d) * PAIRS)
-                for lane in range(0, WIDTH, GROUP):
-                    value = self._numbers("v", v + d * WIDTH + lane)
-                    self._store_words(words + lane // PAIR, T.reinterpret("int32x8", value))
+        v = keep(self._row("v", self.first_panel + i))
+        with loop(0, size) as d:
+            words = keep(self.v0 + (i * size + d) * PAIRS)
+            for lane in range(0, WIDTH, GROUP):
+                value = self._numbers("v", v + d * WIDTH + lane)
+                self._store_words(words + lane // PAIR, T.reinterpret("int32x8", value))
+
+    def _prepare_keys(self, i: Any) -> None:
+        pairs = keep(div(self.s["head_size"], PAIR))
+        k = keep(self._row("k", self.first_panel + i))
+        with loop(0, pairs) as d:
+            words = keep(self.k0 + (i * pairs + d) * WIDTH)
+            for lane in range(0, WIDTH, GROUP):
+                self._store_channels("k", k + d * (PAIR * WIDTH) + lane, words + lane)
 
     def _store_channels(self, operand: str, row: Any, where: Any) -> None:
         """A group of tokens of two channels, in pairs."""
@@ -89,9 +90,6 @@ class PairBlock(Block):
         """16 bytes less their zero point, as int16."""
         wide = T.cast(self.s[operand][ramp(where, GROUP)], "int16x16")
         return keep(wide - T.broadcast(tirx.const(ZERO_POINT, "int16"), GROUP))
-
-    def _prepare_keys(self, panel: Any) -> None:
-        """They are prepared with the values."""
 
     def _score_keys(self, panel: Any, lane: Any, rows: int) -> None:
         acc = self._sums_from([self._zeros()] * rows)

@@ -45,7 +45,6 @@ class TileBlock(Block):
 
     def _place_scratch(self) -> None:
         self.row0 = keep(self.first_panel * WIDTH)
-        self.panels = keep(div(self.stop - 1, WIDTH) - self.first_panel + 1)
         self.depth = keep(div(self.s["head_size"] + (ROW_BYTES - 1), ROW_BYTES))  # steps
         rows = self.panels * WIDTH
         self.p0 = keep(rows * WIDTH)
@@ -68,13 +67,13 @@ class TileBlock(Block):
             for i in range(0, WIDTH, self.lanes):
                 self._store_words(self.q0 + quad * WIDTH + i, self._zeros())
 
-    def _prepare_values(self) -> None:
-        """They are read in place."""
+    def _prepare_sequence(self) -> None:
+        """Values are read in place, keys prepared as they are needed: they stay in L1 then."""
 
-    def _prepare_keys(self, panel: Any) -> None:
+    def _prepare_keys(self, i: Any) -> None:
         """A panel's keys as s8, 64 channels of a key in a row; past the head, any number."""
         quads = keep(div(self.s["head_size"], QUAD))
-        row = keep(self._row("k", panel))
+        row = keep(self._row("k", self.first_panel + i))
         with loop(0, div(quads + (PARTS - 1), PARTS)) as part:
             tiles = []
             for i in range(PARTS):
@@ -100,7 +99,7 @@ class TileBlock(Block):
             with T.If(group < last), T.Then():
                 place = keep(mod(group, WIDTH // GROUP))
                 with T.If(T.Or(place == 0, group == first)), T.Then():
-                    self._prepare_keys(keep(div(group, WIDTH // GROUP)))
+                    self._prepare_keys(keep(div(group, WIDTH // GROUP) - self.first_panel))
                 self._multiply_keys(group, place)
             with T.If(group > first), T.Then():
                 self._make_floats(keep((group - 1) * GROUP))

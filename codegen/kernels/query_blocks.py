@@ -16,7 +16,15 @@ from sparsec.codegen import tir
 from sparsec.codegen.isa.pack8 import Packer
 from sparsec.codegen.isa.vector import keep, ramp
 from sparsec.codegen.kernels.base import Binder
-from sparsec.codegen.kernels.panels import GROUP, WIDTH, const, div, groups_in_panel, loop, mod
+from sparsec.codegen.kernels.panels import (
+    GROUP,
+    WIDTH,
+    const,
+    div,
+    groups_in_panel,
+    item_rectangles,
+    loop,
+)
 from sparsec.codegen.program import Arg, Kind, Parameter
 from sparsec.ir.dims import Dim
 from sparsec.ir.graph import Node
@@ -76,12 +84,14 @@ def sequence_args(node: Node, binder: Binder) -> tuple[list[Arg], list[Arg], Dim
 
 
 def over_query_blocks(
-    s: tir.KernelScope, sequences: Sequences, sizes: Sequence[int], compute: Compute
-) -> None:
+    s: tir.KernelScope, sequences: Sequences, sizes: Sequence[int], compute: Compute,
+    panels: int = 1,
+) -> None:  # fmt: skip
     """Calls `compute` for all queries of the kernel's items, which are heads of panels.
 
     `sizes` are the groups of a block, largest first, all above 1, each a multiple of the next.
-    Reads the parameters `tokens` and `heads`.
+    Of at most so many `panels` all queries of a head come before the next head. Reads the
+    parameters `tokens` and `heads`.
     """
     tokens = s["tokens"]
 
@@ -108,8 +118,11 @@ def over_query_blocks(
         with loop(keep(sequences.of(token)), keep(sequences.of(last) + 1)) as sequence:
             compute(head, token, sequence, 1)
 
-    with loop(s.begin, s.end) as item:
-        panel, head = keep(div(item, s["heads"])), keep(mod(item, s["heads"]))
+    with (
+        item_rectangles(s, s["heads"], const(panels)) as (first_head, last_head, origin, end),
+        loop(first_head, last_head) as head,
+        loop(origin, end) as panel,
+    ):
         cover(keep(panel * WIDTH), keep(groups_in_panel(tokens, panel)), head, sizes)
 
 
