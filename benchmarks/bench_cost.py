@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,10 @@ from sparsec.codegen.kernels.attention import REGISTER_BLOCKS, Attention, Attent
 from sparsec.codegen.kernels.attention_int8 import AttentionInt8, AttentionInt8Family
 from sparsec.codegen.kernels.costs import Shape
 from sparsec.codegen.kernels.dense_gemm import DenseGemm, DenseGemmFamily
-from sparsec.codegen.kernels.int8_cost import Form
-from sparsec.codegen.kernels.int8_family import PARAMS, Int8GemmFamily, kernel_of
+from sparsec.codegen.kernels.int8_family import Int8GemmFamily
 from sparsec.codegen.kernels.layer_norm import RESULTS, LayerNorm
-from sparsec.ir.schedule import Schedule, Workload, buckets
+from sparsec.ir.schedule import Schedule, Workload
 from sparsec.models.compress.metrics import spearman
-from sparsec.sparse.bsr import block_zeros
 from sparsec.target import Target
 from sparsec.tuning.cost import expected_seconds
 from sparsec.tuning.machine import measure as measure_machine
@@ -87,20 +86,12 @@ def int8_layer(
     target: Target, isa: Any, library: Any, shape: Any, block: Any, zeros: float
 ) -> list[Sample]:
     """The first schedules of a weight, three at most."""
-    w = shape.weight(block, zeros)
-    layout = "dense" if block is None else f"bsr{block[0]}x{block[1]}"
-    density = 1.0 if block is None else 1.0 - block_zeros(w, (block,))[block]
-    end = f"{shape.epilogue.activation} u8"
-    sizes = (("m", shape.m), ("k", shape.k))
-    bucket = next(b for b in buckets() if shape.tokens in b)
-    work = Workload("linear_int8", sizes, "u8s8", layout, end, density, bucket)
     found = []
-    for schedule in Int8GemmFamily().schedules(work, target)[:3]:
-        rows, cols, strip, group, most = (schedule.param(n) for n in PARAMS)
-        form = Form(rows, cols, strip)
-        kernel = kernel_of(form, isa, shape.epilogue, most)
-        title = f"{shape.m}x{shape.k}x{shape.tokens} {layout} {zeros:.0%} {end} by {rows}x{cols}"
-        candidate = shape.candidate(library, kernel, form, w, group, title)
+    calls = bench_int8.of_weight(shape, library, isa, target, block, zeros)
+    for work, schedule, candidate in islice(calls, 3):
+        by = f"{schedule.param('rows')}x{schedule.param('cols')}"
+        size = f"{shape.m}x{shape.k}x{shape.tokens}"
+        title = f"{size} {work.layout} {zeros:.0%} {work.epilogue} by {by}"
         time = expected(work, schedule, Shape(1, shape.tokens), target)
         found.append(Sample("int8_gemm", title, candidate, time))
     return found

@@ -15,8 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,7 +38,7 @@ from sparsec.codegen.kernels.int8_pack import pack_rows
 from sparsec.codegen.kernels.panels import WIDTH
 from sparsec.codegen.probes import Probe, product_probes
 from sparsec.codegen.program import Kernel, Kind
-from sparsec.ir.schedule import Workload, buckets
+from sparsec.ir.schedule import Schedule, Workload, buckets
 from sparsec.sparse.bsr import block_zeros
 from sparsec.target import Isa, Target, required_flags
 from sparsec.tuning.machine import may_use_tiles
@@ -161,23 +162,31 @@ class Shape:
 
 def candidates(shape: Shape, library: Library, isa: Int8Isa, every: bool) -> list[Candidate]:
     """For each weight the family's choice, or all of its schedules in their order."""
+    level = Target.named(LEVELS[isa.isa])
     found = []
     for block, sparsity in [(None, 0.0), *SPARSE]:
-        w = shape.weight(block, sparsity)
-        layout = "dense" if block is None else f"bsr{block[0]}x{block[1]}"
-        density = 1.0 if block is None else 1.0 - block_zeros(w, (block,))[block]
-        sizes = (("m", shape.m), ("k", shape.k))
-        bucket = next(b for b in buckets() if shape.tokens in b)
-        work = Workload("linear_int8", sizes, "u8s8", layout, "none u8", density, bucket)
-        level = Target.named(LEVELS[isa.isa])
-        schedules = [s for s in Int8GemmFamily().schedules(work, level) if s.isa == isa.name]
-        for schedule in schedules if every else schedules[:1]:
-            rows, cols, strip, group, most = (schedule.param(n) for n in PARAMS)
-            form = Form(rows, cols, strip)
-            kernel = kernel_of(form, isa, shape.epilogue, most)
-            title = f"{layout:8} {sparsity:3.0%} zero by {kernel.form:8} {rows:2}"
-            found.append(shape.candidate(library, kernel, form, w, group, title))
+        calls = of_weight(shape, library, isa, level, block, sparsity)
+        found += [call for _, _, call in islice(calls, None if every else 1)]
     return found
+
+
+def of_weight(
+    shape: Shape, library: Library, isa: Int8Isa, target: Target,
+    block: tuple[int, int] | None, sparsity: float,
+) -> Iterator[tuple[Workload, Schedule, Candidate]]:  # fmt: skip
+    """A weight's schedules for `isa` in the order of the family, with a call of each."""
+    w = shape.weight(block, sparsity)
+    layout = "dense" if block is None else f"bsr{block[0]}x{block[1]}"
+    density = 1.0 if block is None else 1.0 - block_zeros(w, (block,))[block]
+    sizes, end = (("m", shape.m), ("k", shape.k)), f"{shape.epilogue.activation} u8"
+    bucket = next(b for b in buckets() if shape.tokens in b)
+    work = Workload("linear_int8", sizes, "u8s8", layout, end, density, bucket)
+    for schedule in (s for s in Int8GemmFamily().schedules(work, target) if s.isa == isa.name):
+        rows, cols, strip, group, most = (schedule.param(n) for n in PARAMS)
+        form = Form(rows, cols, strip)
+        kernel = kernel_of(form, isa, shape.epilogue, most)
+        title = f"{layout:8} {sparsity:3.0%} zero by {kernel.form:8} {rows:2}"
+        yield work, schedule, shape.candidate(library, kernel, form, w, group, title)
 
 
 def measure(found: list[Candidate], rounds: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import shutil
@@ -72,7 +73,8 @@ def arena(sizes: Sequence[int]) -> list[Array]:
     """
     places = [0, *accumulate(-(-size // LINE) * LINE + LINE for size in sizes)]
     memory = mmap.mmap(-1, places[-1] + 2 * HUGE_PAGE)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # a kernel that is built without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
     raw = np.frombuffer(memory, np.uint8)
     start = -raw.ctypes.data % HUGE_PAGE
     return [raw[start + p : start + p + n] for p, n in zip(places, sizes, strict=False)]

@@ -35,8 +35,8 @@ FEWEST_REPEATS, MOST_REPEATS = 5, 60
 # A result may be off by one step of u8 (another order of a softmax's sums), and by so much of the
 # largest value in fp32: sums over thousands of channels in any order stay far below.
 STEPS_OFF = 1
-UNWRITTEN = 0xAA  # bytes of results before a candidate runs: nobody else's are taken for its own
 PART_OFF = 1e-3
+UNWRITTEN = 0xAA  # bytes of results before a candidate runs: nobody else's are taken for its own
 
 
 class WrongResult(CompilerError):
