@@ -31,7 +31,7 @@ from sparsec.codegen.isa.coarse import COARSE
 from sparsec.codegen.isa.int8 import AMX_INT8, INT8_ISAS, Int8Isa, int8_isa
 from sparsec.codegen.isa.pieces import may_take_pieces, piece_table
 from sparsec.codegen.kernels.int8_cost import Form
-from sparsec.codegen.kernels.int8_epilogue import ActivationForm, Epilogue
+from sparsec.codegen.kernels.int8_epilogue import SCALED, ActivationForm, Epilogue
 from sparsec.codegen.kernels.int8_family import PARAMS, Int8GemmFamily, kernel_of, pack
 from sparsec.codegen.kernels.int8_gemm import Int8Gemm
 from sparsec.codegen.kernels.int8_pack import pack_rows
@@ -99,6 +99,7 @@ def u8_epilogue(activation: str, isa: Int8Isa) -> Epilogue:
     forms: dict[ActivationForm, bool] = {
         "pieces": may_take_pieces(activation, isa.lanes),
         "coarse": activation in COARSE,
+        "steps": activation == "none",
         "exact": True,
     }
     form = next(form for form, fits in forms.items() if fits)
@@ -147,12 +148,12 @@ class Shape:
         rows = [np.zeros(self.m, np.int32), one * np.float32(1e-4), one]
         weights = [*packed.arrays.values(), *(pack_rows(r, form.rows) for r in rows)]
         sizes = [self.tokens, self.m, self.k, group, *([form.rows // form.strip] * kernel.tall)]
-        numbers = [1 / OUT_SCALE, 128] if self.epilogue.to_u8 else []
+        numbers = [] if self.epilogue.form in SCALED else [1 / OUT_SCALE]
+        numbers = [*numbers, 128] if self.epilogue.to_u8 else []
         if self.epilogue.form == "pieces":
             table = piece_table(self.epilogue.activation, OUT_SCALE)
             assert table is not None
             weights.append(table)
-            numbers = numbers[1:]
         args = [self.x, *(aligned(a) for a in weights), self.y, *sizes, *numbers]
         items = -(-self.m // form.rows) * len(self.x)
         scratch = kernel.scratch_bytes(self.k, group, packed.most_steps)

@@ -2,15 +2,23 @@
 
 The graph is the one that `graph_pipeline` leaves: the names of its values are the keys of the
 ranges that the quantize pass takes.
+
+Batches are run by several threads, the products of each by one thread of BLAS: how BLAS divides a
+product among threads changes its roundings, and the same samples are to give the same library on
+any number of cores.
 """
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from sparsec.errors import InvalidInput
 from sparsec.interpreter import Array, bind, run
@@ -32,6 +40,7 @@ __all__ = [
 ]
 
 BATCH = 16  # samples that are run at once: bounds memory
+MOST_THREADS = 8  # each with a batch of its own
 
 Feed = dict[str, Array]
 
@@ -79,22 +88,30 @@ def _watch(
     names: Sequence[str | Channels],
     include: Callable[[str, Array], None],
 ) -> None:
-    """Tells `include` the real tokens of each of `names`, by its text, in every batch."""
+    """Tells `include` the real tokens of each of `names`, by its text, in every batch.
+
+    Batches come in any order, those of one name one at a time.
+    """
     wanted: dict[str, list[str | Channels]] = {}
     for name in names:
         wanted.setdefault(name if isinstance(name, str) else name.value, []).append(name)
-    count = 0
-    for batch in batches:
+    locks = {name: Lock() for name in wanted}
+
+    def watch(batch: Mapping[str, Array]) -> None:
         real = _real_tokens(graph, batch)
 
-        def observe(value: Value, data: Array, real: Array | None = real) -> None:
+        def observe(value: Value, data: Array) -> None:
             for name in wanted.get(value.name, []):
                 kept = _kept(_part(data, name), real)
                 _require_finite(value.name, kept)
-                include(str(name), kept)
+                with locks[value.name]:
+                    include(str(name), kept)
 
         run(graph, batch, observe)
-        count += 1
+
+    threads = min(MOST_THREADS, len(os.sched_getaffinity(0)))
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
+        count = sum(1 for _ in pool.map(watch, batches))
     if count == 0:
         raise InvalidInput("there is no calibration sample; at least one is needed")
 

@@ -35,7 +35,7 @@ _FLAGS: dict[Isa, frozenset[str]] = {
     Isa.AVX2: frozenset({"avx", "f16c", "fma", "movbe", "popcnt", "abm", "bmi1", "bmi2", "avx2"}),
     Isa.AVX512: frozenset({"avx512f", "avx512dq", "avx512bw", "avx512vl"}),
     Isa.AVX512_VNNI: frozenset({"avx512_vnni"}),
-    Isa.AVX512_VBMI2: frozenset({"avx512_vbmi2"}),
+    Isa.AVX512_VBMI2: frozenset({"avx512vbmi", "avx512_vbmi2"}),
     Isa.AVX512_BF16: frozenset({"avx512_bf16"}),
     Isa.AMX: frozenset({"amx_tile", "amx_int8", "amx_bf16"}),
 }

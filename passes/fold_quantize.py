@@ -24,7 +24,7 @@ from sparsec.passes.rewrite import read_once, replace_node
 class FoldQuantize:
     """After the pass that adds nodes of `op`, "quantize" or "to_bf16".
 
-    Rounds as before; only plain products that are stored in u8 join their scales (row_scales).
+    Rounds as before; only plain products that are stored in u8 join their scales (rows_of).
     """
 
     op: str = "quantize"

@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for mark in item.iter_markers("isa"):
             isa = Isa(mark.args[0])
             # Tile instructions are emulated: see `amx`.
-            if not host.has(Isa.AVX512_VNNI if isa is Isa.AMX else isa):
+            if not host.has(Isa.AVX512_VBMI2 if isa is Isa.AMX else isa):
                 item.add_marker(pytest.mark.skip(reason=f"this CPU has no {isa.value}"))
 
 
@@ -76,7 +76,7 @@ def build_emulator(folder: Path) -> ctypes.CDLL:
 @pytest.fixture(scope="session")
 def amx(request: pytest.FixtureRequest, host: Target) -> ctypes.CDLL | None:
     """Tile instructions can be executed in this process: by the CPU, or else by the emulator,
-    whose library this is then. On a CPU without AMX, tests of AMX kernels need AVX512-VNNI."""
+    whose library this is then. On a CPU without AMX, tests of AMX kernels need AVX512-VBMI2."""
     if not host.has(Isa.AMX):
         library: ctypes.CDLL = request.getfixturevalue("emulate_amx")()
         return library

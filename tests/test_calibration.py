@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -181,6 +184,38 @@ def test_only_a_mask_of_zeros_and_ones_hides_tokens(name, most, kept):
 def test_no_batch_is_refused(fused):
     with pytest.raises(InvalidInput, match="no calibration sample"):
         calibrate(fused, [], quantized_values(fused))
+
+
+SUMMARY = """
+import hashlib, os, sys
+os.sched_setaffinity(0, eval(sys.argv[1]))
+from sparsec.calibration import calibrate, random_batches
+from sparsec.frontend.onnx_import import import_model
+from sparsec.models.build import build_model
+from sparsec.models.tiny import tiny_spec
+from sparsec.passes import graph_pipeline, quantized_values
+from sparsec.passes.manager import PassManager
+
+graph = import_model(build_model(tiny_spec(layers=1, hidden=192, ffn=768)))
+PassManager(graph_pipeline()).run(graph)
+found = calibrate(graph, random_batches(graph, 40, 50), quantized_values(graph))
+digest = hashlib.sha256()
+for name, o in found.items():
+    digest.update(repr((name, o.low, o.high, o.width)).encode() + o.counts.tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_any_number_of_cores_observes_the_same():
+    """BLAS counts the cores when it is loaded, so each number has a process of its own."""
+    cores = os.sched_getaffinity(0)
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", SUMMARY, repr(some)], check=True, capture_output=True
+        ).stdout
+        for some in ({min(cores)}, cores)
+    ]
+    assert found[0] == found[1]
 
 
 def test_data_that_overflow_are_refused():

@@ -31,8 +31,9 @@ import numpy as np
 
 TURNS = Path(__file__).resolve().parents[2] / "compiler" / "tools" / "turns.py"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-# The threads of an engine go on spinning for a while after a run; the others wait for that.
-REST_SECONDS = 0.1
+# The threads of an engine go on spinning for a while after a run, those of an OpenMP library for
+# 0.2 s; the others wait for that.
+REST_SECONDS = 0.3
 
 
 def serve(load, **functions):

@@ -32,7 +32,8 @@ ROW_BYTES = 64
 CONFIG_BYTES = 64
 FULL = (ROWS, ROW_BYTES)
 SUMS = 4  # tiles of sums of a register block: the first registers
-AMX_FEATURES = ("+amx-tile", "+amx-int8", "+amx-bf16")
+# Every CPU with tiles has VBMI, which kernels with tiles may therefore use.
+AMX_FEATURES = ("+avx512vbmi", "+amx-tile", "+amx-int8", "+amx-bf16")
 
 _PALETTE = 1
 _ROW_BYTES_AT, _ROWS_AT = 16, 48  # in the configuration: uint16 per tile, uint8 per tile

@@ -209,6 +209,23 @@ def _interleave_32(channels: list[Any]) -> list[Any]:
     return [keep(T.reinterpret("int32x16", _unpack(ab, cd, 2, part))) for part in (False, True)]
 
 
+def _permute_32(channels: list[Any]) -> list[Any]:
+    """Two tiles, their lanes in token order, from four halves of vectors, with VBMI.
+
+    On Intel 2 joins of memory, which are not for the port of the shuffles, and 4 times that port,
+    not 6: there it is what a step of tiles waits for. Vector instructions need other ports as
+    well, and gain nothing.
+    """
+    a, b, c, d = channels
+    pairs = _joined(a, b), _joined(c, d)
+    orders = (
+        [32 * channel + 16 * tile + token for token in range(16) for channel in range(4)]
+        for tile in range(2)
+    )
+    # A fence, as LLVM splits bytes that are shuffled and stored into 16 unpacks.
+    return [fence(T.reinterpret("int32x16", keep(shuffle(*pairs, order)))) for order in orders]
+
+
 def _joined(a: Any, b: Any) -> Any:
     """Two vectors one after the other."""
     return keep(shuffle(a, b, list(range(2 * _lanes(a)))))
@@ -219,6 +236,12 @@ def _pack_32(tiles: list[Any], finish: Callable[[Any], Any]) -> Any:
     words = keep(T.reinterpret("int32x16", _pack(_PACKS_512, tiles * 2, finish)))
     order = [0, 1, 8, 9, 4, 5, 12, 13]  # the upper half of each 128 bits is a copy
     return T.reinterpret("uint8x32", keep(shuffle_of([words], order)))
+
+
+def _pack_in_order_32(tiles: list[Any], finish: Callable[[Any], Any]) -> Any:
+    """Two tiles whose lanes are in token order as half a vector."""
+    words = keep(T.reinterpret("int32x16", _pack(_PACKS_512, tiles * 2, finish)))
+    return T.reinterpret("uint8x32", keep(shuffle_of([words], [0, 4, 8, 12, 1, 5, 9, 13])))
 
 
 def _swap_32(v: list[Any]) -> list[Any]:
@@ -350,7 +373,14 @@ AMX_INT8 = replace(
     AVX512_VNNI,
     isa=Isa.AMX,
     features=(*AVX512_VNNI.features, *AMX_FEATURES),
-    narrow=replace(_TWO_TILES, isa=Isa.AMX),
+    narrow=replace(
+        _TWO_TILES,
+        isa=Isa.AMX,
+        interleave=_permute_32,
+        pack=_pack_in_order_32,
+        to_tokens=_as_they_are,
+        to_tiles=_as_they_are,
+    ),
 )
 
 INT8_ISAS: tuple[Int8Isa, ...] = (AVX2_INT8, AVX512_VNNI, AMX_INT8)  # weakest first

@@ -51,6 +51,7 @@ from sparsec.target import Isa, Target
 STRIP_CYCLES = 40.0  # to start and end the loop over steps: sums in, sums out, one misprediction
 INDEX_LOADS = QUAD / 2  # what the loads of four scalars cost, in loads of vectors
 UNPACKS = {4: 8, 2: 8, 1: 5}  # shuffles and joins that make quads of four channels, by tiles
+TILE_UNPACKS = {4: 8, 2: 4}  # for AMX: two tiles are permuted
 EXPAND_SHUFFLES = 3  # a mask into its register and the two steps of an expansion
 EXPAND_CYCLES = 1.5  # of it that nothing overlaps with, measured on Zen 4
 LEAST_PRODUCT_ROWS = 8  # a product of tiles with fewer rows takes as long
@@ -254,7 +255,7 @@ def _tile_step(form: Form, isa: Int8Isa, quads: float, *, in_l1: bool) -> Loop:
     return Loop(
         1,
         macs=products * max(rows, LEAST_PRODUCT_ROWS) * isa.lanes * TILE_QUADS * QUAD,
-        shuffles=products + UNPACKS[isa.tiles] * quads * by_channels,
+        shuffles=products + TILE_UNPACKS[isa.tiles] * quads * by_channels,
         loads=passes * form.strip + isa.tiles * TILE_QUADS + loads * quads,
         stores=isa.tiles * quads,
         l2_bytes=0 if in_l1 else LINE_BYTES * (tiles + lines * quads + form.strip),
@@ -271,7 +272,7 @@ def _epilogue(isa: Int8Isa, width: int, rows: int, epilogue: str) -> list[Loop]:
     tiles = isa.tiles
     in_l1 = 0 if isa.columns == tiles and isa.isa is not Isa.AMX else tiles
     others = tiles * (2 + work.others)  # to float, scale and bias
-    others += tiles * (3 if to_u8 else 0) + (2 if to_u8 else 0)  # scale, limit, to int; zero point
+    others += tiles * (2 if to_u8 else 0) + (2 if to_u8 else 0)  # limit, to int; zero point
     others += tiles * residual
     swaps = tiles * 2 * (residual or not to_u8)
     return [

@@ -18,8 +18,9 @@ from sparsec.codegen.program import Kind, Parameter
 
 ENOUGH = 32767.0  # above every u8, and far inside int32
 # How the activation is computed: to the bits of fp32, or, for u8, as isa/coarse.py or
-# isa/pieces.py has it.
-ActivationForm = Literal["exact", "coarse", "pieces"]
+# isa/pieces.py has it. For u8 without one, results may be steps from the start.
+ActivationForm = Literal["exact", "coarse", "pieces", "steps"]
+SCALED = ("pieces", "steps")  # multiplier and bias have the scale of the result in them
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +30,9 @@ class Epilogue:
     The result is fp32, or u8: clip(rint(y * inverse_scale) + zero_point). For u8 the activation
     may be `coarse` or in `pieces`, and `is_bounded` says that no y * inverse_scale is outside
     int32. With `pieces`, of AVX-512 and without residual, `multiplier` and `bias` are those of
-    units, which are rounded before the activation. With scales `by_token` a sum is multiplied by
-    its token's scale first.
+    units, which are rounded before the activation. With `steps`, without activation and residual,
+    they are those of y * inverse_scale. With scales `by_token` a sum is multiplied by its token's
+    scale first.
     """
 
     activation: str = "none"
@@ -67,7 +69,7 @@ class Epilogue:
     def numbers(self) -> tuple[Parameter, ...]:
         if not self.to_u8:
             return ()
-        scale = [] if self.form == "pieces" else [Parameter("inverse_scale", Kind.FLOAT)]
+        scale = [] if self.form in SCALED else [Parameter("inverse_scale", Kind.FLOAT)]
         return (*scale, Parameter("zero_point", Kind.INT))
 
     def sums(
@@ -90,12 +92,15 @@ class Epilogue:
     ) -> None:
         """One row of a chunk: `sums` are its tiles, `start` is the row's first element in y."""
         places = [ramp(start + i * isa.lanes, isa.lanes) for i in range(isa.tiles)]
+        values = self._scaled(s, isa, sums, row)
         if self.form == "pieces":
-            units = self._scaled(s, isa, sums, row)
-            self._store_u8(s, isa, units, start, lambda x: pieces.emit(s["pieces"], x))
+            self._store_u8(s, isa, values, start, lambda x: pieces.emit(s["pieces"], x))
+            return
+        if self.form == "steps":
+            self._store_u8(s, isa, values, start)
             return
         activation = (COARSE if self.form == "coarse" else ACTIVATIONS)[self.activation]
-        values = [keep(activation(isa.vector, x)) for x in self._scaled(s, isa, sums, row)]
+        values = [keep(activation(isa.vector, x)) for x in values]
         if self.to_u8:
             self._store_u8(s, isa, self._in_steps(s, isa, values, places), start)
             return

@@ -23,7 +23,7 @@ from sparsec.codegen.kernels.counts import seconds
 from sparsec.codegen.kernels.int8_bitmap import MOST_TOKENS, ROWS, BitmapGemm, pack_bitmap
 from sparsec.codegen.kernels.int8_cost import Form, bitmap_counts, block_density, counts, cycles
 from sparsec.codegen.kernels.int8_dots import DotGemm
-from sparsec.codegen.kernels.int8_epilogue import ActivationForm, Epilogue
+from sparsec.codegen.kernels.int8_epilogue import SCALED, ActivationForm, Epilogue
 from sparsec.codegen.kernels.int8_gemm import Int8Gemm
 from sparsec.codegen.kernels.int8_pack import (
     QUAD,
@@ -42,7 +42,7 @@ from sparsec.ir.dims import ceildiv
 from sparsec.ir.graph import Node, Value
 from sparsec.ir.layouts import Panels
 from sparsec.ir.op_spec import Array
-from sparsec.ir.ops_int8 import row_scales
+from sparsec.ir.ops_int8 import Rows, rows_of
 from sparsec.ir.schedule import Schedule, Workload
 from sparsec.ir.types import DType
 from sparsec.target import Target
@@ -192,16 +192,16 @@ class Int8GemmFamily:
             density = block_density(workload.density, block or (1, 1), form)
             return cycles(form, sizes, density, isa, target)
 
-        found = [(form, isa) for isa in int8_isas(target) for form in forms(block, isa)]
-        ordered = sorted(found, key=cost)
+        isas = int8_isas(target)
+        group = {isa.name: _group(isa, sizes[1], target) for isa in isas}
+        ordered = sorted(((form, isa) for isa in isas for form in forms(block, isa)), key=cost)
         usual = [
-            _schedule(form, isa, _group(isa, sizes[1], target), _most(isa, tokens))
-            for form, isa in ordered
+            _schedule(form, isa, group[isa.name], _most(isa, tokens)) for form, isa in ordered
         ]
         others = [
             _schedule(form, isa, panels, most)
             for form, isa in ordered
-            for panels in _groups(_group(isa, sizes[1], target), tokens)
+            for panels in _groups(group[isa.name], tokens)
             for most in _limits_of(isa, tokens)
         ]
         return _with_bitmap(workload, target, list(dict.fromkeys([*usual, *others])))
@@ -275,6 +275,7 @@ def _epilogues(isa: Int8Isa) -> list[Epilogue]:
             "exact": True,
             "coarse": activation in COARSE,
             "pieces": not residual and pieces.may_take_pieces(activation, isa.lanes),
+            "steps": not residual and activation == "none",
         }
         found += [Epilogue(activation, residual, True, f, bounded) for f in may_be if may_be[f]]
     return found
@@ -292,6 +293,8 @@ def _epilogue(node: Node, isa: Int8Isa) -> Epilogue:
         form, units = "pieces", pieces.units_per_step(table)
     elif activation in COARSE and scale >= STEPS_OF_COARSE * MAX_ERROR:
         form = "coarse"
+    elif _row_scales(node).out_scale != scale:
+        form = "steps"
     bounded = not residual and _largest(node) / scale * units < 2**30
     return Epilogue(activation, residual, True, form, bounded)
 
@@ -307,11 +310,12 @@ def _largest(node: Node) -> float:
     return max(1.0, float(rows.max(initial=0)))
 
 
-def _scales(node: Node) -> tuple[Array, float | None]:
-    """The multiplier of each row, and the scale that the result is stored with."""
-    scale = node.input(2).data
+def _row_scales(node: Node) -> Rows:
+    """The multiplier and the bias of each row, and the scale that the result is stored with."""
+    scale, bias = node.input(2).data, node.optional_input(3)
     assert scale is not None, node
-    return row_scales(node.attrs, scale, all(node.optional_input(i) is None for i in (3, 4, 5)))
+    is_plain = all(node.optional_input(i) is None for i in (4, 5))
+    return rows_of(node.attrs, scale, None if bias is None else bias.data, is_plain)
 
 
 def _share_of_values(weight: Value) -> float:
@@ -369,9 +373,8 @@ def _pieces(node: Node) -> Array | None:
 def _numbers(node: Node, epilogue: Epilogue) -> list[Arg]:
     if not epilogue.to_u8:
         return []
-    _, stored_scale = _scales(node)
-    scale = [] if epilogue.form == "pieces" else [float(np.float32(1) / np.float32(stored_scale))]
-    return [*scale, int(node.attrs["out_zero_point"])]
+    inverse = float(np.float32(1) / np.float32(node.attrs["out_scale"]))
+    return [*([] if epilogue.form in SCALED else [inverse]), int(node.attrs["out_zero_point"])]
 
 
 def _weights(
@@ -386,11 +389,9 @@ def _rows(node: Node, rows: int, epilogue: Epilogue, binder: Binder) -> list[Buf
 
     The zero point of x is in the offset: sum (x - zero) w = sum x w - zero sum w.
     """
-    weight, (scale, _), bias = node.input(1).data, _scales(node), node.optional_input(3)
+    weight, per_row = node.input(1).data, _row_scales(node)
     assert weight is not None, node
     sums = weight.astype(np.int32).sum(axis=1, dtype=np.int32)
-    start = np.zeros(len(weight), np.float32) if bias is None else bias.data
-    assert start is not None, node
     factor, of = np.float32(1), ""
     if epilogue.form == "pieces":
         table = _pieces(node)
@@ -398,7 +399,7 @@ def _rows(node: Node, rows: int, epilogue: Epilogue, binder: Binder) -> list[Buf
         factor, of = pieces.units(table, node.attrs["out_scale"]), ".units"
     values = {
         "offset": (-int(node.attrs["x_zero_point"]) * sums).astype(np.int32),
-        f"multiplier{of}": scale.astype(np.float32) * factor,
-        f"bias{of}": start.astype(np.float32) * factor,
+        f"multiplier{of}": per_row.multiplier * factor,
+        f"bias{of}": per_row.bias * factor,
     }
     return [binder.weight(f"{node.name}.{n}", pack_rows(v, rows)) for n, v in values.items()]

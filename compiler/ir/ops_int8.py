@@ -7,7 +7,7 @@ rounding to fp32, half to even.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -129,19 +129,31 @@ def _evaluate_dequantize(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
     return [dequantize_array(array(arrays, 0), attrs["scale"], attrs["zero_point"])]
 
 
-def row_scales(attrs: Attrs, w_scale: Array, is_plain: bool) -> tuple[Array, float | None]:
-    """What sums of each row are multiplied by, and the scale that the result is stored with.
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The fp32 result of each row: sum * multiplier + bias, stored with `out_scale` or not."""
 
-    A `is_plain` product, with no bias, activation or residual, that is stored multiplies by
-    f32(f32(x_scale * w_scale) / out_scale) alone, as ONNX Runtime's QLinearMatMul does: one
-    rounding less, and the same numbers. It is stored with scale 1 then.
+    multiplier: Array
+    bias: Array
+    out_scale: float | None
+
+
+def rows_of(attrs: Attrs, w_scale: Array, bias: Array | None, is_plain: bool) -> Rows:
+    """Of a `linear_int8`.
+
+    A product that `is_plain`, with no activation, residual or scales of tokens, and is stored
+    gives steps at once, f32(f32(x_scale * w_scale) / out_scale) and f32(bias / out_scale), as
+    ONNX Runtime's QLinearMatMul does: one rounding less. It is stored with scale 1 then.
     """
     scale = np.float32(attrs["x_scale"]) * w_scale.astype(np.float32)
-    if attrs["out_scale"] is None or not is_plain or attrs["activation"] != "none":
-        return scale, attrs["out_scale"]
+    start = np.zeros(scale.shape, np.float32) if bias is None else bias
+    rows = Rows(scale, start, attrs["out_scale"])
+    if rows.out_scale is None or not is_plain or attrs["activation"] != "none":
+        return rows
     with np.errstate(over="ignore"):
-        joined = scale / np.float32(attrs["out_scale"])
-    return (joined, 1.0) if np.isfinite(joined).all() else (scale, attrs["out_scale"])
+        joined = Rows(scale / np.float32(rows.out_scale), start / np.float32(rows.out_scale), 1.0)
+    is_finite = all(np.isfinite(x).all() for x in (joined.multiplier, joined.bias))
+    return joined if is_finite else rows
 
 
 def _infer_linear_int8(types: Types, attrs: Attrs) -> list[TensorType]:
@@ -181,8 +193,7 @@ def _evaluate_linear_int8(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]
     x, w = array(arrays, 0), array(arrays, 1)
     bias, residual, token_scale = (optional_array(arrays, i) for i in (3, 4, 5))
     by_token = None if token_scale is None else token_scale.reshape(-1, 1)
-    is_plain = bias is None and residual is None and token_scale is None
-    scale, stored_scale = row_scales(attrs, array(arrays, 2), is_plain)
+    rows = rows_of(attrs, array(arrays, 2), bias, residual is None and token_scale is None)
     tokens = x.reshape(-1, x.shape[-1])
     result = np.empty((len(tokens), len(w)), np.float32)
     # float64 sums of these integers are exact: |sum| < 2**31. BLAS has no integer product.
@@ -193,13 +204,14 @@ def _evaluate_linear_int8(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]
         centred = tokens[part].astype(np.float64) - attrs["x_zero_point"]
         sums = np.matmul(centred, wide).astype(np.float32)
         sums = sums if by_token is None else sums * by_token[part]
-        result[part] = fma_f32(sums, scale, np.float32(0) if bias is None else bias)
+        result[part] = fma_f32(sums, rows.multiplier, rows.bias)
     y = result.reshape(*x.shape[:-1], len(w))
     with np.errstate(over="ignore"):
         y = ACTIVATIONS[attrs["activation"]](y).astype(np.float32, copy=False)
     if residual is not None:
         y = y + residual
-    return [y if stored_scale is None else stored_result(y, {**attrs, "out_scale": stored_scale})]
+    stored = {**attrs, "out_scale": rows.out_scale}
+    return [y if rows.out_scale is None else stored_result(y, stored)]
 
 
 def _infer_embedding_int8(types: Types, attrs: Attrs) -> list[TensorType]:

@@ -42,6 +42,7 @@ static const feature features[] = {
     {"AVX-512BW", LEAF_7_EBX, 30, XCR0_AVX512},
     {"AVX-512VL", LEAF_7_EBX, 31, XCR0_AVX512},
     {"AVX-512 VNNI", LEAF_7_ECX, 11, XCR0_AVX512},
+    {"AVX-512 VBMI", LEAF_7_ECX, 1, XCR0_AVX512},
     {"AVX-512 VBMI2", LEAF_7_ECX, 6, XCR0_AVX512},
     {"AVX-512 BF16", LEAF_7_1_EAX, 5, XCR0_AVX512},
     {"AMX-TILE", LEAF_7_EDX, 24, XCR0_AMX},
@@ -56,7 +57,7 @@ typedef struct level {
 
 static const level levels[] = {
     {"avx2", 9},         {"avx512", 13},     {"avx512vnni", 14},
-    {"avx512vbmi2", 15}, {"avx512bf16", 16}, {"amx", 19}};
+    {"avx512vbmi2", 16}, {"avx512bf16", 17}, {"amx", 20}};
 
 static uint32_t read_xcr0(uint32_t leaf_1_ecx) {
   if (!(leaf_1_ecx >> 27 & 1)) return 0; /* OSXSAVE: xgetbv may be used */

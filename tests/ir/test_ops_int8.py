@@ -68,13 +68,15 @@ def product(rng: np.random.Generator, tokens: int = 7, k: int = 96, m: int = 5) 
 
 def test_a_plain_product_joins_its_scales_before_it_is_stored(rng: np.random.Generator):
     """As ONNX Runtime's QLinearMatMul: one rounding between the sum and the step."""
-    x, w, scale, *_ = product(rng)
+    x, w, scale, bias, _ = product(rng)
     attrs = {**PLAIN, "x_scale": 0.02, "x_zero_point": 130}
     attrs |= {"out_scale": 0.05, "out_zero_point": 30}
     sums = ((x.astype(np.int64) - 130) @ w.T.astype(np.int64)).astype(np.float32)
-    steps = sums * (np.float32(0.02) * scale / np.float32(0.05))
-    (got,) = evaluate("linear_int8", x, w, scale, None, None, **attrs)
-    np.testing.assert_array_equal(got, np.clip(np.rint(steps) + 30, 0, 255))
+    joined = np.float32(0.02) * scale / np.float32(0.05)
+    for given, start in ((None, np.float32(0)), (bias, bias / np.float32(0.05))):
+        (got,) = evaluate("linear_int8", x, w, scale, given, None, **attrs)
+        steps = np.rint(fma_f32(sums, joined, start))
+        np.testing.assert_array_equal(got, np.clip(steps + 30, 0, 255))
     # Where the joined scale is too large for fp32 the result is scaled in two steps.
     attrs |= {"out_scale": 2e-37, "x_scale": 1e3}
     (got,) = evaluate("linear_int8", x, w, np.full_like(scale, 1e3), None, None, **attrs)

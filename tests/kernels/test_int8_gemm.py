@@ -17,7 +17,7 @@ from sparsec.codegen.isa.polynomials import ACTIVATIONS
 from sparsec.codegen.kernels.int8_bitmap import MOST_TOKENS, BitmapGemm, pack_bitmap
 from sparsec.codegen.kernels.int8_cost import Form
 from sparsec.codegen.kernels.int8_dots import DotGemm
-from sparsec.codegen.kernels.int8_epilogue import Epilogue
+from sparsec.codegen.kernels.int8_epilogue import SCALED, Epilogue
 from sparsec.codegen.kernels.int8_family import Int8GemmFamily, forms, kernel_of, limits, pack
 from sparsec.codegen.kernels.int8_gemm import Int8Gemm
 from sparsec.codegen.kernels.int8_pack import pack_rows
@@ -30,7 +30,7 @@ ALL = [k for k in Int8GemmFamily().variants() if isinstance(k, Int8Gemm)]
 EXACT = [
     Epilogue(),
     Epilogue("relu", has_residual=True, to_u8=True),
-    Epilogue(to_u8=True, is_bounded=True),
+    Epilogue(to_u8=True, form="steps", is_bounded=True),
 ]
 VARIANTS = [k for k in ALL if k.epilogue in EXACT and k.isa != "amx"]
 # How scales by token are read depends on the instruction set and the height of a block alone.
@@ -90,7 +90,10 @@ class Layer:
         return np.asarray(total)
 
     def linear(self, by_token: bool = False, factor: float = 1.0) -> Array:
-        """sum * multiplier + bias, rounded once: the 64 bits of a long double hold it all."""
+        """sum * multiplier + bias, rounded once: the 64 bits of a long double hold it all.
+
+        Both are multiplied by `factor` before.
+        """
         sums = self.sums().astype(np.float32)
         sums = sums * self.arrays["token_scale"] if by_token else sums
         multiplier, bias = (self.arrays[n] * np.float32(factor) for n in ("multiplier", "bias"))
@@ -104,6 +107,8 @@ class Layer:
         return np.clip(steps + self.out_zero_point, 0, 255).astype(np.uint8)
 
     def result(self, epilogue: Epilogue) -> Array:
+        if epilogue.form == "steps":
+            return self.clipped(self.linear(factor=self.inverse))
         wide = self.linear(epilogue.by_token).astype(np.float64)
         y = REFERENCES[epilogue.activation](wide).astype(np.float32)
         if epilogue.has_residual:
@@ -115,9 +120,18 @@ class Layer:
             return None
         return pieces.piece_table(epilogue.activation, self.out_scale)
 
+    def factor(self, epilogue: Epilogue) -> np.float32:
+        """What the kernel's multiplier and bias are multiplied by."""
+        table = self.table(epilogue)
+        if table is not None:
+            return np.float32(pieces.units(table, self.out_scale))
+        return self.inverse if epilogue.form == "steps" else np.float32(1)
+
     def stored(self, y: Array) -> Array:
-        steps = np.rint(y * self.inverse) + self.out_zero_point
-        return np.asarray(np.clip(steps, 0, 255).astype(np.uint8))
+        return self.clipped(y * self.inverse)
+
+    def clipped(self, steps: Array) -> Array:
+        return np.asarray(np.clip(np.rint(steps) + self.out_zero_point, 0, 255).astype(np.uint8))
 
     @property
     def inverse(self) -> np.float32:
@@ -158,14 +172,14 @@ def call(run: Any, kernel: Int8Gemm, layer: Layer, *, group: int = 2, splits: in
     panels = -(-tokens // 64)
     y = np.full((panels, m, 64), 99, np.uint8 if kernel.epilogue.to_u8 else np.float32)
     table = layer.table(kernel.epilogue)
-    factor = np.float32(1) if table is None else pieces.units(table, layer.out_scale)
+    factor = layer.factor(kernel.epilogue)
     per_row = [offset, a["multiplier"] * factor, a["bias"] * factor]
     residual = [run.to_panels(a["token_scale"])] if kernel.epilogue.by_token else []
     residual += [run.to_panels(a["residual"])] if kernel.epilogue.has_residual else []
     residual += [] if table is None else [table]
     sizes = [tokens, m, k, *([] if is_bitmap else [group])]
     sizes += [rows // kernel.strip] if kernel.tall else []
-    numbers = [float(layer.inverse)] if table is None else []
+    numbers = [] if kernel.epilogue.form in SCALED else [float(layer.inverse)]
     numbers = [*numbers, layer.out_zero_point] if kernel.epilogue.to_u8 else []
     starts = [pack_rows(v, rows) for v in per_row]
     pointers = [run.to_panels(a["x"]), *packed.arrays.values(), *starts, *residual, y]
