@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -94,11 +95,12 @@ def main() -> int:
     if options.without_amx:
         os.environ.setdefault(*WITHOUT_AMX)
     records: list[dict[str, Any]] = []
+    lost: list[str] = []
     try:
         installed = installed_peers(options)
         about = machine(options, installed)
         known = read_records(options.json, about) if options.resume else {}
-        for record, is_new in measure_all(options, installed, known):
+        for record, is_new in measure_all(options, installed, known, lost):
             records.append({**record, **about})
             if options.json is not None and is_new:
                 with options.json.open("a") as file:
@@ -106,8 +108,13 @@ def main() -> int:
     except CompilerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print_tables(records, about)
-    return 0
+    if records:
+        print_tables(records, about)
+    for title in lost:
+        print(
+            f"{title}: killed; for want of memory? Measure fewer --peers at once", file=sys.stderr
+        )
+    return 1 if lost else 0
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -145,9 +152,13 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def measure_all(
-    options: argparse.Namespace, installed: dict[str, str], known: dict[Identity, dict[str, Any]]
-) -> Iterator[tuple[dict[str, Any], bool]]:
-    """Yield a record per row of the table, and whether it is new: not of a cell in `known`."""
+    options: argparse.Namespace, installed: dict[str, str],
+    known: dict[Identity, dict[str, Any]], lost: list[str],
+) -> Iterator[tuple[dict[str, Any], bool]]:  # fmt: skip
+    """Yield a record per row of the table, and whether it is new: not of a cell in `known`.
+
+    A cell whose process is killed goes to `lost`.
+    """
     shapes = [parse_shape(text) for text in options.shapes.split(",")]
     specs = [find_model(name) for name in options.models.split(",")]
     wanted, counts = list(prunings(options)), integers(options.threads, "threads")
@@ -165,9 +176,14 @@ def measure_all(
                 libraries = tuple(build(spec, options, pruning) for pruning in wanted)
                 built = libraries, all_peers(spec, options, installed, wanted)
             cell = Cell(batch, seq, threads, options.seconds, options.clock, *built)
-            progress.print(f"{spec.name} {batch}x{seq}, {threads} threads")
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-                outcomes = process.submit(measure, cell).result()
+            title = f"{spec.name} {batch}x{seq}, {threads} threads"
+            progress.print(title)
+            try:
+                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+                    outcomes = process.submit(measure, cell).result()
+            except BrokenProcessPool:
+                lost.append(title)
+                continue
             for side, outcome in zip(cell.peers, outcomes[len(cell.libraries) :], strict=True):
                 if outcome.failure is not None:
                     what = f"{side.group}, {side.setting}, does not count: {outcome.failure}"

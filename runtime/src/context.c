@@ -414,6 +414,28 @@ static int32_t run_chain(sparsec_context *context, const sparsec_frame *frame, u
 }
 
 /* step_ns is a null pointer when nobody asks for the times. */
+static int32_t run_all(sparsec_context *context, const sparsec_frame *frame, uint64_t *step_ns) {
+  const sparsec_code *code = context->code;
+  const sparsec_found *found = code->found, *no_more = code->found + code->found_count;
+  for (uint32_t i = 0, chain = 0; i < code->step_count; i++) {
+    int64_t start = step_ns ? sparsec_now_ns() : 0;
+    int64_t block = 0;
+    int32_t status;
+    if (chain < code->chain_count && code->chains[chain].first == i)
+      block = context->own_panels ? block_of(context, chain++) : 0;
+    if (block) {
+      status = run_chain(context, frame, chain - 1, block, step_ns);
+      i = code->chains[chain - 1].last;
+    } else {
+      int finds = found < no_more && found->step == i;
+      status = run_step(context, frame, i, finds ? found++ : NULL);
+      if (step_ns) step_ns[i] = (uint64_t)(sparsec_now_ns() - start);
+    }
+    if (status != SPARSEC_OK) return status;
+  }
+  return SPARSEC_OK;
+}
+
 static int32_t run(sparsec_context *context, const void *const *inputs, void *const *outputs,
                    uint64_t *step_ns) {
   const sparsec_code *code = context->code;
@@ -426,23 +448,10 @@ static int32_t run(sparsec_context *context, const void *const *inputs, void *co
 
   const sparsec_frame frame = {context->symbols, context->arena, context->places, inputs, outputs};
   if (step_ns) memset(step_ns, 0, code->step_count * sizeof *step_ns);
-  const sparsec_found *found = code->found, *no_more = code->found + code->found_count;
-  for (uint32_t i = 0, chain = 0; i < code->step_count; i++) {
-    int64_t start = step_ns ? sparsec_now_ns() : 0;
-    int64_t block = 0;
-    if (chain < code->chain_count && code->chains[chain].first == i)
-      block = context->own_panels ? block_of(context, chain++) : 0;
-    if (block) {
-      status = run_chain(context, &frame, chain - 1, block, step_ns);
-      i = code->chains[chain - 1].last;
-    } else {
-      int finds = found < no_more && found->step == i;
-      status = run_step(context, &frame, i, finds ? found++ : NULL);
-      if (step_ns) step_ns[i] = (uint64_t)(sparsec_now_ns() - start);
-    }
-    if (status != SPARSEC_OK) return status;
-  }
-  return SPARSEC_OK;
+  sparsec_pool_begin(context->pool);
+  status = run_all(context, &frame, step_ns);
+  sparsec_pool_end(context->pool);
+  return status;
 }
 
 int32_t sparsec_run(sparsec_context *context, const void *const *inputs, void *const *outputs) {

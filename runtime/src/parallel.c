@@ -19,6 +19,7 @@
 #define DEFAULT_SPIN_US 50
 #define STACK_BYTES (1 << 20) /* kernels keep less than 64 KB on the stack */
 #define PAUSES_PER_LOOK 32    /* between looks at the clock: about 1 to 3 microseconds */
+#define RUN_SPIN_NS 2000000   /* a thread that waits for a step of a run spins as long */
 #define QUIT UINT32_MAX
 
 /* A counter that one thread raises and one thread waits for. */
@@ -47,6 +48,7 @@ struct sparsec_pool {
   uint32_t started; /* workers that exist; workers[0] is the caller and never one of them */
   pid_t pid;
   int64_t spin_ns;
+  _Atomic int is_running; /* between the first and the last step of a run */
   worker *workers;
 };
 
@@ -67,10 +69,18 @@ static void raise_to(signal_word *word, uint32_t value) {
   if (atomic_load(&word->sleeping)) futex(&word->value, FUTEX_WAKE_PRIVATE, INT_MAX);
 }
 
+/* How long a thread of the pool spins now before it sleeps. Within a run it is long: the kernel of
+ * a guest may take an idle CPU that the host has taken back for busy, wake a thread on the CPU of
+ * the one that wakes it, and leave both there for tens of milliseconds, at half the speed. */
+static int64_t spin_ns(const sparsec_pool *pool) {
+  int is_running = atomic_load_explicit(&pool->is_running, memory_order_relaxed);
+  return is_running && pool->spin_ns < RUN_SPIN_NS ? RUN_SPIN_NS : pool->spin_ns;
+}
+
 /* Returns the first value that differs from `seen`: spins, then sleeps. */
 static uint32_t wait_beyond(const sparsec_pool *pool, signal_word *word, uint32_t seen) {
   uint32_t value;
-  int64_t limit = pool->spin_ns ? sparsec_now_ns() + pool->spin_ns : 0;
+  int64_t start = pool->spin_ns ? sparsec_now_ns() : 0;
   do {
     for (int i = 0; i < PAUSES_PER_LOOK; i++) {
       value = atomic_load_explicit(&word->value, memory_order_acquire);
@@ -78,7 +88,7 @@ static uint32_t wait_beyond(const sparsec_pool *pool, signal_word *word, uint32_
       _mm_pause();
     }
     sched_yield(); /* a thread that wants this core may be the one that is waited for */
-  } while (limit && sparsec_now_ns() < limit);
+  } while (pool->spin_ns && sparsec_now_ns() - start < spin_ns(pool));
 
   atomic_store(&word->sleeping, 1);
   while ((value = atomic_load(&word->value)) == seen)
@@ -181,6 +191,14 @@ uint32_t sparsec_pool_threads(const sparsec_pool *pool) { return pool->threads; 
 
 int sparsec_pool_forked(const sparsec_pool *pool) {
   return pool->started && pool->pid != getpid();
+}
+
+void sparsec_pool_begin(sparsec_pool *pool) {
+  atomic_store_explicit(&pool->is_running, 1, memory_order_relaxed);
+}
+
+void sparsec_pool_end(sparsec_pool *pool) {
+  atomic_store_explicit(&pool->is_running, 0, memory_order_relaxed);
 }
 
 static void set_ranges(sparsec_pool *pool, uint32_t count, int64_t items, sparsec_range range,

@@ -23,6 +23,11 @@ uint32_t sparsec_pool_threads(const sparsec_pool *pool);
 /* Whether the process is another one than the one that created the pool, and workers are gone. */
 int sparsec_pool_forked(const sparsec_pool *pool);
 
+/* Around the calls of sparsec_pool_run that follow each other at once: between them threads stay
+ * awake for longer. */
+void sparsec_pool_begin(sparsec_pool *pool);
+void sparsec_pool_end(sparsec_pool *pool);
+
 /* Splits [0, items) into one contiguous range per worker, of at least `grain` items each, runs them
  * at the same time and waits for all. Returns the first status that is not 0, in worker order, so
  * that it does not depend on timing. */

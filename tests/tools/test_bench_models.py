@@ -181,7 +181,22 @@ def test_a_known_cell_is_not_measured_again(
     monkeypatch.setattr(script, "build", lambda *_: pytest.fail("it was built"))
     record = {"ratio": 1.0}
     known = {("bert-mini", "int8", 1, 32, 1, "4x1", 80): record}
-    assert list(script.measure_all(options, {}, known)) == [(record, False)]
+    assert list(script.measure_all(options, {}, known, [])) == [(record, False)]
+
+
+def test_a_cell_that_is_killed_is_named(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = argparse.Namespace(models="bert-mini", shapes="1x32", threads="1", blocks="4x1",
+                                 sparsities="80", precision="int8", seconds=1.0,
+                                 clock="wall")  # fmt: skip
+    monkeypatch.setattr(script, "build", lambda *_: None)
+    monkeypatch.setattr(script, "all_peers", lambda *_: ())
+    monkeypatch.setattr(script, "Cell", lambda *_: "__import__('os')._exit(9)")
+    monkeypatch.setattr(script, "measure", eval)
+    lost: list[str] = []
+    assert list(script.measure_all(options, {}, {}, lost)) == []
+    assert lost == ["bert-mini 1x32, 1 threads"]
 
 
 def test_the_summary_has_the_goals_and_the_best_block_of_each_cell(script: ModuleType) -> None:
