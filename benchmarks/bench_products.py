@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 from bench_int8 import Library, aligned, peak_of, peak_probe
 from onednn import OneDnn, find_onednn
-from rich.console import Console
 from rich.table import Table
 
 from sparsec.codegen.isa.int8 import AMX_INT8, INT8_ISAS
@@ -40,6 +39,7 @@ from sparsec.ir.layouts import Panels
 from sparsec.ir.types import DType
 from sparsec.passes.choose_weight_layout import ChooseWeightLayout
 from sparsec.target import Isa, Target
+from sparsec.tools.console import console
 from sparsec.tools.turns import Function, in_turns
 
 Array = np.ndarray[Any, Any]
@@ -313,7 +313,7 @@ def cpu_name() -> str:
 
 def print_tables(records: list[dict[str, Any]], about: dict[str, Any]) -> None:
     """Print the tables for people on standard output."""
-    out = Console(width=None if sys.stdout.isatty() else 140)
+    out = console()
     peer = f"oneDNN {about['onednn']} {about['implementation']}" if about["onednn"] else "no peer"
     out.print(f"{about['cpu']}; one core; compiled for {about['isa']}; {peer}", highlight=False)
     has_peer = records[0]["ratio"] is not None

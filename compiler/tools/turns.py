@@ -70,14 +70,17 @@ def window(
 def in_turns(engines: Sequence[Timed], seconds: float) -> list[list[float]]:
     """Seconds of each run of each engine, `seconds` in total or more.
 
-    All have ten turns, after one that is not kept.
+    All have ten turns, after one that is not kept. Every other time they come in reverse, so that
+    none always has the same one before it, whose threads may go on for a while.
     """
     for engine in engines:
         engine.turn(0.0)
     times: list[list[float]] = [[] for _ in engines]
+    order = list(zip(engines, times, strict=True))
     for _ in range(TURNS):
-        for engine, taken in zip(engines, times, strict=True):
+        for engine, taken in order:
             taken += engine.turn(seconds / TURNS)
+        order.reverse()
     return times
 
 
