@@ -269,6 +269,32 @@ def test_external_threads(
     context.destroy()
 
 
+def _sleeps(thread: str) -> int:
+    """How often a thread of this process has gone to sleep."""
+    lines = Path(f"/proc/self/task/{thread}/status").read_text().splitlines()
+    return int(next(x for x in lines if x.startswith("voluntary_ctxt")).split()[1])
+
+
+def test_threads_wait_awake_for_the_next_step(
+    model: ModelStruct, example: Callable[..., dict[str, Array]]
+) -> None:
+    """Between runs a worker sleeps after a microsecond here; within one it does not."""
+    before = set(os.listdir("/proc/self/task"))
+    context = Context(model, threads=2, spin_us=1)
+    (worker,) = set(os.listdir("/proc/self/task")) - before
+    inputs = example(64, 128)
+    ids, x = inputs["ids"].shape, inputs["x"].shape
+    assert context.prepare(ids, x) == OK
+    y, z = np.empty(x, np.float32), np.empty(x[::2], np.float32)
+    slept = []
+    for _ in range(50):
+        start = _sleeps(worker)
+        assert context.run(inputs, y, z) == OK
+        slept.append(_sleeps(worker) - start)
+    context.destroy()
+    assert np.median(slept) <= 1
+
+
 def test_no_spinning(model: ModelStruct, example: Callable[..., dict[str, Array]]) -> None:
     inputs = example(2, 40)
     results = []
