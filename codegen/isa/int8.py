@@ -231,17 +231,13 @@ def _joined(a: Any, b: Any) -> Any:
     return keep(shuffle(a, b, list(range(2 * _lanes(a)))))
 
 
-def _pack_32(tiles: list[Any], finish: Callable[[Any], Any]) -> Any:
-    """Two tiles as half a vector."""
+def _pack_32(order: list[int], tiles: list[Any], finish: Callable[[Any], Any]) -> Any:
+    """Two tiles as half a vector: the words `order` of the packs' result.
+
+    The upper half of each 128 bits of that is a copy.
+    """
     words = keep(T.reinterpret("int32x16", _pack(_PACKS_512, tiles * 2, finish)))
-    order = [0, 1, 8, 9, 4, 5, 12, 13]  # the upper half of each 128 bits is a copy
     return T.reinterpret("uint8x32", keep(shuffle_of([words], order)))
-
-
-def _pack_in_order_32(tiles: list[Any], finish: Callable[[Any], Any]) -> Any:
-    """Two tiles whose lanes are in token order as half a vector."""
-    words = keep(T.reinterpret("int32x16", _pack(_PACKS_512, tiles * 2, finish)))
-    return T.reinterpret("uint8x32", keep(shuffle_of([words], [0, 4, 8, 12, 1, 5, 9, 13])))
 
 
 def _swap_32(v: list[Any]) -> list[Any]:
@@ -294,7 +290,7 @@ _TWO_TILES = replace(
     columns=2,
     tiles=2,
     interleave=_interleave_32,
-    pack=_pack_32,
+    pack=partial(_pack_32, [0, 1, 8, 9, 4, 5, 12, 13]),
     to_tokens=_swap_32,
     to_tiles=_swap_32,
 )
@@ -377,7 +373,7 @@ AMX_INT8 = replace(
         _TWO_TILES,
         isa=Isa.AMX,
         interleave=_permute_32,
-        pack=_pack_in_order_32,
+        pack=partial(_pack_32, [0, 4, 8, 12, 1, 5, 9, 13]),
         to_tokens=_as_they_are,
         to_tiles=_as_they_are,
     ),

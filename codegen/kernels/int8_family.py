@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -10,7 +11,6 @@ from sparsec.codegen.isa import pieces
 from sparsec.codegen.isa.coarse import COARSE, MAX_ERROR
 from sparsec.codegen.isa.int8 import (
     AMX_INT8,
-    AVX2_INT8,
     AVX512_VBMI2,
     INT8_ISAS,
     Int8Isa,
@@ -171,7 +171,7 @@ class Int8GemmFamily:
         m, k = weight.type.shape
         assert isinstance(m, int), node
         assert isinstance(k, int), node
-        epilogue = _epilogue(node, AVX2_INT8)  # of any, its form apart
+        epilogue = _plain_epilogue(node)
         flags = [*["bytoken"] * epilogue.by_token, *["residual"] * epilogue.has_residual]
         end = " ".join([epilogue.activation, *flags])
         name, density = layout_and_density(weight)
@@ -281,10 +281,19 @@ def _epilogues(isa: Int8Isa) -> list[Epilogue]:
     return found
 
 
+def _plain_epilogue(node: Node) -> Epilogue:
+    """Without its form and bound, which numbers and the instruction set decide."""
+    residual, by_token = (node.optional_input(i) is not None for i in (4, 5))
+    to_u8 = node.output.type.dtype is DType.U8
+    activation = str(node.attrs["activation"])
+    return Epilogue(activation, residual, to_u8, by_token=by_token and not to_u8)
+
+
 def _epilogue(node: Node, isa: Int8Isa) -> Epilogue:
-    residual, activation = node.optional_input(4) is not None, str(node.attrs["activation"])
-    if node.output.type.dtype is not DType.U8:
-        return Epilogue(activation, residual, by_token=node.optional_input(5) is not None)
+    plain = _plain_epilogue(node)
+    if not plain.to_u8:
+        return plain
+    activation, residual = plain.activation, plain.has_residual
     scale, units = node.attrs["out_scale"], 1
     form: ActivationForm = "exact"
     fits = not residual and pieces.may_take_pieces(activation, isa.lanes)
@@ -296,7 +305,7 @@ def _epilogue(node: Node, isa: Int8Isa) -> Epilogue:
     elif _row_scales(node).out_scale != scale:
         form = "steps"
     bounded = not residual and _largest(node) / scale * units < 2**30
-    return Epilogue(activation, residual, True, form, bounded)
+    return replace(plain, form=form, is_bounded=bounded)
 
 
 def _largest(node: Node) -> float:
