@@ -50,7 +50,7 @@ import sparsec
 from sparsec.errors import CompilerError, InvalidInput
 from sparsec.models.registry import MODELS, ModelSpec, find_model
 from sparsec.models.weights import Pruning
-from sparsec.target import Target
+from sparsec.target import Target, core_cpus
 from sparsec.tools.inputs import random_inputs
 from sparsec.tools.peers import PEERS, onnxruntime_runner, openvino_runner
 from sparsec.tools.turns import Function, Timed, in_turns, summary
@@ -297,11 +297,11 @@ def end_with_parent() -> None:
 
 def measure(cell: Cell) -> list[Outcome]:
     """What each side took, ours first; runs in a process of its own."""
-    cores = sorted(os.sched_getaffinity(0))
-    if cell.threads > len(cores):
-        raise InvalidInput(f"{cell.threads} threads: this process may use {len(cores)} cores only")
+    cpus = core_cpus()
+    if cell.threads > len(cpus):
+        raise InvalidInput(f"{cell.threads} threads: this process may use {len(cpus)} cores only")
     # Before any engine starts its threads; workers inherit it.
-    os.sched_setaffinity(0, cores[: cell.threads])
+    os.sched_setaffinity(0, cpus[: cell.threads])
     models = [sparsec.load(library.path, threads=cell.threads) for library in cell.libraries]
     arrays = random_inputs(models[0], cell.batch, cell.seq, seed=0, padding=False)
     with ExitStack() as stack:

@@ -29,7 +29,7 @@ from sparsec.codegen.program import Kind, Parameter
 
 VERSION = str(tvm.__version__)  # of the code generator
 UNBOUNDED = 1 << 40  # elements; buffers behind pointers have no extent of their own
-MAX_FAILURES = 256  # statements in one object that leave a kernel with an error
+MAX_EXITS = 16  # statements of a kernel that leave it, its end among them
 _STATUS = "sparsec_status"
 BF16_DOT = "sparsec_bf16_dot"
 BF16_PAIRS = "sparsec_bf16_pairs"
@@ -170,7 +170,7 @@ def build_object(functions: Sequence[Any], features: Sequence[str]) -> bytes:
     """
     named = {f.attrs["global_symbol"]: f for f in functions}
     assert len(named) == len(functions), "two kernels have one name"
-    module = tvm.IRModule({**named, "helpers": _helpers()})
+    module = tvm.IRModule({**named, "helpers": _helpers(MAX_EXITS * len(named))})
     target = tvm.target.Target(
         {
             "kind": "llvm",
@@ -184,17 +184,17 @@ def build_object(functions: Sequence[Any], features: Sequence[str]) -> bytes:
         path = Path(folder) / "kernels.o"
         tirx.build(module, target=target).write_to_file(str(path))
         data = path.read_bytes()
-    assert _STATUS.encode() not in data, "more than MAX_FAILURES statements of kernels fail"
+    assert _STATUS.encode() not in data, "kernels have more than MAX_EXITS exits"
     return data
 
 
-def _helpers() -> Any:
-    """A function that stays out of the object but brings LLVM IR: `leave`'s helpers and BF16_DOT.
+def _helpers(exits: int) -> Any:
+    """A function that stays out of the object but brings LLVM IR: what kernels call by name.
 
     LLVM gives every call of _STATUS after the first a callee of its own, named `.1`, `.2` and so
     on. All are inlined and leave no symbol.
     """
-    names = [_STATUS, *(f'"{_STATUS}.{i}"' for i in range(1, MAX_FAILURES))]
+    names = [_STATUS, *(f'"{_STATUS}.{i}"' for i in range(1, exits))]
     signature = "(ptr %self, ptr %args, i32 %status, ptr %result)"
     status = [f"define i32 @{n}{signature} {{ ret i32 %status }}" for n in names]
     code = "\n".join([*status, _BF16, _EXPAND, _BARRIER, _WHOLE_VECTOR])

@@ -31,9 +31,11 @@ from sparsec.ranges import METHODS, Channels, Observation, choose_range
 __all__ = [
     "METHODS",
     "Observation",
+    "batch_size",
     "calibrate",
     "channel_maxima",
     "choose_range",
+    "largest",
     "load_calibration",
     "random_batches",
     "table_rows",
@@ -139,7 +141,7 @@ def load_calibration(path: Path, graph: Graph) -> list[Feed]:
                 f"{path}: array {name} has {len(arrays[name])} samples, {first} has {samples}; "
                 "all must have the same number"
             )
-    size = _batch_size(graph)
+    size = batch_size(graph)
     if samples % (size or 1):
         raise InvalidInput(
             f"{path}: {samples} samples; the model runs {size} at once, so give a multiple of it"
@@ -164,10 +166,10 @@ def random_batches(graph: Graph, count: int, seq: int, seed: int = 0) -> Iterato
     """
     rng = np.random.default_rng(seed)
     rows = table_rows(graph)
-    size = _batch_size(graph)
+    size = batch_size(graph)
     batches = {name for v in graph.inputs for name in dims.symbols(v.type.shape[0])}
     lengths = {name for v in graph.inputs for d in v.type.shape[1:] for name in dims.symbols(d)}
-    env = {name: min(seq, _most(graph, name)) for name in lengths}
+    env = {name: min(seq, largest(graph, name)) for name in lengths}
     for start in range(0, count, size or BATCH):
         env |= dict.fromkeys(batches, min(BATCH, count - start))
         feed: Feed = {}
@@ -211,7 +213,7 @@ def _check(path: Path, value: Value, data: Array) -> None:
         raise InvalidInput(f"{path}: array {value.name} holds NaN or infinite values")
 
 
-def _batch_size(graph: Graph) -> int | None:
+def batch_size(graph: Graph) -> int | None:
     """The number of samples that the model's shapes fix; None when it is free."""
     sizes = (v.type.shape[0] for v in graph.inputs if v.type.rank)
     return next((size for size in sizes if isinstance(size, int)), None)
@@ -280,7 +282,7 @@ def _origin(value: Value) -> Value:
     return value
 
 
-def _most(graph: Graph, name: str) -> int:
+def largest(graph: Graph, name: str) -> int:
     """The largest value that the graph's limits leave to a symbol."""
     limits = [x.most for x in graph.limits if only_atom(x.dim) == Symbol(name)]
     return min(limits, default=np.iinfo(np.int64).max)

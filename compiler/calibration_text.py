@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sparsec.calibration import BATCH, Feed
+from sparsec.calibration import BATCH, Feed, batch_size, largest
 from sparsec.errors import InvalidInput
+from sparsec.ir import dims
 from sparsec.ir.graph import Graph
 
 MAX_LINES = 200  # more change the ranges little
@@ -26,8 +28,9 @@ FIELDS = {
 def text_batches(path: Path, tokenizer: Path, graph: Graph) -> Iterator[Feed]:
     """The first lines of `path` as padded batches of the graph's inputs.
 
-    Raises InvalidInput when the tokenizer can not be read, the text is empty, or the model has an
-    input that a tokenizer does not give.
+    Where the model fixes the length, all are padded or cut to it; where it fixes the batch, the
+    last one is filled up with the first lines. Raises InvalidInput when the tokenizer can not be
+    read, the text is empty, or the model has an input that a tokenizer does not give.
     """
     unknown = [v.name for v in graph.inputs if v.name not in FIELDS]
     if unknown:
@@ -35,13 +38,16 @@ def text_batches(path: Path, tokenizer: Path, graph: Graph) -> Iterator[Feed]:
             f"the model's input {unknown[0]!r} does not come from a tokenizer (those are "
             f"{', '.join(FIELDS)}); give --calibration FILE.npz instead"
         )
-    encode = _tokenizer(tokenizer)
+    encode = _tokenizer(tokenizer, graph)
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     lines = [line for line in lines if line][:MAX_LINES]
     if not lines:
         raise InvalidInput(f"{path}: no line of text")
-    for start in range(0, len(lines), BATCH):
-        rows = encode(lines[start : start + BATCH])
+    size = batch_size(graph)
+    if size is not None:
+        lines = list(islice(cycle(lines), -(-len(lines) // size) * size))
+    for start in range(0, len(lines), size or BATCH):
+        rows = encode(lines[start : start + (size or BATCH)])
         yield {
             value.name: np.array(
                 [getattr(row, FIELDS[value.name]) for row in rows], value.type.dtype.numpy
@@ -50,7 +56,8 @@ def text_batches(path: Path, tokenizer: Path, graph: Graph) -> Iterator[Feed]:
         }
 
 
-def _tokenizer(path: Path) -> Any:
+def _tokenizer(path: Path, graph: Graph) -> Any:
+    """What makes a batch of lines a batch of rows that the graph can run."""
     try:
         from tokenizers import Tokenizer
     except ImportError:
@@ -61,6 +68,9 @@ def _tokenizer(path: Path) -> Any:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
         raise InvalidInput(f"{path}: not a tokenizer.json: {error}") from None
-    tokenizer.enable_truncation(MAX_TOKENS)
-    tokenizer.enable_padding()
+    lengths = [d for v in graph.inputs for d in v.type.shape[1:]]
+    fixed = next((d for d in lengths if isinstance(d, int)), None)
+    most = [largest(graph, name) for d in lengths for name in dims.symbols(d)]
+    tokenizer.enable_truncation(fixed or min([MAX_TOKENS, *most]))
+    tokenizer.enable_padding(length=fixed)
     return tokenizer.encode_batch

@@ -1,9 +1,9 @@
 """How much each int8 layer moves the outputs, and which stay fp32 so that they move little.
 
-Measured on the first 32 calibration samples, through the oracle: int8 layers read and hold the
-rounded numbers that their kernels would, and are otherwise computed in fp32. The error of an
-output is |int8 - fp32| / |fp32|, Euclidean norms over all samples without padding; of several
-outputs the worst counts.
+Measured on the first calibration samples, 32 or some more, through the oracle: int8 layers read
+and hold the rounded numbers that their kernels would, and are otherwise computed in fp32. The
+error of an output is |int8 - fp32| / |fp32|, Euclidean norms over all samples without padding; of
+several outputs the worst counts.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,7 @@ from sparsec.passes.quantize_tables import QuantizeTables, numbers
 MEASURE = "relative error of the worst output on the calibration samples, Euclidean norm"
 
 
-BATCHES = 2  # of samples: one run of them per layer, and some more
+SAMPLES = 32  # at least: one run of them per layer, and some more
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +53,7 @@ class LayerError:
         return {
             "node": self.node,
             "op": self.op,
-            "error": self.error,
+            "error": self.error if np.isfinite(self.error) else None,  # JSON has no infinity
             "macs_per_token": self.macs_per_token,
             "precision": "fp32" if self.stays_fp32 else "int8",
         }
@@ -91,7 +90,7 @@ def fall_back(
     Tables, which save memory and no time, go last, but first where they alone lose too much.
     `tables` and `attention` say what int8_pipeline makes of those.
     """
-    trial = _Trial(graph, quantization, list(islice(samples, BATCHES)), tables, attention)
+    trial = _Trial(graph, quantization, _first(samples), tables, attention)
     layers = [
         LayerError(n.name, n.op, trial.error({n.name}), _macs(n)) for n in trial.nodes.values()
     ]
@@ -115,6 +114,18 @@ def fall_back(
     gone = {x.node for x in order[:high]}
     marked = (LayerError(x.node, x.op, x.error, x.macs_per_token, x.node in gone) for x in layers)
     return Accuracy(found, tuple(marked))
+
+
+def _first(batches: Iterable[Feed]) -> list[Feed]:
+    """As many of the batches as hold SAMPLES."""
+    found: list[Feed] = []
+    count = 0
+    for batch in batches:
+        found.append(batch)
+        count += len(next(iter(batch.values())))
+        if count >= SAMPLES:
+            break
+    return found
 
 
 def _stays_long(layer: LayerError, max_error: float) -> bool:
@@ -158,8 +169,8 @@ class _Trial:
         for sample, exact in zip(self.samples, self.exact, strict=True):
             for name, y in self._outputs(sample, int8).items():
                 wide = exact[name].astype(np.float64)
-                off[name] = off.get(name, 0.0) + float(((y - wide) ** 2).sum())
-                size[name] = size.get(name, 0.0) + float((wide**2).sum())
+                off[name] = off.get(name, 0.0) + float((_difference(y, wide) ** 2).sum())
+                size[name] = size.get(name, 0.0) + float((wide[np.isfinite(wide)] ** 2).sum())
         return max((float(np.sqrt(off[n] / (size[n] or 1.0))) for n in off), default=0.0)
 
     def _outputs(self, sample: Feed, int8: set[str]) -> dict[str, Array]:
@@ -184,8 +195,8 @@ class _Trial:
         scale, zero_point = affine_u8(*self.ranges[node.input(0).name])
         stored = quantize_array(x, scale, zero_point, DType.U8)
         if node.name not in self.weights:
-            numbers, scales = quantize_weight(w)
-            self.weights[node.name] = numbers.astype(np.float32) * scales[:, None]
+            bytes_, scales = quantize_weight(w)
+            self.weights[node.name] = bytes_.astype(np.float32) * scales[:, None]
         rounded = dequantize_array(stored, scale, zero_point)
         return [rounded, self.weights[node.name], *operands[2:]]
 
@@ -208,6 +219,13 @@ class _Trial:
         named = {f"{n}_scale": s for n, s in zip(OPERANDS, scales, strict=True)}
         attrs = {**node.attrs, **named}
         return OPS["attention_int8"].evaluate([*bytes_, *operands[3:]], attrs, env)
+
+
+def _difference(y: Array, exact: Array) -> Array:
+    """0 where both are the same infinity or NaN, and infinity where only one of them is."""
+    same = (y == exact) | (np.isnan(y) & np.isnan(exact))
+    off = np.subtract(y, exact, out=np.zeros_like(exact), where=~same)
+    return np.where(np.isnan(off), np.inf, off)
 
 
 def _named(graph: Graph, op: str) -> list[Node]:

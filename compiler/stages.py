@@ -292,7 +292,7 @@ def limited(target: Target, isa: Isa | None) -> Target:
 
 
 def _describe(
-    graph: Graph, plan: MemoryPlan, target: Target, ranges: Mapping[str, int]
+    graph: Graph, plan: MemoryPlan, target: Target, rows: Mapping[str, int]
 ) -> dict[str, Any]:
     """How each layer was compiled, as plain data: part of the library, so without any times."""
     layers = [
@@ -309,7 +309,7 @@ def _describe(
     ]
     return {
         "target": target.name,
-        "input_ranges": dict(ranges),
+        "input_ranges": dict(rows),
         "layers": layers,
     }
 

@@ -42,6 +42,7 @@ _FLAGS: dict[Isa, frozenset[str]] = {
 
 _CPUINFO = Path("/proc/cpuinfo")
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 _KB = 1024
 _MB = 1024 * _KB
 # Where the system does not say: the smallest caches of the CPUs in the table below.
@@ -85,7 +86,7 @@ class Target:
                 f"{', '.join(_NAMED)}"
             )
         sizes = _read_caches(caches)
-        cores = len(os.sched_getaffinity(0))
+        cores = len(core_cpus())
         rates = default_rates(_kin(cpu_fields(cpuinfo).get("vendor_id", ""), isas[-1], flags))
         return Target("native", isas, cores, sizes["1"], sizes["2"], sizes["3"], rates)
 
@@ -117,6 +118,23 @@ class Target:
                 )
             by_level[target.level] = target
         return tuple(by_level[level] for level in reversed(Isa) if level in by_level)
+
+
+def core_cpus() -> list[int]:
+    """One CPU of every core that this process may use, in order."""
+    found: dict[int, int] = {}
+    for cpu in sorted(os.sched_getaffinity(0)):
+        found.setdefault(_first_sibling(cpu), cpu)
+    return list(found.values())
+
+
+def _first_sibling(cpu: int) -> int:
+    """The lowest CPU of the same core; `cpu` itself where the system does not say."""
+    try:
+        text = Path(_SIBLINGS.format(cpu)).read_text()  # "3,67" or "6-7"
+    except OSError:
+        return cpu
+    return int(text.replace("-", ",").split(",")[0])
 
 
 def required_flags(isa: Isa) -> frozenset[str]:

@@ -142,7 +142,9 @@ _DTYPE_NAMES = "bool int8 uint8 int16 uint16 int32 uint32 int64 uint64 float16 f
 _DTYPES = {code: np.dtype(name) for code, name in enumerate(_DTYPE_NAMES.split(), start=1)}
 _INPUT_STATUSES = (1, 2, 3, 4)  # the caller's arguments are to blame
 _UNSUPPORTED_CPU = 6
+_THREAD_FAILED = 9
 _PIN_NONE, _PIN_CORES, _PIN_LIST = 0, 1, 2
+_MAX_THREADS = 1024
 _MAX_IDLE_CONTEXTS = 64
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -277,8 +279,9 @@ class Model:
 
     def _make_options(self, threads: int, pin: bool | Sequence[int]) -> OptionsStruct:
         cpus = [] if isinstance(pin, bool) else [int(cpu) for cpu in pin]
-        if threads < 0:
-            raise self._errors.invalid_input(f"threads: wanted 0 or more, got {threads}")
+        if not 0 <= threads <= _MAX_THREADS:
+            wanted = f"0 (one per core) to {_MAX_THREADS}"
+            raise self._errors.invalid_input(f"threads: wanted {wanted}, got {threads}")
         if cpus and len(cpus) < threads:
             raise self._errors.invalid_input(
                 f"pin: wanted a CPU for each of {threads} threads, got {len(cpus)}"
@@ -454,6 +457,8 @@ class Model:
         message = f"{self.name}: {detail or text}"
         if status == _UNSUPPORTED_CPU:
             raise self._errors.unsupported_cpu(message)
+        if status == _THREAD_FAILED and len(self._cpus):
+            message += f"; the CPUs wanted are {list(self._cpus)}"
         if status in _INPUT_STATUSES:
             raise self._errors.invalid_input(message)
         raise self._errors.run_failed(message)

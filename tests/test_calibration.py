@@ -19,6 +19,7 @@ from sparsec.calibration import (
     load_calibration,
     random_batches,
 )
+from sparsec.calibration_text import FIELDS, text_batches
 from sparsec.errors import InvalidInput
 from sparsec.frontend.onnx_import import import_model
 from sparsec.interpreter import run
@@ -246,6 +247,63 @@ def test_random_batches_keep_fixed_sizes():
     batches = list(random_batches(graph, 9, 100))
     assert [b["x"].shape for b in batches] == [(4, 7, 3)] * 3
     assert batches[0]["x"].std() > 0.5
+
+
+# Text
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    """Of single words between two special tokens."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefgh"]
+    model = tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]")
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    made.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path / "tokenizer.json"
+
+
+def text_graph(batch: int | str, seq: int | str) -> Graph:
+    graph = import_model(tiny_model(), overrides={n: (batch, seq) for n in FIELDS})
+    PassManager(graph_pipeline()).run(graph)
+    return graph
+
+
+def test_text_comes_in_batches_as_long_as_their_longest_line(tokenizer, tmp_path: Path):
+    lines = tmp_path / "lines.txt"
+    lines.write_text("a b c\n\n  d  \n" + "e\n" * 15)
+    graph = text_graph("batch", "seq")
+    batches = list(text_batches(lines, tokenizer, graph))
+    assert [b["input_ids"].shape for b in batches] == [(16, 5), (1, 3)]
+    np.testing.assert_array_equal(batches[0]["input_ids"][1], [2, 7, 3, 0, 0])
+    np.testing.assert_array_equal(batches[0]["attention_mask"][1], [1, 1, 1, 0, 0])
+    assert calibrate(graph, batches, quantized_values(graph))
+
+
+@pytest.mark.parametrize(("batch", "count"), [(1, 3), (2, 2), (5, 1)])
+def test_text_has_the_sizes_that_the_model_fixes(batch, count, tokenizer, tmp_path: Path):
+    lines = tmp_path / "lines.txt"
+    lines.write_text("a b c d e f g h a b c\nb\nc\n")
+    graph = text_graph(batch, 8)
+    batches = list(text_batches(lines, tokenizer, graph))
+    assert [b["input_ids"].shape for b in batches] == [(batch, 8)] * count
+    rows = np.concatenate([b["input_ids"] for b in batches])
+    np.testing.assert_array_equal(rows[0], [2, 4, 5, 6, 7, 8, 9, 3])
+    np.testing.assert_array_equal(rows[1], [2, 5, 3, 0, 0, 0, 0, 0])
+    assert calibrate(graph, batches, quantized_values(graph))
+
+
+def test_text_is_cut_to_the_positions_that_there_are(tokenizer, tmp_path: Path):
+    lines = tmp_path / "lines.txt"
+    lines.write_text("a " * 100)
+    graph = text_graph("batch", "seq")
+    (batch,) = text_batches(lines, tokenizer, graph)
+    assert batch["input_ids"].shape == (1, 64)
+    assert calibrate(graph, [batch], quantized_values(graph))
 
 
 # Files

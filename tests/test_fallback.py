@@ -11,7 +11,7 @@ import pytest
 import sparsec
 from sparsec.calibration import calibrate, choose_range
 from sparsec.errors import InvalidInput
-from sparsec.fallback import Accuracy, fall_back
+from sparsec.fallback import SAMPLES, Accuracy, _difference, fall_back
 from sparsec.frontend.onnx_import import import_model
 from sparsec.interpreter import run
 from sparsec.ir.dims import symbol
@@ -224,3 +224,55 @@ def test_a_bound_needs_samples(tmp_path: Path):
                 max_error=0.1,
                 **options,
             )
+
+
+def masked_graph(rng: np.random.Generator) -> Graph:
+    """A product, plus a mask that makes some of the results -inf."""
+    graph, batch, seq = Graph("g"), symbol("batch"), symbol("seq")
+    x = graph.add_input("x", DType.F32, (batch, seq, 8))
+    mask = graph.add_input("mask", DType.F32, (batch, seq, 4))
+    w = graph.add_constant(rng.standard_normal((4, 8)).astype(np.float32), "w")
+    x = graph.add("tanh", [x])  # calibration watches what is computed
+    y = graph.add("linear", [x, w, None, None], {"activation": "none"}, name="product")
+    graph.add_output("y", graph.add("add", [y, mask]))
+    return graph
+
+
+def quantized_all(graph: Graph, batches: list[dict[str, np.ndarray]]) -> Quantization:
+    observed = calibrate(graph, batches, quantized_values(graph))
+    return Quantization({n: choose_range(o, "minmax") for n, o in observed.items()})
+
+
+def test_results_that_are_infinite_alike_do_not_count(rng: np.random.Generator):
+    mask = np.zeros((2, 3, 4), np.float32)
+    mask[:, 1] = -np.inf
+    arrays = {"x": rng.standard_normal((2, 3, 8)).astype(np.float32), "mask": mask}
+    graph = masked_graph(rng)
+    quantization = quantized_all(graph, [arrays])
+    found = fall_back(graph, quantization, [arrays], 0.9, tables=ALL_SMALL)
+    assert 0 < found.error < 0.1
+    assert not found.fp32
+    strict = fall_back(graph, quantization, [arrays], found.error / 2, tables=ALL_SMALL)
+    assert strict.fp32 == {"product"}
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_a_result_that_only_int8_makes_infinite_is_too_much(value: float):
+    exact = np.array([1.0, np.inf, np.nan, -np.inf])
+    off = _difference(np.array([value, np.inf, np.nan, -np.inf]), exact)
+    np.testing.assert_array_equal(off, [np.inf, 0, 0, 0])
+
+
+def test_batches_of_one_sample_are_as_many_as_of_sixteen(rng: np.random.Generator):
+    arrays = [
+        {
+            "x": rng.standard_normal((1, 3, 8)).astype(np.float32),
+            "mask": np.zeros((1, 3, 4), np.float32),
+        }
+        for _ in range(SAMPLES + 5)
+    ]
+    graph = masked_graph(rng)
+    quantization = quantized_all(graph, arrays)
+    batches = iter(arrays)
+    fall_back(graph, quantization, batches, 0.9, tables=ALL_SMALL)
+    assert len(list(batches)) == 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ FOLDERS = {
     "sparsec.models": "models",
 }
 RANKS = {
+    "__version__": 0,
     "errors": 0,
     "sparse": 1,
     "ranges": 1,
@@ -59,11 +61,17 @@ def modules() -> list[tuple[str, Path]]:
 
 
 def imports(path: Path) -> set[str]:
+    return names_of(ast.walk(ast.parse(path.read_text())))
+
+
+def names_of(nodes: Iterable[ast.AST]) -> set[str]:
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes:
         match node:
             case ast.Import(names=aliases):
                 names |= {a.name for a in aliases}
+            case ast.ImportFrom(module="sparsec", names=aliases):
+                names |= {f"sparsec.{a.name}" for a in aliases}
             case ast.ImportFrom(module=str(module)):
                 names.add(module)
     return names
@@ -71,14 +79,7 @@ def imports(path: Path) -> set[str]:
 
 def imports_at_top(path: Path) -> set[str]:
     """What is imported as soon as the module is: not inside functions."""
-    names: set[str] = set()
-    for node in ast.parse(path.read_text()).body:
-        match node:
-            case ast.Import(names=aliases):
-                names |= {a.name for a in aliases}
-            case ast.ImportFrom(module=str(module)):
-                names.add(module)
-    return names
+    return names_of(ast.parse(path.read_text()).body)
 
 
 def part(module: str) -> str:

@@ -359,7 +359,7 @@ def _bitmap_call(node: Node, w: Array, binder: Binder) -> KernelCall:
         f"{node.name}: y[{m}] = w[{m}][{k}] x[{k}], {title}",
         scratch_bytes=kernel.scratch_bytes(k),
         grain=grain_of(ROWS * k, tokens, LEAST_MACS["int8"]),
-        macs=tokens * m * k,
+        macs=tokens * round(m * k * share),
         per_panel=-(-m // ROWS),
     )
 

@@ -19,6 +19,7 @@ def conv(call: Call) -> Operand:
         raise UnsupportedOp("a kernel whose size is not known is not supported")
     call.g.equal(call.shape()[1], call.shape(1)[1] * int(call.attr("group", 1)))
     attrs = _attributes(call, kernel)
+    _require_room(call, attrs, kernel)
     if _is_patches(attrs, kernel):
         return _patches(call, x, w, bias, kernel)
     return call.g.add("conv", [x, w, bias], **attrs)
@@ -50,6 +51,17 @@ def _attributes(call: Call, kernel: tuple[int, ...]) -> dict[str, Any]:
         "ends": ends,
         "groups": int(call.attr("group", 1)),
     }
+
+
+def _require_room(call: Call, attrs: dict[str, Any], kernel: tuple[int, ...]) -> None:
+    """Sizes that are known are checked when types are inferred, the others in every run."""
+    pads = [b + e for b, e in zip(attrs["begins"], attrs["ends"], strict=True)]
+    sizes = zip(call.shape()[2:], kernel, attrs["dilations"], pads, strict=True)
+    for size, k, dilation, pad in sizes:
+        if not isinstance(size, int):
+            missing = dilation * (k - 1) + 1 - pad - size
+            reason = f"the kernel of {call.g.name!r} is larger than its padded input"
+            call.g.graph.add_limit(missing, 0, reason)
 
 
 def _same_padding(size: Dim, spread: int, stride: int) -> int:

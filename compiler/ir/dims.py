@@ -25,7 +25,11 @@ class Symbol:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """An opaque function of dims: `floordiv`, `mod`, `max` or `min`, with C semantics."""
+    """An opaque function of dims: `floordiv`, `mod`, `max` or `min`.
+
+    The first two are of natural numbers, whose quotients are the same in C and in Python: who
+    makes one of a dim that may be negative adds a limit to the graph that refuses such shapes.
+    """
 
     function: str
     args: tuple[Dim, ...]

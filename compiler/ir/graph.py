@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-import networkx as nx
 import numpy as np
 
 from sparsec.errors import InvalidGraph
@@ -285,14 +284,6 @@ class Graph:
         """All constants that a node or an output reads, in order of first use."""
         values = [v for n in self.nodes for v in n.inputs if v is not None] + self.outputs
         return list(dict.fromkeys(v for v in values if v.is_constant))
-
-    def def_use(self) -> nx.DiGraph[Any]:
-        """Nodes as vertices, an edge from each producer to each reader."""
-        graph: nx.DiGraph[Any] = nx.DiGraph()
-        graph.add_nodes_from(self.nodes)
-        for node in self.nodes:
-            graph.add_edges_from((node, user) for v in node.outputs for user in v.users)
-        return graph
 
     def _producers(self, node: Node, known: Mapping[Node, int]) -> set[Node]:
         producers = (v.producer for v in node.inputs if v is not None)

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from sparsec.errors import InvalidInput
 from sparsec.runtime import load
+from sparsec.target import core_cpus
 from sparsec.tools.console import console
 from sparsec.tools.inputs import Arrays, random_inputs
 from sparsec.tools.inspect import arena_text
@@ -75,10 +76,10 @@ def _result(
 
 @contextlib.contextmanager
 def _pinned(threads: int) -> Iterator[None]:
-    before = os.sched_getaffinity(0)
-    if threads > len(before):
-        raise InvalidInput(f"--threads {threads}: this process may use {len(before)} cores only")
-    os.sched_setaffinity(0, sorted(before)[:threads])
+    before, cpus = os.sched_getaffinity(0), core_cpus()
+    if threads > len(cpus):
+        raise InvalidInput(f"--threads {threads}: this process may use {len(cpus)} cores only")
+    os.sched_setaffinity(0, cpus[:threads])
     try:
         yield
     finally:

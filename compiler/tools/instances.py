@@ -22,8 +22,6 @@ from sparsec.runtime.loader import Model
 from sparsec.tools.inputs import Arrays
 from sparsec.tools.turns import WARM_UP_RUNS, window
 
-SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-
 Call = Callable[[], object]
 # For each instance the CPUs of its threads; the first is that of the thread that calls it.
 Places = tuple[tuple[int, ...], ...]
@@ -109,23 +107,6 @@ def sparsec_engine(library: Path) -> LocalEngine:
         return [partial(model, arrays) for model in models(places)]
 
     return LocalEngine("sparsec", calls)
-
-
-def core_cpus() -> list[int]:
-    """One CPU of every core that this process may use, in order."""
-    found: dict[int, int] = {}
-    for cpu in sorted(os.sched_getaffinity(0)):
-        found.setdefault(_first_sibling(cpu), cpu)
-    return list(found.values())
-
-
-def _first_sibling(cpu: int) -> int:
-    """The lowest CPU of the same core; `cpu` itself where the system does not say."""
-    try:
-        text = Path(SIBLINGS.format(cpu)).read_text()  # "3,67" or "6-7"
-    except OSError:
-        return cpu
-    return int(text.replace("-", ",").split(",")[0])
 
 
 def places_of(layout: Layout, cpus: Sequence[int]) -> Places:

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from sparsec.errors import InvalidInput
 from sparsec.runtime import Model, load
+from sparsec.target import core_cpus
 from sparsec.tools.console import console
 from sparsec.tools.inputs import random_inputs
 from sparsec.tools.instances import (
@@ -26,7 +27,6 @@ from sparsec.tools.instances import (
     Layout,
     Measurement,
     Windows,
-    core_cpus,
     measurement,
     places_of,
     sparsec_engine,

@@ -6,7 +6,6 @@ It works in the present process: measure.py runs it in a child.
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from sparsec.codegen import tir
 from sparsec.codegen.isa import FEATURES
 from sparsec.codegen.lower import lower_alone
 from sparsec.codegen.program import BufferRef, Program, Region
-from sparsec.codegen.toolchain import find_toolchain
+from sparsec.codegen.toolchain import link_kernels
 from sparsec.errors import CompilerError
 from sparsec.interpreter import run_node
 from sparsec.ir.dims import evaluate
@@ -119,12 +118,10 @@ class Workbench:
                if c.kernel.name not in self._functions}  # fmt: skip
         for isa in sorted({kernel.isa for kernel in new.values()}):
             kernels = [kernel for kernel in new.values() if kernel.isa == isa]
-            stem = f"kernels_{len(self._functions)}_{isa}"
             data = tir.build_object([kernel.build() for kernel in kernels], FEATURES[Isa(isa)])
-            (self._folder / f"{stem}.o").write_bytes(data)
-            link = (*find_toolchain(None).link, f"{stem}.o", "-o", f"{stem}.so")
-            subprocess.run(link, cwd=self._folder, check=True, capture_output=True)
-            library = ctypes.CDLL(str(self._folder / f"{stem}.so"))
+            path = self._folder / f"kernels_{len(self._functions)}_{isa}.so"
+            link_kernels([data], path)
+            library = ctypes.CDLL(str(path))
             for kernel in kernels:
                 pointer = ctypes.cast(getattr(library, kernel.name), ctypes.c_void_p)
                 assert pointer.value is not None

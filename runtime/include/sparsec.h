@@ -16,8 +16,9 @@
  * context_create and prepare allocate; `run` neither allocates nor prints, and nothing here exits
  * the process. Arrays are dense and row-major. All functions that can fail return a sparsec_status.
  *
- * A context does not survive fork(): in the child it answers SPARSEC_FORKED (its threads exist in
- * the parent only); create a new one there. Destroying it in the child is safe.
+ * A context with threads of its own does not survive fork(): in the child `run` answers
+ * SPARSEC_FORKED (its threads exist in the parent only); create a new one there. Destroying it in
+ * the child is safe.
  */
 #ifndef SPARSEC_H
 #define SPARSEC_H
@@ -42,7 +43,7 @@ typedef enum sparsec_status {
   SPARSEC_BUSY = 7,               /* another thread uses this context now */
   SPARSEC_NOT_PREPARED = 8,       /* run or output_shape before a prepare that succeeded */
   SPARSEC_THREAD_FAILED = 9,      /* a worker thread could not be started or pinned */
-  SPARSEC_FORKED = 10             /* the context was created before a fork() */
+  SPARSEC_FORKED = 10             /* the context's threads were started before a fork() */
 } sparsec_status;
 
 typedef enum sparsec_dtype {
@@ -98,8 +99,10 @@ typedef struct sparsec_options_v1 {
   uint32_t pin;          /* sparsec_pin; the calling thread (worker 0) is never moved */
   uint32_t cpu_count;    /* of `cpus`; at least `threads` for SPARSEC_PIN_LIST */
   const int32_t *cpus;   /* read by context_create only */
-  uint32_t spin_us;      /* how long an idle worker spins before it sleeps; 0: 50 microseconds */
-  uint32_t no_spin;      /* 1: sleep at once */
+  /* How long a worker spins between runs before it sleeps; 0: 50 microseconds. Within a run it is
+   * 2 milliseconds at least. */
+  uint32_t spin_us;
+  uint32_t no_spin; /* 1: sleep at once, within a run too */
   sparsec_parallel_for parallel_for; /* not null: used instead of own threads */
   void *parallel_user;               /* its first argument */
   uint64_t reserved[4];              /* zero */
@@ -136,7 +139,7 @@ typedef struct sparsec_model_v1 {
    * whenever a shape changes. shapes[i] has `rank` sizes; it may be NULL for rank 0. */
   int32_t (*prepare)(sparsec_context *context, const int64_t *const *shapes);
 
-  /* Writes the `rank` sizes of an output for the prepared shapes. */
+  /* Writes the `rank` sizes of an output for the prepared shapes; `shape` may be NULL for rank 0. */
   int32_t (*output_shape)(sparsec_context *context, uint32_t index, int64_t *shape);
 
   /* Inputs and outputs in the order of the tables, in the prepared shapes, aligned to their

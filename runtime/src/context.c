@@ -334,8 +334,9 @@ static int32_t output_shape(sparsec_context *context, uint32_t index, int64_t *s
   const int64_t *dims = context->sizes.dims;
   for (uint32_t i = 0; i < model->input_count; i++) dims += model->inputs[i].rank;
   for (uint32_t i = 0; i < index; i++) dims += model->outputs[i].rank;
-  if (model->outputs[index].rank)
-    memcpy(shape, dims, model->outputs[index].rank * sizeof *shape);
+  if (!model->outputs[index].rank) return SPARSEC_OK;
+  if (!shape) return fail(context, SPARSEC_INVALID_ARGUMENT, "shape is a null pointer");
+  memcpy(shape, dims, model->outputs[index].rank * sizeof *shape);
   return SPARSEC_OK;
 }
 

@@ -121,10 +121,8 @@ static int start_worker(sparsec_pool *pool, uint32_t index, const cpu_set_t *pla
   return failed ? -1 : 0;
 }
 
-/* The affinity of worker `index`: the same for every worker, or its own core. */
-static int place_of(const sparsec_pool *pool, uint32_t index, cpu_set_t *place) {
-  const sparsec_options_v1 *options = &pool->options;
-  int cpu = options->pin == SPARSEC_PIN_LIST ? options->cpus[index] : sparsec_core(index);
+/* The affinity of a worker that has `cpu` for itself. */
+static int place_on(int32_t cpu, cpu_set_t *place) {
   if (cpu < 0 || cpu >= CPU_SETSIZE) return -1;
   CPU_ZERO(place);
   CPU_SET(cpu, place);
@@ -138,12 +136,19 @@ static int start_workers(sparsec_pool *pool) {
   sigset_t most, before;
   sigfillset(&most);
   for (size_t i = 0; i < sizeof faults / sizeof faults[0]; i++) sigdelset(&most, faults[i]);
+  int32_t cores[CPU_SETSIZE];
+  const int32_t *cpus = pool->options.cpus;
+  uint32_t count = pool->threads; /* SPARSEC_PIN_LIST has as many, or more */
+  if (pool->options.pin == SPARSEC_PIN_CORES) {
+    cpus = cores;
+    count = sparsec_cores(cores, CPU_SETSIZE);
+  }
   pthread_sigmask(SIG_SETMASK, &most, &before);
   int failed = 0;
   for (uint32_t i = 1; i < pool->threads && !failed; i++) {
     cpu_set_t place;
     int pinned = pool->options.pin != SPARSEC_PIN_NONE;
-    failed = (pinned && place_of(pool, i, &place) != 0) ||
+    failed = (pinned && (i >= count || place_on(cpus[i], &place) != 0)) ||
              start_worker(pool, i, pinned ? &place : NULL) != 0;
     if (!failed) pool->started = i;
   }
@@ -153,7 +158,7 @@ static int start_workers(sparsec_pool *pool) {
 
 int32_t sparsec_pool_create(const sparsec_options_v1 *options, sparsec_pool **result) {
   *result = NULL;
-  uint32_t threads = options->threads ? options->threads : sparsec_core_count();
+  uint32_t threads = options->threads ? options->threads : sparsec_cores(NULL, 0);
   void *workers;
   sparsec_pool *pool = calloc(1, sizeof *pool);
   if (!pool) return SPARSEC_OUT_OF_MEMORY;

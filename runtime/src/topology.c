@@ -18,32 +18,22 @@ static int first_sibling(int cpu) {
   return got > 0 ? (int)strtol(text, NULL, 10) : cpu;
 }
 
-/* Walks the cores of the mask; returns their number and the CPU of core `wanted`. */
-static uint32_t walk(uint32_t wanted, int *found) {
+uint32_t sparsec_cores(int32_t *cpus, uint32_t most) {
   cpu_set_t mask, taken;
   CPU_ZERO(&mask);
   CPU_ZERO(&taken); /* cores, by their first sibling */
-  *found = -1;
-  if (sched_getaffinity(0, sizeof mask, &mask) != 0) return 1;
   uint32_t count = 0;
-  for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+  int known = sched_getaffinity(0, sizeof mask, &mask) == 0;
+  for (int cpu = 0; known && cpu < CPU_SETSIZE; cpu++) {
     if (!CPU_ISSET(cpu, &mask)) continue;
     int core = first_sibling(cpu);
     if (core < 0 || core >= CPU_SETSIZE) core = cpu;
     if (CPU_ISSET(core, &taken)) continue;
     CPU_SET(core, &taken);
-    if (count++ == wanted) *found = cpu;
+    if (count < most) cpus[count] = cpu;
+    count++;
   }
-  return count ? count : 1;
-}
-
-uint32_t sparsec_core_count(void) {
-  int ignored;
-  return walk(UINT32_MAX, &ignored);
-}
-
-int sparsec_core(uint32_t index) {
-  int cpu;
-  walk(index, &cpu);
-  return cpu;
+  if (count) return count;
+  if (most) cpus[0] = -1;
+  return 1;
 }

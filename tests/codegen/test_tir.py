@@ -116,6 +116,14 @@ def test_kernel_function_alone_needs_nothing() -> None:
     assert {n for n, bind, here in table if n and not here} == set()
 
 
+def test_hundreds_of_kernels_fit_into_an_object() -> None:
+    """A model may have as many generic ops of different shapes; each has an exit or some."""
+    functions = [scale_function(f"scale_{i}") for i in range(300)]
+    table = list(symbols(tir.build_object(functions, FEATURES[Isa.AVX2])))
+    assert {n for n, _, here in table if n and not here} == set()
+    assert len({n for n, bind, here in table if here and bind == GLOBAL}) == 300
+
+
 def test_fail_leaves_with_its_status(tmp_path: Path) -> None:
     objects = []
     for name in ("scale", "again"):

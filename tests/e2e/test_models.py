@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ import pytest
 
 import sparsec
 from sparsec.errors import InvalidInput
+from sparsec.frontend.onnx_import import import_model
+from sparsec.interpreter import run
 from sparsec.target import Isa
 from sparsec.tools.inputs import random_inputs
 from sparsec.tools.peers import reference_runner
@@ -141,6 +144,26 @@ def test_a_sequence_longer_than_the_position_table_is_refused(build: Build) -> N
     model(random_inputs(model, 1, 64, seed=0, padding=False))
     with pytest.raises(InvalidInput, match=r"seq is 65 .* at most 64.*embeddings"):
         model(random_inputs(model, 1, 65, seed=0, padding=False))
+
+
+@pytest.mark.parametrize(("stride", "kernel"), [(1, 3), (2, 4), (4, 4)])
+def test_an_image_smaller_than_the_kernel_is_refused(
+    stride: int, kernel: int, tmp_path: Path
+) -> None:
+    """By the oracle too: a quotient of a negative number is not the same in C and in Python."""
+    ones = ",".join(["1"] * (6 * kernel))
+    proto = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[b, 2, s] x) => (float[b, 3, t] y) '
+        f"<float[3, 2, {kernel}] w = {{{ones}}}> {{ y = Conv <strides = [{stride}]> (x, w) }}"
+    )
+    onnx.save(proto, tmp_path / "m.onnx")
+    sparsec.compile_model(tmp_path / "m.onnx", tmp_path / "m.so")
+    model, graph = sparsec.load(tmp_path / "m.so"), import_model(proto)
+    enough = np.ones((2, 2, kernel), np.float32)
+    np.testing.assert_array_equal(model({"x": enough})["y"], np.full((2, 3, 1), 2.0 * kernel))
+    for answer in (model, partial(run, graph)):
+        with pytest.raises(InvalidInput, match=r"kernel of .* is larger than its padded input"):
+            answer({"x": enough[:, :, 1:]})
 
 
 def test_python_goes_on_while_a_model_runs(build: Build) -> None:

@@ -115,6 +115,9 @@ def test_null_pointers(context: Context) -> None:
         INVALID_ARGUMENT
     )
     assert context.error == 'input "ids": its shape is a null pointer'
+    assert context.prepare((1, 1), (1, 1, 4)) == OK
+    assert model.output_shape(context.handle, 0, None) == INVALID_ARGUMENT
+    assert context.error == "shape is a null pointer"
     assert model.prepare(None, None) == INVALID_ARGUMENT
     assert model.arena_bytes(None) == 0
     model.context_destroy(None)

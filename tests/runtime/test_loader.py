@@ -136,18 +136,17 @@ def test_arrays_of_other_layouts_are_accepted(library: Path, example: Example) -
 
 
 def test_bad_options(library: Path) -> None:
-    with pytest.raises(errors.InvalidInput, match="threads: wanted 0 or more, got -1"):
-        load(library, threads=-1)
+    for threads in (-1, 1025):
+        with pytest.raises(errors.InvalidInput, match=f"threads: wanted 0 .* 1024, got {threads}"):
+            load(library, threads=threads)
     with pytest.raises(errors.InvalidInput, match="pin: wanted a CPU for each of 3 threads"):
         load(library, threads=3, pin=[0])
-    with pytest.raises(errors.InvalidInput, match="invalid argument"):
-        load(library, threads=100_000)({"ids": np.zeros((1, 1), int), "x": np.zeros((1, 1, 4))})
 
 
 def test_pinned_to_a_cpu_that_is_not_there(library: Path, example: Example) -> None:
     with (
         load(library, pin=[0, 1023]) as model,
-        pytest.raises(errors.CompilerError, match="worker thread could not be started or pinned"),
+        pytest.raises(errors.CompilerError, match=r"started or pinned.*\[0, 1023\]"),
     ):
         model(example(1, 1))
 

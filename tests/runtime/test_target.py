@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
+from sparsec import target
 from sparsec.errors import InvalidInput, UnsupportedCpu
 from sparsec.target import Isa, Target
 
@@ -107,3 +109,13 @@ def test_a_list_is_best_first() -> None:
     found = Target.listed("avx2, sapphirerapids ,skylake-avx512")
     assert [t.name for t in found] == ["sapphirerapids", "skylake-avx512", "avx2"]
     assert Target.listed("haswell") == (Target.named("haswell"),)
+
+
+def test_a_core_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPUs 0 and 4 share a core, as do 6 and 7; of 9 the system does not say."""
+    for cpu, siblings in {0: "0,4", 4: "0,4", 6: "6-7", 7: "6-7"}.items():
+        (tmp_path / f"cpu{cpu}").write_text(f"{siblings}\n")
+    monkeypatch.setattr(target, "_SIBLINGS", f"{tmp_path}/cpu{{}}")
+    for allowed, cpus in ({0, 4, 6, 7, 9}, [0, 6, 9]), ({4, 7}, [4, 7]):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, allowed=allowed: allowed)
+        assert target.core_cpus() == cpus

@@ -15,7 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from sparsec.errors import InvalidInput
-from sparsec.tools.instances import Layout, LocalEngine, core_cpus, places_of
+from sparsec.target import core_cpus
+from sparsec.tools.instances import Layout, LocalEngine, places_of
 from sparsec.tools.peer_instances import PEER_ENGINES, peer_engines
 from sparsec.tools.peer_models import (
     quantize_dynamic,

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparsec.tools.instances import EngineFailed, core_cpus
+from sparsec.target import core_cpus
+from sparsec.tools.instances import EngineFailed
 from sparsec.tools.turns import MIN_CALLS
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
