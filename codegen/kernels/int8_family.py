@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from itertools import product
-
 import numpy as np
 
-from sparsec.codegen.isa import pieces
-from sparsec.codegen.isa.coarse import COARSE, MAX_ERROR
 from sparsec.codegen.isa.int8 import (
     AMX_INT8,
     AVX512_VBMI2,
@@ -23,15 +18,22 @@ from sparsec.codegen.kernels.counts import seconds
 from sparsec.codegen.kernels.int8_bitmap import MOST_TOKENS, ROWS, BitmapGemm, pack_bitmap
 from sparsec.codegen.kernels.int8_cost import Form, bitmap_counts, block_density, counts, cycles
 from sparsec.codegen.kernels.int8_dots import DotGemm
-from sparsec.codegen.kernels.int8_epilogue import SCALED, ActivationForm, Epilogue
+from sparsec.codegen.kernels.int8_epilogue import Epilogue
 from sparsec.codegen.kernels.int8_gemm import Int8Gemm
+from sparsec.codegen.kernels.int8_operands import (
+    epilogue_of,
+    epilogues,
+    numbers,
+    operands,
+    plain_epilogue,
+    row_values,
+)
 from sparsec.codegen.kernels.int8_pack import (
     QUAD,
     PackedWeight,
     pack_channels,
     pack_dense,
     pack_quads,
-    pack_rows,
     pack_tiles,
 )
 from sparsec.codegen.kernels.int8_tiles import TileGemm
@@ -42,9 +44,7 @@ from sparsec.ir.dims import ceildiv
 from sparsec.ir.graph import Node, Value
 from sparsec.ir.layouts import Panels
 from sparsec.ir.op_spec import Array
-from sparsec.ir.ops_int8 import Rows, rows_of
 from sparsec.ir.schedule import Schedule, Workload
-from sparsec.ir.types import DType
 from sparsec.target import Target
 
 OP = "linear_int8"
@@ -56,8 +56,6 @@ TILE_STRIP = 32  # or less, for blocks of fewer rows
 BLOCK_ROWS = (4, 8, 16, 32, 64)
 LEAST_TILE_ROWS = 8
 MOST_PANELS = 8  # of a group
-U8_MAX = 255
-STEPS_OF_COARSE = 64  # a coarse activation is off by less than this part of a step of the result
 PARAMS = ("rows", "cols", "strip", "group", "most")  # most tokens, or 0: any number
 
 
@@ -171,7 +169,7 @@ class Int8GemmFamily:
         m, k = weight.type.shape
         assert isinstance(m, int), node
         assert isinstance(k, int), node
-        epilogue = _plain_epilogue(node)
+        epilogue = plain_epilogue(node)
         flags = [*["bytoken"] * epilogue.by_token, *["residual"] * epilogue.has_residual]
         end = " ".join([epilogue.activation, *flags])
         name, density = layout_and_density(weight)
@@ -214,17 +212,17 @@ class Int8GemmFamily:
             return [_bitmap_call(node, weight.data, binder)]
         rows, cols, strip, group, most = (schedule.param(n) for n in PARAMS)
         form, isa = Form(rows, cols, strip), int8_isa(schedule.isa)
-        kernel = kernel_of(form, isa, _epilogue(node, isa), most)
+        kernel = kernel_of(form, isa, epilogue_of(node, isa), most)
         packed = pack(weight.data, form, isa)
         m, k = weight.data.shape
         tokens = x.type.tokens
         args: list[Arg] = [
             binder.ref(x),
             *_weights(node, packed, form, isa, binder),
-            *_rows(node, rows, kernel.epilogue, binder),
-            *_operands(node, kernel.epilogue, binder),
+            *row_values(node, rows, kernel.epilogue, binder),
+            *operands(node, kernel.epilogue, binder),
             *(tokens, m, k, group, *([rows // strip] if kernel.tall else [])),
-            *_numbers(node, kernel.epilogue),
+            *numbers(node, kernel.epilogue),
         ]
         blocks = -(-m // rows)
         density = 1.0 if cols == 0 else packed.quads * QUAD / (k * blocks)
@@ -247,10 +245,10 @@ class Int8GemmFamily:
             kernel_of(form, isa, epilogue, most)
             for isa in INT8_ISAS
             for form in _distinct_forms(isa)
-            for epilogue in _epilogues(isa)
+            for epilogue in epilogues(isa)
             for most in (0, *limits(isa))
         ]
-        return [*found, *(BitmapGemm.of(epilogue) for epilogue in _epilogues(AVX512_VBMI2))]
+        return [*found, *(BitmapGemm.of(epilogue) for epilogue in epilogues(AVX512_VBMI2))]
 
 
 def _distinct_forms(isa: Int8Isa) -> list[Form]:
@@ -263,70 +261,6 @@ def _distinct_forms(isa: Int8Isa) -> list[Form]:
     return [*forms(None, isa), *sparse, Form(1, QUAD, 1), Form(1, 1, 1)]
 
 
-def _epilogues(isa: Int8Isa) -> list[Epilogue]:
-    """All that `_epilogue` gives."""
-    found = [
-        Epilogue(a, residual, by_token=by_token)
-        for a, residual, by_token in product(ACTIVATIONS, (False, True), (False, True))
-    ]
-    ends = ((False, False), (False, True), (True, False))
-    for activation, (residual, bounded) in product(ACTIVATIONS, ends):
-        may_be: dict[ActivationForm, bool] = {
-            "exact": True,
-            "coarse": activation in COARSE,
-            "pieces": not residual and pieces.may_take_pieces(activation, isa.lanes),
-            "steps": not residual and activation == "none",
-        }
-        found += [Epilogue(activation, residual, True, f, bounded) for f in may_be if may_be[f]]
-    return found
-
-
-def _plain_epilogue(node: Node) -> Epilogue:
-    """Without its form and bound, which numbers and the instruction set decide."""
-    residual, by_token = (node.optional_input(i) is not None for i in (4, 5))
-    to_u8 = node.output.type.dtype is DType.U8
-    activation = str(node.attrs["activation"])
-    return Epilogue(activation, residual, to_u8, by_token=by_token and not to_u8)
-
-
-def _epilogue(node: Node, isa: Int8Isa) -> Epilogue:
-    plain = _plain_epilogue(node)
-    if not plain.to_u8:
-        return plain
-    activation, residual = plain.activation, plain.has_residual
-    scale, units = node.attrs["out_scale"], 1
-    form: ActivationForm = "exact"
-    fits = not residual and pieces.may_take_pieces(activation, isa.lanes)
-    table = _pieces(node) if fits else None
-    if table is not None:
-        form, units = "pieces", pieces.units_per_step(table)
-    elif activation in COARSE and scale >= STEPS_OF_COARSE * MAX_ERROR:
-        form = "coarse"
-    elif _row_scales(node).out_scale != scale:
-        form = "steps"
-    bounded = not residual and _largest(node) / scale * units < 2**30
-    return replace(plain, form=form, is_bounded=bounded)
-
-
-def _largest(node: Node) -> float:
-    """A bound of the result before the residual: no activation exceeds max(1, |x|)."""
-    weight, scale, bias = node.input(1).data, node.input(2).data, node.optional_input(3)
-    assert weight is not None, node
-    assert scale is not None, node
-    rows = U8_MAX * np.abs(weight.astype(np.int32)).sum(axis=1) * scale * node.attrs["x_scale"]
-    if bias is not None and bias.data is not None:
-        rows = rows + np.abs(bias.data)
-    return max(1.0, float(rows.max(initial=0)))
-
-
-def _row_scales(node: Node) -> Rows:
-    """The multiplier and the bias of each row, and the scale that the result is stored with."""
-    scale, bias = node.input(2).data, node.optional_input(3)
-    assert scale is not None, node
-    is_plain = all(node.optional_input(i) is None for i in (4, 5))
-    return rows_of(node.attrs, scale, None if bias is None else bias.data, is_plain)
-
-
 def _share_of_values(weight: Value) -> float:
     """Of those that are not zero; 1 where that is most of them, as masks would not pay."""
     assert weight.data is not None, weight
@@ -336,7 +270,7 @@ def _share_of_values(weight: Value) -> float:
 
 def _bitmap_call(node: Node, w: Array, binder: Binder) -> KernelCall:
     kernel, packed, tokens = (
-        BitmapGemm.of(_epilogue(node, AVX512_VBMI2)),
+        BitmapGemm.of(epilogue_of(node, AVX512_VBMI2)),
         pack_bitmap(w),
         node.input(0).type.tokens,
     )
@@ -346,10 +280,10 @@ def _bitmap_call(node: Node, w: Array, binder: Binder) -> KernelCall:
     args: list[Arg] = [
         binder.ref(node.input(0)),
         *(binder.weight(f"{name}.{n}", array) for n, array in packed.arrays.items()),
-        *_rows(node, ROWS, kernel.epilogue, binder),
-        *_operands(node, kernel.epilogue, binder),
+        *row_values(node, ROWS, kernel.epilogue, binder),
+        *operands(node, kernel.epilogue, binder),
         *(tokens, m, k),
-        *_numbers(node, kernel.epilogue),
+        *numbers(node, kernel.epilogue),
     ]
     title = f"bitmap, {share:.0%} stored, {kernel.epilogue.activation}"
     return KernelCall(
@@ -364,51 +298,8 @@ def _bitmap_call(node: Node, w: Array, binder: Binder) -> KernelCall:
     )
 
 
-def _operands(node: Node, epilogue: Epilogue, binder: Binder) -> list[BufferRef]:
-    """What the epilogue reads of tokens and of its activation, and the result."""
-    read = (node.optional_input(5), node.optional_input(4))
-    table = _pieces(node) if epilogue.form == "pieces" else None
-    return [
-        *(binder.ref(v) for v in read if v is not None),
-        *([] if table is None else [binder.weight(f"{node.name}.pieces", table)]),
-        binder.ref(node.output),
-    ]
-
-
-def _pieces(node: Node) -> Array | None:
-    return pieces.piece_table(str(node.attrs["activation"]), node.attrs["out_scale"])
-
-
-def _numbers(node: Node, epilogue: Epilogue) -> list[Arg]:
-    if not epilogue.to_u8:
-        return []
-    inverse = float(np.float32(1) / np.float32(node.attrs["out_scale"]))
-    return [*([] if epilogue.form in SCALED else [inverse]), int(node.attrs["out_zero_point"])]
-
-
 def _weights(
     node: Node, packed: PackedWeight, form: Form, isa: Int8Isa, binder: Binder
 ) -> list[BufferRef]:
     name = f"{node.input(1).name}.{form.rows}x{form.cols}.{isa.name}"
     return [binder.weight(f"{name}.{n}", array) for n, array in packed.arrays.items()]
-
-
-def _rows(node: Node, rows: int, epilogue: Epilogue, binder: Binder) -> list[BufferRef]:
-    """What there is one of per row, up to whole blocks: offset, multiplier and bias.
-
-    The zero point of x is in the offset: sum (x - zero) w = sum x w - zero sum w.
-    """
-    weight, per_row = node.input(1).data, _row_scales(node)
-    assert weight is not None, node
-    sums = weight.astype(np.int32).sum(axis=1, dtype=np.int32)
-    factor, of = np.float32(1), ""
-    if epilogue.form == "pieces":
-        table = _pieces(node)
-        assert table is not None, node
-        factor, of = pieces.units(table, node.attrs["out_scale"]), ".units"
-    values = {
-        "offset": (-int(node.attrs["x_zero_point"]) * sums).astype(np.int32),
-        f"multiplier{of}": per_row.multiplier * factor,
-        f"bias{of}": per_row.bias * factor,
-    }
-    return [binder.weight(f"{node.name}.{n}", pack_rows(v, rows)) for n, v in values.items()]
