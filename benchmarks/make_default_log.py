@@ -27,7 +27,7 @@ from sparsec.tools.tune import TuneOptions, tune
 from sparsec.tuning import log_files
 from sparsec.tuning.log import TuningLog
 from sparsec.tuning.lookup import DEFAULT_LOG
-from sparsec.tuning.record import Machine
+from sparsec.tuning.record import Machine, TuningRecord
 
 MODELS = "bert-mini,minilm-l6,distilbert,bert-base"
 SPARSITY = 0.8
@@ -58,11 +58,14 @@ def main() -> int:
 def merge_into(path: Path, work: TuningLog, here: Machine) -> int:
     """Put the best records of `work` into the log at `path`; returns how many it has then."""
     fresh = [r for r in work.records if not log_files.is_stale(r, revision)]
-    others = [r for r in TuningLog.read(path).records
-              if r.machine.cpu != here.cpu and not log_files.is_stale(r, revision)]  # fmt: skip
-    records = [*others, *map(log_files.condensed, log_files.best(fresh))]
-    log_files.write(path, records)
-    return len(records)
+
+    def records() -> list[TuningRecord]:
+        known = TuningLog.read(path).records
+        others = [r for r in known if r.machine.cpu != here.cpu]
+        others = [r for r in others if not log_files.is_stale(r, revision)]
+        return [*others, *map(log_files.condensed, log_files.best(fresh))]
+
+    return log_files.write(path, records)
 
 
 def _models(names: list[str], folder: Path) -> Iterator[tuple[str, Path]]:

@@ -27,6 +27,7 @@ def describe_program(
         "symbols": list(program.symbols),
         "inputs": [_port(p) for p in program.inputs],
         "outputs": [_port(p) for p in program.outputs],
+        "limits": _limits(program),
         "steps": [_step(program, c) for c in program.calls],
         **({"chains": describe_chains(program)} if program.chains else {}),
         "arena": describe_arena(program),
@@ -47,9 +48,9 @@ def describe_arena(program: Program) -> dict[str, Any]:
     EXAMPLE_TOKENS, or of as many as it can have."""
     shapes = [port.type.shape for port in program.inputs]
     first = {name for shape in shapes for dim in shape[:1] for name in symbols(dim)}
-    most = {only_atom(limit.dim): limit.most for limit in program.limits}
+    most = _limits(program)
     env = {
-        name: 1 if name in first else min(EXAMPLE_TOKENS, most.get(Symbol(name), EXAMPLE_TOKENS))
+        name: 1 if name in first else min(EXAMPLE_TOKENS, most.get(name, EXAMPLE_TOKENS))
         for name in program.symbols
     }
     axes = [evaluate(dim, env) for dim in shapes[0][:2]] if shapes else []
@@ -60,6 +61,16 @@ def describe_arena(program: Program) -> dict[str, Any]:
         "bytes": total,
         "bytes_per_token": round(total / max(1, math.prod(axes))),
     }
+
+
+def _limits(program: Program) -> dict[str, int]:
+    """The largest value of each symbol that has one by itself."""
+    found: dict[str, int] = {}
+    for limit in program.limits:
+        atom = only_atom(limit.dim)
+        if isinstance(atom, Symbol):
+            found[atom.name] = min(limit.most, found.get(atom.name, limit.most))
+    return found
 
 
 def describe_chains(program: Program) -> list[dict[str, int]]:

@@ -131,8 +131,10 @@ def load_calibration(path: Path, graph: Graph) -> list[Feed]:
         raise InvalidInput(
             f"{path}: the model wants the arrays {wanted}: missing {missing}, unknown {unknown}"
         )
+    rows = table_rows(graph)
     for value in graph.inputs:
         _check(path, value, arrays[value.name])
+        _check_rows(path, value.name, arrays[value.name], rows.get(value))
     first = wanted[0]
     samples = len(arrays[first])
     for name in wanted:
@@ -211,6 +213,13 @@ def _check(path: Path, value: Value, data: Array) -> None:
         raise InvalidInput(f"{path}: array {value.name} holds no sample; at least one is needed")
     if data.dtype.kind == "f" and not np.isfinite(data).all():
         raise InvalidInput(f"{path}: array {value.name} holds NaN or infinite values")
+
+
+def _check_rows(path: Path, name: str, data: Array, rows: int | None) -> None:
+    """That each index has a row in its table, of so many rows."""
+    if rows is not None and (data.min() < -rows or data.max() >= rows):
+        wrong = data.max() if data.max() >= rows else data.min()
+        raise InvalidInput(f"{path}: array {name} holds {wrong}, its table has {rows} rows")
 
 
 def batch_size(graph: Graph) -> int | None:

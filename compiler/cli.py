@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.command(args))
     except (CompilerError, OSError) as error:
         return _refuse(error)
+    except MemoryError as error:
+        return _refuse(InvalidInput(f"there is not enough memory: {error}"))
     except ModuleNotFoundError as error:
         return _refuse(MissingPackage(error.name))
     except KeyboardInterrupt:
@@ -76,6 +78,7 @@ def _compile(args: argparse.Namespace) -> int:
             max_error=args.max_error,
             all_roundings=args.all_roundings,
             keep_padding=args.keep_padding,
+            threads=args.threads,
             log=args.log,
             dump_ir=args.dump_ir,
             report=args.report,
@@ -96,13 +99,17 @@ def _calibration(args: argparse.Namespace) -> Calibration | None:
 
     given = args.calibration
     if given is None and args.calibration_text is None:
+        if args.calibration_method is not None:
+            raise InvalidInput(
+                "--calibration-method goes with --calibration or --calibration-text: give samples"
+            )
         return None
     return Calibration(
         data=Path(given) if given not in (None, "random") else None,
         text=args.calibration_text,
         tokenizer=args.tokenizer,
         random=given == "random",
-        method=args.calibration_method,
+        method=args.calibration_method or "minmax",
     )
 
 
@@ -140,10 +147,16 @@ def _notes(report: dict[str, Any]) -> list[str]:
         notes.append(f"generic (not hand-tuned) ops: {', '.join(slow)}")
     if report["isa"] != "avx2" and any("int8_gemm.avx2" in x["schedule"] for x in layers):
         notes.append("int8 products use AVX2 kernels: the target has AVX-512 without VNNI")
-    attention = next((p for p in report["passes"] if p["name"] == "quantize_attention"), None)
-    if attention is not None and attention["notes"]:
-        first, *more = attention["notes"]
-        notes.append(f"{first}" + (f"; and {len(more)} more attentions" if more else ""))
+    left = {p["name"]: p["notes"] for p in report["passes"]}
+    if left.get("quantize"):
+        in_int8 = sum(layer["op"] == "linear_int8" for layer in layers)
+        of = in_int8 + sum(layer["op"] == "linear" for layer in layers)
+        first, *more = left["quantize"]
+        others = f"; and {len(more)} more products" if more else ""
+        notes.append(f"{in_int8} of {of} products in int8: {first}{others}")
+    if left.get("quantize_attention"):
+        first, *more = left["quantize_attention"]
+        notes.append(first + (f"; and {len(more)} more attentions" if more else ""))
     padding = report["padding"]
     dropped = "padding tokens are not computed; outputs there are 0"
     return [*notes, dropped if padding["dropped"] else padding["why"]]
@@ -178,7 +191,7 @@ def _verify(args: argparse.Namespace) -> int:
         result = verify(
             args.model,
             args.onnx,
-            shapes=[_batch_seq(text) for text in args.shapes.split(",")],
+            shapes=args.shapes and [_batch_seq(text) for text in args.shapes.split(",")],
             threads=args.threads,
             tolerance=args.tolerance,
             seed=args.seed,
@@ -194,7 +207,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _batch_seq(text: str) -> tuple[int, int]:
     parts = text.split("x")
-    if len(parts) != 2 or not all(p.isdigit() and int(p) > 0 for p in parts):
+    if len(parts) != 2 or not all(p.isdecimal() and int(p) > 0 for p in parts):
         raise InvalidInput(f"shape {text!r}: wanted BATCHxSEQ, for example 1x128")
     return int(parts[0]), int(parts[1])
 
@@ -250,7 +263,7 @@ def _add_compile(commands: Any) -> None:
     p.add_argument(
         "--calibration-method",
         choices=["minmax", "percentile", "entropy", "mse"],
-        default="minmax",
+        help="how ranges are found in the samples (default: minmax)",
     )
     p.add_argument(
         "--dynamic",
@@ -300,6 +313,13 @@ def _add_compile(commands: Any) -> None:
         help="compute padding tokens even where they can not matter",
     )
     p.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        metavar="N",
+        help="choose layouts and schedules for so many threads (default 1); any number can run it",
+    )
+    p.add_argument(
         "--log",
         metavar="FILE|none",
         help="schedules from a tuning log (default: the one of the package)",
@@ -333,7 +353,11 @@ def _add_verify(commands: Any) -> None:
     p = commands.add_parser("verify", help="compare a compiled model with its ONNX file")
     p.add_argument("model", type=Path)
     p.add_argument("--onnx", type=Path, required=True)
-    p.add_argument("--shapes", default="1x1,1x7,3x33,2x128", metavar="BxS,...")
+    p.add_argument(
+        "--shapes",
+        metavar="BxS,...",
+        help="default: 1x1,1x7,3x33,2x128, sequences cut to those that the model can take",
+    )
     p.add_argument("--tolerance", type=float, default=1e-4, help="largest absolute error allowed")
     p.add_argument("--threads", type=int, default=0)
     p.add_argument("--seed", type=int, default=0)

@@ -82,10 +82,13 @@ def _bench_throughput(args: argparse.Namespace) -> int:
 
 
 def _profile(args: argparse.Namespace) -> int:
+    from sparsec.files import check_writable
     from sparsec.tools.console import progress
     from sparsec.tools.profile import print_profile, profile, write_trace
     from sparsec.tuning.rates_file import cache_folder
 
+    if args.trace:
+        check_writable(args.trace)
     with progress(args.quiet or args.json) as tell:
         result = profile(
             args.model,

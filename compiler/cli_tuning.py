@@ -71,8 +71,10 @@ def _tune(args: argparse.Namespace) -> int:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    parts = text.split(",")
-    return tuple(int(part) for part in parts) if all(p.isdigit() for p in parts) else ()
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        return ()
 
 
 def _advise(args: argparse.Namespace) -> int:
@@ -94,6 +96,8 @@ def _advise(args: argparse.Namespace) -> int:
         args.tokens, args.threads, _blocks(args.blocks), _shares(args.sparsities), args.latency_ms
     )
     advice = advise(args.model, compile_options, options)
+    for warning in advice["warnings"]:
+        print(f"sparsec: warning: {warning}", file=sys.stderr)
     if args.json:
         print(json.dumps(advice, indent=1))
     else:

@@ -16,6 +16,7 @@ from sparsec.codegen.isa import FEATURES
 from sparsec.codegen.program import Program
 from sparsec.codegen.toolchain import link_library
 from sparsec.errors import InvalidInput
+from sparsec.files import check_writable, replacing
 from sparsec.options import Calibration, CompileOptions
 from sparsec.stages import Clock, Progress, build_target, prepare, read_log
 from sparsec.target import Isa, Target
@@ -50,6 +51,7 @@ def compile_model(
     max_error: float | None = None,
     all_roundings: bool = False,
     keep_padding: bool = False,
+    threads: int = 1,
     log: str | os.PathLike[str] | None = None,
     dump_ir: str | os.PathLike[str] | None = None,
     report: str | os.PathLike[str] | None = None,
@@ -74,14 +76,16 @@ def compile_model(
     what its products read. With `keep_padding` padding is computed even where it can not matter;
     else the outputs of such tokens are 0. `log` is a tuning log: schedules come from it where it
     has any. By default it is the one of the package; "none" is no log. `rates` is the folder of
-    what `sparsec calibrate` measured: for this machine, layouts and schedules are chosen by that.
+    what `sparsec calibrate` measured: for this machine, layouts and schedules are chosen by that,
+    for runs with `threads` threads (any number runs the library).
     `dump_ir` is a folder for the graph after each pass, `report` a JSON file. `progress` is told
     each stage.
 
     Raises CompilerError: its subclasses say what was wrong with the model or the arguments.
     Nothing is left behind at `output` when it does.
     """
-    targets = (target,) if isinstance(target, Target) else Target.listed(target or "native")
+    names = "native" if target is None else target
+    targets = (names,) if isinstance(names, Target) else Target.listed(names)
     if len(targets) > 1 and isa is not None:
         raise InvalidInput(
             f"--isa {isa.value} limits one target; of several leave out those that are better"
@@ -100,6 +104,7 @@ def compile_model(
         max_error=max_error,
         all_roundings=all_roundings,
         keep_padding=keep_padding,
+        threads=threads,
         log="none" if log == "none" else Path(log) if log is not None else None,
         dump_ir=Path(dump_ir) if dump_ir is not None else None,
         report=Path(report) if report is not None else None,
@@ -116,6 +121,8 @@ def _compile(
     """`every` is the options for each target, best first: they differ in the target alone."""
     options = every[0]
     _check_output(output)
+    if options.report is not None:
+        check_writable(options.report)
     log = read_log(options)
     clock = Clock(progress)
     prepared = prepare(model, options, clock)
@@ -131,7 +138,10 @@ def _compile(
     objects = build_kernels(*(part.program for part in parts))
 
     clock.start("link")
-    blobs = link_library(parts, objects, output, cc=options.cc, progress=progress)
+    try:
+        blobs = link_library(parts, objects, output, cc=options.cc, progress=progress)
+    except OSError as error:
+        raise InvalidInput(f"{output}: can not be written: {error.strerror}") from None
     clock.stop()
     report = {
         **built[0].report,
@@ -141,7 +151,8 @@ def _compile(
         "seconds": clock.seconds,
     }
     if options.report is not None:
-        _write_json(options.report, report)
+        with replacing(options.report) as path:
+            path.write_text(json.dumps(report, indent=1) + "\n")
     return CompileResult(output, output.with_suffix(".py"), report, clock.seconds)
 
 
@@ -168,8 +179,7 @@ def _own_dumps(options: CompileOptions, targets: int) -> CompileOptions:
 def _check_output(output: Path) -> None:
     if output.suffix != ".so":
         raise InvalidInput(f"{output}: the output must end in .so")
-    if not output.parent.is_dir():
-        raise InvalidInput(f"{output}: the folder {output.parent} does not exist; create it first")
+    check_writable(output)
     loader = output.with_suffix(".py")
     if loader.exists() and not _is_loader(loader):
         raise InvalidInput(
@@ -184,9 +194,3 @@ def _is_loader(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return file.read(len(LOADER_BEGINS)) == LOADER_BEGINS
-
-
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=1) + "\n")
-    temporary.replace(path)

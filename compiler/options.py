@@ -63,6 +63,7 @@ class CompileOptions:
     balance: float | None = None  # of int8 inputs with weights: how much weights take over, 0..1
     max_error: float | None = None  # of the outputs, relative: layers fall back to fp32 for it
     all_roundings: bool = False  # of a quantised model
+    threads: int = 1  # that the model is to run with: which records and costs count
     keep_padding: bool = False  # compute padding even where it can not matter
     shapes: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
     log: Path | Literal["none"] | None = None  # a tuning log; None: that of the package
@@ -85,6 +86,8 @@ class CompileOptions:
                 "--dynamic finds the ranges of the activations when the model runs: leave out "
                 "either it or the calibration"
             )
+        if self.threads < 1:
+            raise InvalidInput(f"--threads {self.threads}: wanted at least 1")
         self._check_balance()
         self._check_max_error()
         if self.precision in ("fp32", "bf16") and self.all_roundings:

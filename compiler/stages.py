@@ -156,7 +156,7 @@ def scheduled_graph(model: Path, options: CompileOptions) -> Graph:
 def _layouts(graph: Graph, options: CompileOptions) -> tuple[CheapestLayout, str]:
     """For the target that the options leave, by the best rates that are known; and which."""
     target, basis = with_known_rates(options.target, options.rates)
-    return CheapestLayout(limited(target, options.isa), usual_shape(graph)), basis
+    return CheapestLayout(limited(target, options.isa), usual_shape(graph), options.threads), basis
 
 
 def read_log(options: CompileOptions) -> TuningLog:
@@ -187,7 +187,7 @@ def _transform(
         records += PassManager(_bf16(options, supported), dump).run(graph)
     clock.start("schedule")
     pipeline = target_pipeline(
-        lambda node, bucket: schedule_from(log, node, bucket, target),
+        lambda node, bucket: schedule_from(log, node, bucket, target, options.threads),
         layouts,
         keep_padding=options.keep_padding,
     )
@@ -229,7 +229,7 @@ def _int8(
         supported,
         attention=attention,
         objection=objection,
-        only_own_tables=options.all_roundings,
+        all_roundings=options.all_roundings,
     )
     return [*undo, *passes], accuracy
 

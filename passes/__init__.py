@@ -116,13 +116,13 @@ def int8_pipeline(
     *,
     attention: bool = True,
     objection: Objection = lambda fp32, int8: None,
-    only_own_tables: bool = False,
+    all_roundings: bool = False,
 ) -> list[Pass]:
     """The passes that turn a graph of `graph_pipeline` into one of int8 ops.
 
     `supported` says whether a kernel computes a node on the target; without `attention` that
-    stays fp32, and so does one to which there is an `objection`. With `only_own_tables` so do the
-    tables that the model itself has not in bytes.
+    stays fp32, and so does one to which there is an `objection`. With `all_roundings` so do the
+    tables that the model itself has not in bytes, and what it rounds is rounded.
     """
     # Its operands are int8 by then.
     last = [QuantizeAttention(quantization.ranges, supported, quantization.fallback, objection)]
@@ -132,6 +132,7 @@ def int8_pipeline(
             quantization.keep_fp32,
             quantization.dynamic,
             quantization.fallback,
+            all_roundings,
         ),
         FoldQuantize(),
         MoveResidual(),
@@ -140,7 +141,7 @@ def int8_pipeline(
             quantization.keep_fp32,
             supported,
             fallback=quantization.fallback,
-            only_own=only_own_tables,
+            only_own=all_roundings,
         ),
     ]
 

@@ -240,4 +240,7 @@ def _take(graph: Graph, tokens: _Tokens, value: Value) -> Value:
 def _reshape(graph: Graph, value: Value, shape: tuple[Dim, ...]) -> Value:
     if value.type.shape == shape:
         return value
+    sizes = [d for d in shape if isinstance(d, int)]
+    if value.data is not None and len(sizes) == len(shape):
+        return graph.add_constant(value.data.reshape(sizes), value.name)
     return graph.add("reshape", [value], {"shape": shape}, name=value.name)

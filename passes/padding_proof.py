@@ -31,11 +31,12 @@ EMBEDDINGS = ("embedding", "embedding_int8")
 # Operands that hold tokens, of ops whose others are constants.
 TOKEN_OPERANDS = {
     "linear": (0, 3),
-    "linear_int8": (0, 4),
+    "linear_int8": (0, 4, 5),
     "linear_bf16": (0, 3),
     "to_bf16": (0,),
     "layer_norm": (0, 3),
     "quantize": (0,),
+    "quantize_tokens": (0,),
     "dequantize": (0,),
     "matmul": (0,),
 }

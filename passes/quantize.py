@@ -55,12 +55,16 @@ class Quantization:
 
 @dataclass(frozen=True, slots=True)
 class Quantize:
-    """After fuse_epilogue, whose activations and residuals the products keep."""
+    """After fuse_epilogue, whose activations and residuals the products keep.
+
+    With `all_roundings` products that stay fp32 read what the model itself rounds as it does.
+    """
 
     ranges: Mapping[str, tuple[float, float]]
     keep_fp32: tuple[str, ...] = ()
     dynamic: bool = False
     fallback: frozenset[str] = frozenset()
+    all_roundings: bool = False
     name: str = "quantize"
 
     def run(self, graph: Graph) -> PassResult:
@@ -79,7 +83,7 @@ class Quantize:
         for node in found:
             if node not in without:
                 rewriting.visit(node)
-        for node in graph.nodes:
+        for node in [] if self.all_roundings else graph.nodes:
             rounding = node_rounding(node)
             if rounding is not None:
                 graph.replace_input(node, 0, rounding.input(0))  # for nothing: it stays fp32

@@ -141,11 +141,13 @@ _FIRST_BYTES = ModelStruct.target.offset  # of the table in the first libraries
 _DTYPE_NAMES = "bool int8 uint8 int16 uint16 int32 uint32 int64 uint64 float16 float32 float64"
 _DTYPES = {code: np.dtype(name) for code, name in enumerate(_DTYPE_NAMES.split(), start=1)}
 _INPUT_STATUSES = (1, 2, 3, 4)  # the caller's arguments are to blame
-_UNSUPPORTED_CPU = 6
+_INDEX_OUT_OF_RANGE, _UNSUPPORTED_CPU = 1, 6
 _THREAD_FAILED = 9
 _PIN_NONE, _PIN_CORES, _PIN_LIST = 0, 1, 2
 _MAX_THREADS = 1024
 _MAX_IDLE_CONTEXTS = 64
+# By device and inode, the times and sizes of the files that were loaded: they stay mapped.
+_mapped: dict[tuple[int, int], tuple[int, int]] = {}
 
 Shapes = tuple[tuple[int, ...], ...]
 _Table = tuple[str, str, ModelStruct]  # the name of a target, its level, its code
@@ -297,14 +299,20 @@ class Model:
     def _open(self) -> ctypes.CDLL:
         try:
             with self.path.open("rb") as file:
-                problem = _elf_problem(file.read(64), file, os.fstat(file.fileno()).st_size)
-                spelling = _unique_spelling(self.path, os.fstat(file.fileno()))
+                status = os.fstat(file.fileno())
+                problem = _elf_problem(file.read(64), file, status.st_size)
         except OSError as error:
             raise self._errors.abi_mismatch(f"{self.path}: {error.strerror}") from None
         if problem:
             raise self._errors.abi_mismatch(f"{self.path}: {problem}")
+        contents = status.st_mtime_ns, status.st_size
+        if _mapped.setdefault((status.st_dev, status.st_ino), contents) != contents:
+            raise self._errors.abi_mismatch(
+                f"{self.path}: was overwritten after this process had loaded it, which may crash; "
+                "write a new file and rename it to this name, and restart this process"
+            )
         try:
-            return ctypes.CDLL(spelling)
+            return ctypes.CDLL(_unique_spelling(self.path, status))
         except OSError as error:
             raise self._errors.abi_mismatch(f"{self.path} can not be loaded: {error}") from None
 
@@ -361,7 +369,10 @@ class Model:
         return [self._check_array(port, inputs[port.name]) for port in self.inputs]
 
     def _check_array(self, port: Port, value: Any) -> Array:
-        array = np.asarray(value)
+        try:
+            array = np.asarray(value)
+        except ValueError as error:
+            raise self._errors.invalid_input(f"input {port.name!r}: {error}") from None
         if array.ndim != len(port.shape):
             raise self._errors.invalid_input(
                 f"input {port.name!r}: wanted rank {len(port.shape)} "
@@ -428,7 +439,8 @@ class Model:
         else:
             times = step_ns.ctypes.data_as(ctypes.POINTER(ctypes.c_uint64))
             status = self._model.run_timed(*places, times)
-        self._check(status, context)
+        outside = self._index_outside(arrays) if status == _INDEX_OUT_OF_RANGE else ""
+        self._check(status, context, outside)
         return {port.name: array for port, array in zip(self.outputs, outputs, strict=True)}
 
     def _prepare(self, context: _ContextHandle, shapes: Shapes) -> None:
@@ -449,12 +461,25 @@ class Model:
         self._check(self._model.output_shape(context.handle, index, shape), context)
         return tuple(shape[:rank])
 
-    def _check(self, status: int, context: _ContextHandle | None) -> None:
+    def _index_outside(self, arrays: list[Array]) -> str:
+        """Which input holds the index that a table has no row for, if one does."""
+        named = {port.name: array for port, array in zip(self.inputs, arrays, strict=True)}
+        padding = self.description.get("padding", {})
+        read = named[padding["mask"]] != 0 if padding.get("dropped") else True
+        for name, rows in self.description.get("input_ranges", {}).items():
+            ids = named[name]
+            places = np.argwhere(((ids < -rows) | (ids >= rows)) & read)
+            if len(places):
+                at = places[0].tolist()
+                return f"; input {name!r} at {at} is {ids[tuple(at)]}, its table has {rows} rows"
+        return ""
+
+    def _check(self, status: int, context: _ContextHandle | None, more: str = "") -> None:
         if status == 0:
             return
         text = _text(self._model.status_text(status))
         detail = _text(self._model.last_error(context.handle)) if context else ""
-        message = f"{self.name}: {detail or text}"
+        message = f"{self.name}: {detail or text}{more}"
         if status == _UNSUPPORTED_CPU:
             raise self._errors.unsupported_cpu(message)
         if status == _THREAD_FAILED and len(self._cpus):

@@ -344,6 +344,11 @@ BAD: list[tuple[Callable[[], Arrays], str]] = [
     (lambda: changed("input_ids", np.ones((20, 5), np.int64)), r"(?s)axis 1.*must be equal"),
     (lambda: changed("attention_mask", np.ones((3, 6), np.int64)), "attention_mask has 3 samples"),
     (lambda: arrays(0), "input_ids holds no sample"),
+    (
+        lambda: changed("input_ids", np.full((20, 6), 100)),
+        "input_ids holds 100, its table has 100",
+    ),
+    (lambda: changed("token_type_ids", np.full((20, 6), -3)), "token_type_ids holds -3"),
     (lambda: arrays(20, 65), "seq is 65, at most 64"),
     (lambda: changed("input_ids", np.array([None])), "cannot be read"),
 ]

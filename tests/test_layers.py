@@ -19,6 +19,7 @@ FOLDERS = {
 RANKS = {
     "__version__": 0,
     "errors": 0,
+    "files": 1,
     "sparse": 1,
     "ranges": 1,
     "rates": 1,

@@ -45,6 +45,7 @@ from sparsec.tuning.record import Machine
 from sparsec.tuning.task import tokens_of
 
 SCHEMA = 1  # of the JSON; fields may be added to it, none is taken away or changed
+MOST_TOKENS = 1 << 24
 MEASURED, MODELLED = "measured", "modelled"
 
 Block = tuple[int, int]
@@ -64,14 +65,16 @@ class AdviseOptions:
     latency_ms: float | None = None
 
     def __post_init__(self) -> None:
-        if self.tokens < 1 or self.threads < 1:
-            raise InvalidInput("--tokens and --threads: wanted at least 1")
+        if not 1 <= self.tokens <= MOST_TOKENS:
+            raise InvalidInput(f"--tokens {self.tokens}: wanted 1 to {MOST_TOKENS}")
+        if self.threads < 1:
+            raise InvalidInput(f"--threads {self.threads}: wanted at least 1")
         if not self.sparsities or not all(0.0 < s < 1.0 for s in self.sparsities):
             raise InvalidInput("--sparsities: wanted shares between 0 and 1, such as 0.7,0.8,0.9")
         if not self.blocks or not all(r > 0 and c > 0 for r, c in self.blocks):
             raise InvalidInput("--blocks: wanted output x input channels, such as 4x1,16x4")
-        if self.latency_ms is not None and self.latency_ms <= 0:
-            raise InvalidInput(f"--latency-ms {self.latency_ms}: wanted more than 0")
+        if self.latency_ms is not None and not 0 < self.latency_ms < math.inf:
+            raise InvalidInput(f"--latency-ms {self.latency_ms:g}: wanted more than 0")
 
 
 def advise(model: Path, compile_options: CompileOptions, options: AdviseOptions) -> dict[str, Any]:
@@ -114,6 +117,7 @@ def advise(model: Path, compile_options: CompileOptions, options: AdviseOptions)
         "layers": layers,
         "models": models,
         "recommended": _recommended(models),
+        "warnings": [str(broken) for broken in log.broken],
     }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from sparsec.files import replacing
 from sparsec.ir.dims import evaluate, parse
 from sparsec.ir.schedule import EVERY, Bucket
 from sparsec.rates import product_of
@@ -162,9 +163,8 @@ def write_trace(result: dict[str, Any], path: Path) -> None:
             }
         )
         start_us += duration_us
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps({"traceEvents": events}))
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps({"traceEvents": events}))
 
 
 def print_profile(result: dict[str, Any], *, all_steps: bool) -> None:

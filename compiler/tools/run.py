@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from sparsec.errors import InvalidInput
+from sparsec.files import check_writable, replacing
 from sparsec.runtime import load
 
 
@@ -18,14 +19,13 @@ def run_file(
 
     Raises InvalidInput when the npz file can not be read or does not fit the model.
     """
+    check_writable(outputs)
     try:
         with np.load(inputs) as stored:
             arrays = {name: stored[name] for name in stored.files}
     except (ValueError, zipfile.BadZipFile, AttributeError) as error:
         raise InvalidInput(f"{inputs}: not an npz file of plain arrays: {error}") from None
     results = load(library, threads=threads, isa=isa)(arrays)
-    temporary = outputs.with_name(outputs.name + ".tmp")
-    with temporary.open("wb") as file:
+    with replacing(outputs) as path, path.open("wb") as file:
         np.savez(file, **results)  # type: ignore[arg-type]  # its stub takes no array names
-    temporary.replace(outputs)
     return [f"{name}: {array.dtype} {list(array.shape)}" for name, array in results.items()]

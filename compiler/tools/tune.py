@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +26,7 @@ from sparsec.stages import limited, scheduled_graph
 from sparsec.target import Target
 from sparsec.tools.console import console
 from sparsec.tuning.cluster import tune_on
-from sparsec.tuning.log import TuningLog
+from sparsec.tuning.log import TuningLog, append
 from sparsec.tuning.rates_file import with_known_rates
 from sparsec.tuning.ray_nodes import LOCAL, ray_nodes
 from sparsec.tuning.record import Machine, Trial
@@ -53,6 +54,10 @@ class TuneOptions:
             raise InvalidInput("--tokens: wanted numbers of at least 1, such as 32,128,384")
         if self.threads < 1:
             raise InvalidInput(f"--threads {self.threads}: wanted at least 1")
+        if self.trials is not None and self.trials < 1:
+            raise InvalidInput(f"--trials {self.trials}: wanted at least 1")
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise InvalidInput(f"--minutes {self.minutes:g}: wanted more than 0")
         try:
             re.compile(self.layers)
         except re.error as error:
@@ -76,10 +81,13 @@ def tune(
     if options.ray is not None:
         return _tune_on_ray(model, compile_options, options, log, quiet=quiet)
     target, _ = with_known_rates(compile_options.target, compile_options.rates)
+    if options.threads > target.cores:
+        raise InvalidInput(f"--threads {options.threads}: this machine has {target.cores} cores")
     target = limited(target, compile_options.isa)
     # A batch without padding has the same products, and no operands that must fit each other.
     graph = scheduled_graph(model, replace(compile_options, keep_padding=True, log="none"))
     jobs = jobs_of(graph, target, options)
+    append(options.log, [])  # made now: trials that nobody keeps are for nothing
     budget = Budget(options.trials, options.minutes)
     with _progress(len(jobs), quiet) as tell:
         tuner = Tuner(Machine.of(target), options.log, log, budget, tell)
@@ -104,6 +112,7 @@ def _tune_on_ray(
             cpus = Counter(node.machine.cpu for node in nodes)
             found = ", ".join(f"{count} with {cpu}" for cpu, count in cpus.items())
             console().print(f"{len(nodes)} nodes: {found}", highlight=False)
+        append(options.log, [])
         budget = Budget(options.trials, options.minutes)
         with _progress(sum(map(len, jobs.values())), quiet) as tell:
             outcomes = tune_on(nodes, jobs, options.log, log, budget, tell)

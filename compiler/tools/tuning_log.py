@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from sparsec.codegen.kernels.revision import revision
+from sparsec.errors import InvalidInput
 from sparsec.tools import tuning_plot
 from sparsec.tools.console import console
 from sparsec.tuning import log_files
@@ -29,9 +30,7 @@ def show(paths: Sequence[Path], *, best: bool) -> None:
 
 def merge(paths: Sequence[Path], output: Path) -> int:
     """Write all records of the logs once; returns how many."""
-    records = log_files.merge([_read([path]) for path in paths])
-    log_files.write(output, records)
-    return len(records)
+    return log_files.write(output, lambda: log_files.merge([_read([path]) for path in paths]))
 
 
 def prune(path: Path, keep: int) -> tuple[int, int]:
@@ -39,10 +38,18 @@ def prune(path: Path, keep: int) -> tuple[int, int]:
 
     The records of a kept schedule stay together.
     """
-    log = _read([path])
-    kept = log_files.prune(log.records, revision, keep)
-    log_files.write(path, kept)
-    return len(log.records), len(kept)
+    if keep < 1:
+        raise InvalidInput(f"--keep {keep}: wanted at least 1")
+    before = 0
+
+    def kept() -> list[TuningRecord]:
+        nonlocal before
+        log = _read([path])
+        before = len(log.records)
+        return log_files.prune(log.records, revision, keep)
+
+    after = log_files.write(path, kept)
+    return before, after
 
 
 def check(paths: Sequence[Path]) -> bool:

@@ -15,12 +15,14 @@ from sparsec.tools.console import console
 from sparsec.tools.inputs import Arrays, random_inputs
 from sparsec.tools.peers import reference_runner
 
+SHAPES = ((1, 1), (1, 7), (3, 33), (2, 128))
+
 
 def verify(
     library: Path,
     onnx: Path,
     *,
-    shapes: Sequence[tuple[int, int]],
+    shapes: Sequence[tuple[int, int]] | None,
     threads: int,
     tolerance: float,
     seed: int,
@@ -29,10 +31,15 @@ def verify(
 ) -> dict[str, Any]:
     """Run both on random inputs with padding, for each (batch, seq) in `shapes`.
 
+    None: for SHAPES, with as long sequences as the model can take.
+
     The result has, per output, the largest absolute error and the least cosine over all shapes;
     `passed` says that every error is at most `tolerance`. NaN in one of the two fails.
     """
     model = load(library, threads=threads, isa=isa)
+    if shapes is None:
+        most = min(model.description.get("limits", {}).values(), default=SHAPES[-1][1])
+        shapes = list(dict.fromkeys((batch, min(seq, most)) for batch, seq in SHAPES))
     name, reference = reference_runner(onnx, threads)
     worst: dict[str, dict[str, float]] = {}
     for batch, seq in shapes:

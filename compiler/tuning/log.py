@@ -56,6 +56,10 @@ class Query:
     revision: str
 
 
+class LogNotWritten(InvalidInput):
+    """What was measured can not be kept: there is no sense in going on."""
+
+
 class TuningLog:
     """Records in the order in which they were read; `name` is what reports call the log."""
 
@@ -138,11 +142,11 @@ class TuningLog:
 def append(path: str | os.PathLike[str], records: Iterable[TuningRecord]) -> None:
     """Add records to a log, which is made when it is not there.
 
-    Raises InvalidInput when the file cannot be written; what was there before stays as it was.
+    Raises LogNotWritten when that fails; what was there before stays as it was.
     """
     text = "".join(record.to_json() + "\n" for record in records).encode()
     try:
-        with _locked(Path(path)) as file:
+        with locked(Path(path)) as file:
             end = os.lseek(file, 0, os.SEEK_END)
             if end and os.pread(file, 1, end - 1) != b"\n":
                 text = b"\n" + text
@@ -152,20 +156,31 @@ def append(path: str | os.PathLike[str], records: Iterable[TuningRecord]) -> Non
                 os.ftruncate(file, end)
                 raise
     except OSError as error:
-        raise InvalidInput(
+        raise LogNotWritten(
             f"{path}: the tuning log cannot be written ({error.strerror}); "
             "make room or name another file"
         ) from None
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[int]:
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+def locked(path: Path) -> Iterator[int]:
+    """The log's file for this writer alone; it is made when it is not there. Raises OSError."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if _is_at(file, path):  # who had the lock may have put another file in its place
+                yield file
+                return
+        finally:
+            os.close(file)
+
+
+def _is_at(file: int, path: Path) -> bool:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield file
-    finally:
-        os.close(file)
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _write_all(file: int, text: bytes) -> None:
@@ -176,6 +191,8 @@ def _write_all(file: int, text: bytes) -> None:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(0, "it is no plain file")
         text = path.read_bytes()
     except OSError as error:
         raise InvalidInput(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from sparsec.errors import InvalidInput
-from sparsec.tuning.log import TuningLog, density_class, ranking
+from sparsec.files import check_writable, replacing
+from sparsec.tuning.log import TuningLog, density_class, locked, ranking
 from sparsec.tuning.record import Outcome, TuningRecord, middle
 
 Group = tuple[object, ...]
@@ -69,13 +69,14 @@ def prune(records: Iterable[TuningRecord], revisions: Revisions, keep: int) -> l
     return kept
 
 
-def write(path: str | os.PathLike[str], records: Iterable[TuningRecord]) -> None:
-    """Replace a log in one step: by what is given, or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text("".join(record.to_json() + "\n" for record in records))
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InvalidInput(f"{path}: cannot be written ({error.strerror})") from None
+def write(path: Path, make: Callable[[], Sequence[TuningRecord]]) -> int:
+    """Replace a log in one step by the records that are made, or not at all; returns how many.
+
+    Nobody appends to it between reading and writing.
+    """
+    check_writable(path)
+    with locked(path) if path.exists() else nullcontext():
+        records = make()
+        with replacing(path) as temporary:
+            temporary.write_text("".join(record.to_json() + "\n" for record in records))
+    return len(records)

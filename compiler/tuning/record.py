@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsec.ir.schedule import Schedule, Workload
-from sparsec.target import Target
+from sparsec.target import LEVELS, Target
 
 FORMAT = 1
 _CPUINFO = Path("/proc/cpuinfo")
@@ -139,6 +139,8 @@ class TuningRecord:
             data = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"no JSON: {error.msg} at column {error.colno}") from None
+        except RecursionError:
+            raise ValueError("no record: it is nested too deeply") from None
         if not isinstance(data, Mapping):
             raise ValueError("no JSON object")
         if data.get("format") != FORMAT:
@@ -147,7 +149,7 @@ class TuningRecord:
             return _record(data)
         except KeyError as error:
             raise ValueError(f"no field {error.args[0]!r}") from None
-        except (TypeError, AttributeError) as error:
+        except (TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"a field of a wrong type: {error}") from None
 
 
@@ -157,6 +159,8 @@ def _record(data: Mapping[str, Any]) -> TuningRecord:
     seconds, baseline = _times(data["seconds"]), _times(data["baseline_seconds"])
     if outcome is Outcome.OK and not (seconds and baseline):
         raise ValueError("no times")
+    if schedule["isa"] not in LEVELS:
+        raise ValueError(f"instruction set {schedule['isa']!r}, wanted one of {', '.join(LEVELS)}")
     return TuningRecord(
         workload=Workload(
             op=str(workload["op"]),
@@ -164,10 +168,10 @@ def _record(data: Mapping[str, Any]) -> TuningRecord:
             dtype=str(workload["dtype"]),
             layout=str(workload["layout"]),
             epilogue=str(workload["epilogue"]),
-            density=float(workload["density"]),
+            density=_share(workload["density"]),
         ),
-        tokens=int(data["tokens"]),
-        threads=int(data["threads"]),
+        tokens=_count(data["tokens"]),
+        threads=_count(data["threads"]),
         machine=Machine(
             cpu=str(machine["cpu"]),
             isas=tuple(str(isa) for isa in machine["isas"]),
@@ -190,6 +194,18 @@ def _record(data: Mapping[str, Any]) -> TuningRecord:
 
 def _integers(data: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
     return tuple((str(name), int(value)) for name, value in data.items())
+
+
+def _count(value: Any) -> int:
+    if int(value) < 1:
+        raise ValueError(f"{value} tokens or threads")
+    return int(value)
+
+
+def _share(value: Any) -> float:
+    if not 0.0 <= float(value) <= 1.0:
+        raise ValueError(f"a density of {value}")
+    return float(value)
 
 
 def _times(values: Any) -> tuple[float, ...]:

@@ -16,7 +16,7 @@ from sparsec.errors import CompilerError
 from sparsec.ir.schedule import Schedule
 from sparsec.target import Target
 from sparsec.tuning.harness import build_harness
-from sparsec.tuning.log import Query, TuningLog, append
+from sparsec.tuning.log import LogNotWritten, Query, TuningLog, append
 from sparsec.tuning.measure import Measurer, Measuring, work_folder
 from sparsec.tuning.record import Machine, Trial, TuningRecord
 from sparsec.tuning.search import Budget, search
@@ -94,6 +94,8 @@ class Tuner:
                     self._keep(number, job.task, trial)
                 if count or not budget.is_spent:
                     self._confirm(number, job.task, measurer)
+        except LogNotWritten:
+            raise
         except CompilerError as error:
             return Result(job.task, None, 1.0, count, str(error))
         finally:

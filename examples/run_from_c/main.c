@@ -108,7 +108,7 @@ static int run_model(const sparsec_model_v1 *model, sparsec_context *context,
 
 int main(int argc, char **argv) {
   if (argc < 2) {
-    fprintf(stderr, "usage: %s model.so [batch] [sequence length]\n", argv[0]);
+    fprintf(stderr, "usage: %s ./model.so [batch] [sequence length]\n", argv[0]);
     return 2;
   }
   void *library = dlopen(argv[1], RTLD_NOW | RTLD_LOCAL);

@@ -15,9 +15,11 @@ from onnx import TensorProto, helper, numpy_helper
 from sparsec.cli import main
 from sparsec.codegen.toolchain import RUNTIME
 from sparsec.driver import LOADER_BEGINS
+from sparsec.errors import InvalidInput
 from sparsec.models.build import Pruning, build_model
 from sparsec.models.tiny import tiny_model, tiny_spec
 from sparsec.rates import default_rates
+from sparsec.runtime import load
 from sparsec.target import Isa, Target
 from sparsec.tuning.rates_file import keep_rates
 
@@ -55,6 +57,14 @@ def test_verify_passes_and_fails(build: Build, capsys: pytest.CaptureFixture[str
     assert main(words) == 0
     assert json.loads(capsys.readouterr().out)["passed"] is True
     assert main([*words, "--tolerance", "0"]) == 1
+
+
+def test_verify_takes_sequences_that_the_model_can(
+    build: Build, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, library = build("tiny-bert")  # 64 positions
+    assert main(["verify", str(library), "--onnx", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["shapes"] == ["1x1", "1x7", "3x33", "2x64"]
 
 
 def test_inspect_onnx_and_library(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,6 +124,11 @@ def test_bench_refuses(
     _, library = build("tiny-bert")
     assert main(["bench", str(library), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_more_than_there_is_memory_for(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
+    _, library = build("tiny-bert")
+    refuses(["bench", str(library), "--batch", "100000000000"], capsys, ["not enough memory"])
 
 
 @pytest.mark.parametrize("limit", ["0", "-1", "nan", "inf", "ten"])
@@ -369,3 +384,59 @@ def test_report_compares_layouts_of_int8_weights(tmp_path: Path) -> None:
         times = [c["expected_us"] for c in row["candidates"]]
         assert times == sorted(times)
         assert {"dense", "bsr4x1"} <= {c["layout"] for c in row["candidates"]}
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--report", "no/r.json"], "no/r.json: the folder"),
+        (["--report", "."], "is a folder; name a file"),
+        (["--target", ""], "unknown target ''"),
+        (["--threads", "0"], "--threads 0: wanted at least 1"),
+        (["--calibration-method", "mse"], "give samples"),
+    ],
+)
+def test_options_that_can_not_be_met_are_refused_before_any_work(
+    words: list[str],
+    part: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    onnx.save(tiny_model(), "m.onnx")
+    refuses(["compile", "m.onnx", "-o", "m.so", *words], capsys, [part])
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_a_library_in_the_place_of_a_folder_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    onnx.save(tiny_model(), tmp_path / "m.onnx")
+    (tmp_path / "m.so").mkdir()
+    words = ["compile", str(tmp_path / "m.onnx"), "-o", str(tmp_path / "m.so")]
+    refuses(words, capsys, ["m.so: is a folder; name a file in it"])
+
+
+def test_products_that_int8_leaves_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    onnx.save(tiny_model(), tmp_path / "m.onnx")
+    words = ["compile", str(tmp_path / "m.onnx"), "-o", str(tmp_path / "m.so")]
+    words += ["--precision", "int8", "--calibration", "random", "--keep-fp32", "*layer.0*"]
+    assert main(words) == 0
+    assert "4 of 9 products in int8: " in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_index_past_its_table_is_named_by_its_input(build: Build) -> None:
+    """Padding is not read, so that nothing in it is wrong."""
+    _, library = build("tiny-bert")
+    arrays = {n: np.zeros((2, 6), np.int64) for n in ("input_ids", "token_type_ids")}
+    arrays["attention_mask"] = np.array([[1] * 6, [1] * 4 + [0] * 2])
+    arrays["input_ids"][1, 5] = 1000
+    model = load(library)
+    model(arrays)
+    arrays["token_type_ids"][1, 3] = 2
+    message = r"out of range.*; input 'token_type_ids' at \[1, 3\] is 2, its table has 2 rows"
+    with pytest.raises(InvalidInput, match=message):
+        model(arrays)

@@ -22,7 +22,8 @@ from sparsec.tools.verify import without_padding
 TOLERANCE = 1e-5
 SIZES = [(1, 1), (1, 7), (3, 33), (2, 63), (9, 16)]
 RANDOM = {"precision": "int8", "calibration": Calibration(random=True)}
-PRECISIONS: dict[str, dict] = {"fp32": {}, "int8": RANDOM,
+DYNAMIC = {"precision": "int8", "dynamic": True}
+PRECISIONS: dict[str, dict] = {"fp32": {}, "int8": RANDOM, "dynamic": DYNAMIC,
                                "int8-avx2": {"isa": Isa.AVX2, **RANDOM}}  # fmt: skip
 
 
@@ -68,7 +69,8 @@ def check(packed: Model, kept: Model, size: tuple[int, int], *, exact: bool) -> 
                 np.testing.assert_allclose(got, wanted[output], atol=TOLERANCE, err_msg=name)
 
 
-CASES = [("fp32", "none"), ("fp32", "qa"), ("int8", "classify"), ("int8-avx2", "none")]
+CASES = [("fp32", "none"), ("fp32", "qa"), ("int8", "classify"), ("int8-avx2", "none"),
+         ("dynamic", "classify"), ("dynamic", "qa")]  # fmt: skip
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -116,11 +118,12 @@ def test_ids_at_padding_are_not_read(pair: Callable) -> None:
         kept(arrays)
 
 
-def test_fixed_sizes(pair: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [(3, 33), (1, 16), (1, 1)])
+def test_fixed_sizes(size: tuple[int, int], pair: Callable, tmp_path: Path) -> None:
     onnx.save(tiny_model("bert"), tmp_path / "m.onnx")
-    shapes = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), (3, 33))
+    shapes = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), size)
     sparsec.compile_model(tmp_path / "m.onnx", tmp_path / "m.so", shapes=shapes)
     packed, kept = (
         sparsec.load(p, threads=1) for p in (tmp_path / "m.so", pair("fp32", "none")[1])
     )
-    check(packed, kept, (3, 33), exact=False)
+    check(packed, kept, size, exact=False)

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 import sparsec
 from sparsec.cli import main
@@ -362,3 +363,36 @@ def test_a_network_of_products_agrees_with_onnx_runtime(tmp_path, rng):
     (theirs,) = onnxruntime.InferenceSession(path).run(None, {"x": x})
     step = np.abs(theirs).max() / 127
     assert (np.abs(ours - theirs) <= step).mean() > 0.999
+
+
+@pytest.mark.parametrize("keep_fp32", [(), ("product*",)], ids=["its weight", "asked for"])
+def test_all_roundings_are_kept_in_front_of_products_that_stay_fp32(keep_fp32, tmp_path, rng):
+    """A weight 133 steps from its zero point fits no int8 kernel."""
+    w = rng.integers(-128, 128, (33, 17)).astype(np.int8)
+    w[0, 0] = 127 if keep_fp32 else -128
+    initializers = {
+        "s": np.float32(0.02), "z": np.uint8(128), "w": w,
+        "ws": np.float32(0.01), "wz": np.int8(0 if keep_fp32 else 5),
+    }  # fmt: skip
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["r"]),
+        helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["v"]),
+        helper.make_node("MatMul", ["r", "v"], ["y"], name="product"),
+    ]
+    graph = helper.make_graph(
+        nodes, "g",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["b", "s", 33])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["b", "s", 17])],
+        [numpy_helper.from_array(np.asarray(a), n) for n, a in initializers.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.save(model, tmp_path / "m.onnx")
+    result = sparsec.compile_model(
+        tmp_path / "m.onnx", tmp_path / "m.so", all_roundings=True, keep_fp32=keep_fp32
+    )
+    assert "linear_int8" not in ops(dict(result.report))
+    x = rng.standard_normal((2, 5, 33)).astype(np.float32)
+    (theirs,) = ReferenceEvaluator(model).run(None, {"x": x})
+    (ours,) = load(result.library)({"x": x}).values()
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)

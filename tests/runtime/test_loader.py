@@ -98,6 +98,7 @@ def test_describes_itself(library: Path) -> None:
         (lambda i: i.update(x=i["x"].astype(np.float64) * 1e300), r"'x': .*do not fit"),
         (lambda i: i.update(ids=np.full((2, 5), 2**63, np.uint64)), r"'ids': .*do not fit"),
         (lambda i: i.update(x="text"), r"'x': wanted rank 3"),
+        (lambda i: i.update(ids=[[1, 2], [1]]), r"'ids': .*inhomogeneous"),
     ],
 )
 def test_bad_inputs(
@@ -229,6 +230,23 @@ def test_a_replaced_library_is_loaded_anew(
     for model, scale in ((new, 3.0), (old, 2.0)):
         wanted = expected(**inputs, scale=scale)["y"]
         np.testing.assert_allclose(model(inputs)["y"], wanted, rtol=0, atol=TOLERANCE)
+
+
+def test_a_library_that_is_overwritten_in_place_is_refused(
+    build_hand: Callable[..., Path], example: Example, tmp_path: Path
+) -> None:
+    """What was mapped stays so for the process: new bytes under it crash."""
+    path = tmp_path / "model.so"
+    path.write_bytes(build_hand("old").read_bytes())
+    with load(path) as model:
+        model(example(1, 2))
+    path.write_bytes(build_hand("new", scale=3.0).read_bytes())
+    with pytest.raises(errors.AbiMismatch, match=r"model\.so: was overwritten .* rename it"):
+        load(path)
+    fresh = tmp_path / "fresh.so"
+    fresh.write_bytes(build_hand("new", scale=3.0).read_bytes())
+    os.replace(fresh, path)
+    assert load(path).name == "new"
 
 
 @pytest.mark.parametrize("keep", [0, 3, 64, 2000, 0.5, 0.99])

@@ -132,12 +132,16 @@ def test_as_tables(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tokens", "0"], "--tokens and --threads: wanted at least 1"),
+        (["--tokens", "0"], "--tokens 0: wanted 1 to"),
+        (["--tokens", "100000000000"], "--tokens 100000000000: wanted 1 to"),
+        (["--threads", "0"], "--threads 0: wanted at least 1"),
+        (["--latency-ms", "nan"], "--latency-ms nan: wanted more than 0"),
+        (["--blocks", "²x1"], "--blocks: wanted"),
         (["--sparsities", "80"], "--sparsities: wanted shares between 0 and 1"),
         (["--sparsities", "x"], "--sparsities: wanted shares between 0 and 1"),
         (["--blocks", "16"], "--blocks: wanted output x input channels"),
         (["--blocks", "0x4"], "--blocks: wanted output x input channels"),
-        (["--latency-ms", "0"], "--latency-ms 0.0: wanted more than 0"),
+        (["--latency-ms", "0"], "--latency-ms 0: wanted more than 0"),
         (["--target", "abacus"], "abacus"),
         (["--log", "no-such-file"], "the tuning log cannot be read"),
     ],
@@ -147,3 +151,14 @@ def test_bad_requests(
 ) -> None:
     assert main(["advise", str(model), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_lines_of_the_log_that_are_skipped_are_told(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "t.jsonl"
+    log.write_text("broken\n")
+    assert main(["advise", str(model), "--log", str(log), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["warnings"] == [err.strip().removeprefix("sparsec: warning: ")]
+    assert f"{log}:1: no JSON" in err

@@ -60,6 +60,11 @@ def test_a_record_survives_the_file(tmp_path: Path) -> None:
         (record().to_json().replace('"outcome":"ok"', '"outcome":"x"'), "'x' is not a valid"),
         (record(seconds=0.0).to_json(), "times that are not positive"),
         (record().to_json()[:-40], "no JSON"),
+        ("[" * 200_000, "nested too deeply"),
+        (record().to_json().replace('"tokens":128', '"tokens":0'), "0 tokens"),
+        (record().to_json().replace('"tokens":128', '"tokens":Infinity'), "of a wrong type"),
+        (record().to_json().replace('"density":0.2', '"density":NaN'), "a density of nan"),
+        (record().to_json().replace('"isa":"avx512vnni"', '"isa":"avx9"'), "set 'avx9', wanted"),
     ],
 )  # fmt: skip
 def test_a_broken_line_is_skipped_and_named(tmp_path: Path, line: str, reason: str) -> None:
@@ -220,9 +225,41 @@ def test_prune_keeps_the_fastest_that_are_not_stale(tmp_path: Path) -> None:
     kept = prune(records, lambda op: "r1", keep=2)
     assert kept == [record(8, 1e-3), record(16, 2e-3), record(4, 9e-3, tokens=64)]
     assert best(records) == [record(32, 1e-4, revision="r0"), record(4, 9e-3, tokens=64)]
-    write(tmp_path / "log.jsonl", kept)
+    assert write(tmp_path / "log.jsonl", lambda: kept) == 3
     assert TuningLog.read(tmp_path / "log.jsonl").records == kept
     assert [p.name for p in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_what_is_appended_while_a_log_is_rewritten_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "tuning.jsonl"
+    append(path, [record(4)])
+    spawn = multiprocessing.get_context("fork")
+    writers = [spawn.Process(target=append_many, args=(path, rows)) for rows in (8, 16)]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        write(path, lambda: TuningLog.read(path).records)
+    for writer in writers:
+        writer.join()
+    log = TuningLog.read(path)
+    assert {r: log.records.count(record(r)) for r in (4, 8, 16)} == {4: 1, 8: 100, 16: 100}
+
+
+def test_a_link_to_a_log_stays_one(tmp_path: Path) -> None:
+    path, link = tmp_path / "tuning.jsonl", tmp_path / "link.jsonl"
+    append(path, [record(4), record(8)])
+    link.symlink_to(path)
+    write(link, lambda: [record(8)])
+    assert link.is_symlink()
+    assert TuningLog.read(path).records == [record(8)]
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="is a folder"):
+        write(tmp_path, list)
+    for path in (tmp_path, Path("/dev/full")):
+        with pytest.raises(InvalidInput, match="no plain file"):
+            TuningLog.read(path)
 
 
 def test_a_machine_is_named_by_its_numbers(tmp_path: Path) -> None:

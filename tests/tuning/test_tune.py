@@ -22,7 +22,8 @@ from sparsec.target import Target
 from sparsec.tools.inputs import random_inputs
 from sparsec.tools.tune import TuneOptions, jobs_of
 from sparsec.tuning.harness import build_harness
-from sparsec.tuning.log import TuningLog
+from sparsec.tuning.log import LogNotWritten, TuningLog
+from sparsec.tuning.lookup import DEFAULT_LOG
 from sparsec.tuning.record import Outcome
 from sparsec.tuning.task import task_of, tokens_of
 from sparsec.tuning.workbench import Workbench, WrongResult, is_close
@@ -183,6 +184,10 @@ def test_log_commands(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (["--tokens", "a"], "--tokens: wanted numbers"),
         (["--tokens", "0"], "--tokens: wanted numbers"),
         (["--threads", "0"], "--threads 0: wanted at least 1"),
+        (["--threads", "4096"], "--threads 4096: this machine has"),
+        (["--tokens", "²"], "--tokens: wanted numbers"),
+        (["--trials", "0"], "--trials 0: wanted at least 1"),
+        (["--minutes", "nan"], "--minutes nan: wanted more than 0"),
         (["--layers", "("], "is no pattern"),
         (["--layers", "nothing-like-this"], "there is no layer to tune"),
     ],
@@ -194,6 +199,57 @@ def test_bad_requests(
     assert main(["tune", str(model), "--log", str(tmp_path / "t.jsonl"), *options, "-q"]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_tuning_ends_where_nothing_can_be_kept(
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before the first trial, and when the disk is full later on."""
+    command = ["tune", str(model), "--tokens", "24", "--layers", "ffn", "-q", "--log"]
+    assert main([*command, str(tmp_path / "no" / "t.jsonl")]) == 2
+    assert "the tuning log cannot be written (No such file" in capsys.readouterr().err
+    kept: list[object] = []
+
+    def full(path: Path, records: list[object]) -> None:
+        if kept:
+            raise LogNotWritten(f"{path}: no space")
+        kept.extend(records)
+
+    monkeypatch.setattr("sparsec.tuning.tuner.append", full)
+    assert main([*command, str(tmp_path / "t.jsonl")]) == 2
+    assert "t.jsonl: no space" in capsys.readouterr().err
+
+
+def test_records_for_two_threads_are_exact_for_two_threads(
+    model: Path, tmp_path: Path, host: Target
+) -> None:
+    if host.cores < 2:
+        pytest.skip("this machine has one core")
+    log = tmp_path / "t.jsonl"
+    command = ["tune", str(model), "--log", str(log), "--precision", "int8", "--tokens", "24",
+               "--layers", "ffn", "--trials", "2", "--threads", "2", "-q"]  # fmt: skip
+    assert main(command) == 0
+    for threads, source in ((1, "log nearest (2 threads)"), (2, "log exact")):
+        options = CompileOptions(
+            target=host, precision="int8", calibration=Calibration(random=True), log=log,
+            threads=threads,
+        )  # fmt: skip
+        nodes = scheduled_graph(model, options).nodes
+        assert source in {choice.schedule.source for node in nodes for choice in node.schedules}
+
+
+@pytest.mark.parametrize("keep", ["0", "-1"])
+def test_a_log_is_not_emptied(
+    keep: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "t.jsonl"
+    log.write_bytes(DEFAULT_LOG.read_bytes())
+    assert main(["log", "prune", str(log), "--keep", keep]) == 2
+    assert f"--keep {keep}: wanted at least 1" in capsys.readouterr().err
+    assert log.read_bytes() == DEFAULT_LOG.read_bytes()
 
 
 def test_a_missing_log_is_an_error(

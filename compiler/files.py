@@ -1,0 +1,38 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sparsec.errors import InvalidInput
+
+
+def check_writable(path: Path) -> None:
+    """Raises InvalidInput where no file can be made, before any work is done for it."""
+    if not path.parent.is_dir():
+        raise InvalidInput(f"{path}: the folder {path.parent} does not exist; create it first")
+    if path.is_dir():
+        raise InvalidInput(f"{path}: is a folder; name a file in it")
+    if not os.access(path.parent, os.W_OK):
+        raise InvalidInput(f"{path}: the folder {path.parent} can not be written to")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Another path to write to, which becomes `path` at the end, or is removed on any error.
+
+    A link stays one: what it points to is replaced. Raises InvalidInput, naming `path`, for an
+    error of the system.
+    """
+    target = path.resolve()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(target)
+    except OSError as error:
+        raise InvalidInput(f"{path}: can not be written: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
