@@ -12,12 +12,13 @@ from sparsec.errors import InvalidInput
 
 def check_writable(path: Path) -> None:
     """Raises InvalidInput where no file can be made, before any work is done for it."""
-    if not path.parent.is_dir():
-        raise InvalidInput(f"{path}: the folder {path.parent} does not exist; create it first")
     if path.is_dir():
         raise InvalidInput(f"{path}: is a folder; name a file in it")
-    if not os.access(path.parent, os.W_OK):
-        raise InvalidInput(f"{path}: the folder {path.parent} can not be written to")
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise InvalidInput(f"{path}: the folder {folder} does not exist; create it first")
+    if not os.access(folder, os.W_OK):
+        raise InvalidInput(f"{path}: the folder {folder} can not be written to")
 
 
 @contextmanager

@@ -305,16 +305,18 @@ class Model:
             raise self._errors.abi_mismatch(f"{self.path}: {error.strerror}") from None
         if problem:
             raise self._errors.abi_mismatch(f"{self.path}: {problem}")
-        contents = status.st_mtime_ns, status.st_size
-        if _mapped.setdefault((status.st_dev, status.st_ino), contents) != contents:
+        identity, contents = (status.st_dev, status.st_ino), (status.st_mtime_ns, status.st_size)
+        if _mapped.get(identity, contents) != contents:
             raise self._errors.abi_mismatch(
                 f"{self.path}: was overwritten after this process had loaded it, which may crash; "
                 "write a new file and rename it to this name, and restart this process"
             )
         try:
-            return ctypes.CDLL(_unique_spelling(self.path, status))
+            library = ctypes.CDLL(_unique_spelling(self.path, status))
         except OSError as error:
             raise self._errors.abi_mismatch(f"{self.path} can not be loaded: {error}") from None
+        _mapped[identity] = contents
+        return library
 
     def _query(self) -> ModelStruct:
         query = getattr(self._library, "sparsec_query", None)

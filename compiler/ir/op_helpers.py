@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sparsec.errors import InvalidGraph
-from sparsec.ir.dims import Dim, compare, product
+from sparsec.ir.dims import Dim, compare
 from sparsec.ir.layouts import ROW_MAJOR, Layout, Panels
 from sparsec.ir.op_spec import Array, Arrays, Attrs, Evaluate, Types
 from sparsec.ir.types import DType, TensorType
@@ -131,21 +131,6 @@ def panel_layout(types: Sequence[TensorType | None], dtype: DType = DType.F32) -
         if type is not None and isinstance(type.layout, Panels):
             return panels_of(dtype, type.layout.width)
     return ROW_MAJOR
-
-
-def check_sequences(q: TensorType, types: Types, attrs: Attrs) -> None:
-    """Operands 4 and 5 of an attention over packed tokens: each token's sequence, and where each
-    sequence starts."""
-    sequence, starts = optional(types, 4), optional(types, 5)
-    if sequence is None and starts is None:
-        return
-    if sequence is None or starts is None or "longest" not in attrs:
-        raise InvalidGraph("packed tokens need their sequences, starts and the attribute longest")
-    require_equal("batch of packed tokens", q.shape[0], 1)
-    require_equal("sequences of tokens", q.shape[1], product(sequence.shape))
-    for type in (sequence, starts):
-        if type.dtype is not DType.I64 or type.rank != 1:
-            raise InvalidGraph(f"sequences and starts are lists of i64, got {type}")
 
 
 def by_sequence(evaluate: Evaluate) -> Evaluate:

@@ -8,23 +8,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparsec.errors import InvalidGraph
+from sparsec.ir.attention_types import infer_attention
 from sparsec.ir.op_helpers import (
     Env,
     array,
-    broadcastable_to,
     by_sequence,
-    check_sequences,
-    operand,
-    optional,
     optional_array,
-    panel_layout,
-    require_equal,
-    require_float,
-    text,
 )
 from sparsec.ir.op_spec import Array, Arrays, Attrs, OpSpec, PanelRule, Types
-from sparsec.ir.ops_int8 import check_quantization, is_stored, stored_result, stored_type
+from sparsec.ir.ops_int8 import check_quantization, is_stored, stored_result
 from sparsec.ir.types import DType, TensorType
 
 ZERO_POINT = 128
@@ -32,25 +24,9 @@ STEPS = 255  # of a probability: the largest of a query is 255
 
 
 def _infer(types: Types, attrs: Attrs) -> list[TensorType]:
-    q, mask = operand(types, 0), optional(types, 3)
-    width = attrs["heads"] * attrs["head_size"]
-    for index, name in enumerate("qkv"):
-        type, offset = operand(types, index), attrs[f"{name}_offset"]
-        if type.dtype is not DType.U8 or type.rank != 3 or not isinstance(type.shape[2], int):
-            raise InvalidGraph(f"{name} must be u8[batch, seq, channels], got {type}")
-        if not 0 <= offset <= type.shape[2] - width:
-            raise InvalidGraph(f"channels {offset}..{offset + width} of {name} are not in {type}")
-        require_equal(f"batch of q and {name}", q.shape[0], type.shape[0])
-        require_equal(f"length of q and {name}", q.shape[1], type.shape[1])
+    for name in "qkv":
         check_quantization(attrs[f"{name}_scale"], ZERO_POINT, DType.U8)
-    scores = (q.shape[0], attrs["heads"], q.shape[1], q.shape[1])
-    if mask is not None:
-        require_float(mask)
-        if not broadcastable_to(mask.shape, scores):
-            raise InvalidGraph(f"mask {mask} does not broadcast to {text(scores)}")
-    check_sequences(q, types, attrs)
-    result = TensorType(DType.F32, (*q.shape[:2], width), panel_layout(types[:3]))
-    return [stored_type(result, attrs) or result]
+    return infer_attention(types, attrs, DType.U8)
 
 
 def _evaluate(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:

@@ -9,17 +9,15 @@ from __future__ import annotations
 import numpy as np
 
 from sparsec.errors import InvalidGraph
+from sparsec.ir.attention_types import infer_attention
 from sparsec.ir.op_helpers import (
     Env,
     array,
-    broadcastable_to,
     by_sequence,
-    check_sequences,
     operand,
     optional,
     optional_array,
     panel_layout,
-    require_equal,
     stored_bf16,
     text,
 )
@@ -27,6 +25,8 @@ from sparsec.ir.op_spec import Array, Arrays, Attrs, OpSpec, PanelRule, Types
 from sparsec.ir.ops_elementwise import ACTIVATIONS
 from sparsec.ir.ops_int8 import is_stored, stored_result, stored_type
 from sparsec.ir.types import DType, TensorType
+
+PAIR = 2  # channels that lie together
 
 
 def _infer_to_bf16(types: Types, attrs: Attrs) -> list[TensorType]:
@@ -67,26 +67,7 @@ def _evaluate_linear(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
 
 
 def _infer_attention(types: Types, attrs: Attrs) -> list[TensorType]:
-    q, mask = operand(types, 0), optional(types, 3)
-    width = attrs["heads"] * attrs["head_size"]
-    if attrs["head_size"] % 2:
-        raise InvalidGraph(f"bf16 lies in pairs of channels, a head has {attrs['head_size']}")
-    for index, name in enumerate("qkv"):
-        type, offset = operand(types, index), attrs[f"{name}_offset"]
-        if type.dtype is not DType.BF16 or type.rank != 3 or not isinstance(type.shape[2], int):
-            raise InvalidGraph(f"{name} must be bf16[batch, seq, channels], got {type}")
-        if offset % 2 or not 0 <= offset <= type.shape[2] - width:
-            raise InvalidGraph(f"channels {offset}..{offset + width} of {name} are not in {type}")
-        require_equal(f"batch of q and {name}", q.shape[0], type.shape[0])
-        require_equal(f"length of q and {name}", q.shape[1], type.shape[1])
-    scores = (q.shape[0], attrs["heads"], q.shape[1], q.shape[1])
-    if mask is not None and (
-        mask.dtype is not DType.F32 or not broadcastable_to(mask.shape, scores)
-    ):
-        raise InvalidGraph(f"mask {mask} does not broadcast to f32{text(scores)}")
-    check_sequences(q, types, attrs)
-    result = TensorType(DType.F32, (*q.shape[:2], width), panel_layout(types[:3]))
-    return [stored_type(result, attrs) or result]
+    return infer_attention(types, attrs, DType.BF16, PAIR)
 
 
 def _evaluate_attention(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from sparsec.errors import InvalidGraph
+from sparsec.ir.attention_types import infer_attention
 from sparsec.ir.layouts import ROW_MAJOR, Panels
 from sparsec.ir.op_helpers import (
     Env,
     Shape,
     array,
     broadcast,
-    broadcastable_to,
     by_sequence,
-    check_sequences,
     operand,
     optional,
     optional_array,
@@ -79,28 +78,6 @@ def _evaluate_linear(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
     if residual is not None:
         result = result + residual
     return [np.asarray(result).astype(x.dtype, copy=False)]
-
-
-def _infer_attention(types: Types, attrs: Attrs) -> list[TensorType]:
-    q, k, v, mask = operand(types, 0), operand(types, 1), operand(types, 2), optional(types, 3)
-    width = attrs["heads"] * attrs["head_size"]
-    for name, type in (("q", q), ("k", k), ("v", v)):
-        require_float(type)
-        offset = attrs[f"{name}_offset"]
-        if type.rank != 3 or not isinstance(type.shape[2], int):
-            raise InvalidGraph(f"{name} must be [batch, seq, channels], got {type}")
-        if not 0 <= offset <= type.shape[2] - width:
-            raise InvalidGraph(f"channels {offset}..{offset + width} of {name} are not in {type}")
-        require_equal(f"batch of q and {name}", q.shape[0], type.shape[0])
-    require_equal("keys and values", k.shape[1], v.shape[1])
-    scores = (q.shape[0], attrs["heads"], q.shape[1], k.shape[1])
-    if mask is not None:
-        require_float(mask)
-        if not broadcastable_to(mask.shape, scores):
-            raise InvalidGraph(f"mask {mask} does not broadcast to {text(scores)}")
-    check_sequences(q, types, attrs)
-    result = TensorType(q.dtype, (*q.shape[:2], width), panel_layout([q, k, v]))
-    return [stored_type(result, attrs) or result]
 
 
 def _evaluate_attention(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
@@ -214,7 +191,7 @@ _ROWS = [
     OpSpec("linear", _infer_linear, _evaluate_linear, ("activation",), panels=PanelRule((0, 3))),
     OpSpec(
         "attention",
-        _infer_attention,
+        infer_attention,
         by_sequence(_evaluate_attention),
         _ATTENTION,
         panels=PanelRule((0, 1, 2)),
