@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from tvm.script.ir_builder import tirx as T
 
@@ -24,7 +24,7 @@ from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, best_vector_isa, by_name
 from sparsec.codegen.isa.pack8 import Packer
 from sparsec.codegen.isa.polynomials import exp_negative
 from sparsec.codegen.isa.vector import keep, ramp, splat
-from sparsec.codegen.kernels.base import Binder
+from sparsec.codegen.kernels.base import Binder, TirKernel
 from sparsec.codegen.kernels.full_mask import transpose_mask
 from sparsec.codegen.kernels.panels import (
     GROUP,
@@ -61,13 +61,14 @@ LOWEST = -3.4028234663852886e38
 
 
 @dataclass(frozen=True, slots=True)
-class Attention:
+class Attention(TirKernel):
     """`mask` is "none", "key" (one value per key), "full" (one per query and key) or "packed":
     sequences of any lengths side by side, with one value per key.
 
     `result` is "f32" or "u8", quantised.
     """
 
+    scratch: ClassVar[str | None] = "float32"
     vector: VectorIsa
     groups: int
     rows: int
@@ -100,17 +101,6 @@ class Attention:
             Parameter("scale", Kind.FLOAT),
             *(quant if self.result == "u8" else ()),
         )
-
-    @property
-    def has_scratch(self) -> bool:
-        return True
-
-    @property
-    def isa(self) -> str:
-        return self.vector.name
-
-    def build(self) -> Any:
-        return tir.kernel_function(self.name, self.parameters, self._body, scratch="float32")
 
     def _body(self, s: tir.KernelScope) -> None:
         def compute(head: Any, first: Any, sequence: Any, groups: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from tvm.script.ir_builder import tirx as T
 
@@ -19,7 +19,7 @@ from sparsec.codegen.kernels.attention import mask_kind, mask_steps
 from sparsec.codegen.kernels.attention_int8_block import Block
 from sparsec.codegen.kernels.attention_int8_pairs import PairBlock
 from sparsec.codegen.kernels.attention_int8_tiles import LEAST_HEAD_SIZE, TileBlock
-from sparsec.codegen.kernels.base import Binder
+from sparsec.codegen.kernels.base import Binder, TirKernel
 from sparsec.codegen.kernels.panels import WIDTH
 from sparsec.codegen.kernels.quantize import inverse_of
 from sparsec.codegen.kernels.query_blocks import (
@@ -49,9 +49,10 @@ BLOCKS: Mapping[Int8Isa, type[Block]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionInt8:
+class AttentionInt8(TirKernel):
     """`mask` is one of MASKS, as in `attention`, `result` "f32" or quantised, "u8"."""
 
+    scratch: ClassVar[str | None] = "int32"
     int8: Int8Isa
     mask: str
     result: str
@@ -84,10 +85,6 @@ class AttentionInt8:
         )
 
     @property
-    def has_scratch(self) -> bool:
-        return True
-
-    @property
     def isa(self) -> str:
         return self.int8.name
 
@@ -100,9 +97,6 @@ class AttentionInt8:
     def block(self) -> type[Block]:
         """What computes a run of queries."""
         return BLOCKS[self.int8]
-
-    def build(self) -> Any:
-        return tir.kernel_function(self.name, self.parameters, self._body, scratch="int32")
 
     def _body(self, s: tir.KernelScope) -> None:
         sequences = Sequences(s, self.mask == PACKED)

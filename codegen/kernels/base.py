@@ -2,13 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
-from sparsec.codegen.program import Arg, BufferRef, Kernel, KernelCall
+from sparsec.codegen import tir
+from sparsec.codegen.isa.vector import VectorIsa
+from sparsec.codegen.program import Arg, BufferRef, Kernel, KernelCall, Parameter
 from sparsec.ir.graph import Node, Value
 from sparsec.ir.op_spec import Array
 from sparsec.ir.schedule import Schedule, Workload
 from sparsec.target import Target
+
+
+class TirKernel:
+    """A kernel that is its parameters: a subclass has a name, the parameters of its function, and
+    its body, which finds them in a KernelScope."""
+
+    __slots__ = ()
+    scratch: ClassVar[str | None] = None  # the element type of its scratch memory
+    vector: VectorIsa  # where a subclass does not say `isa` itself
+
+    @property
+    def name(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        raise NotImplementedError
+
+    @property
+    def has_scratch(self) -> bool:
+        return self.scratch is not None
+
+    @property
+    def isa(self) -> str:
+        return self.vector.name
+
+    def build(self) -> Any:
+        return tir.kernel_function(self.name, self.parameters, self._body, scratch=self.scratch)
+
+    def _body(self, s: tir.KernelScope) -> None:
+        raise NotImplementedError
 
 
 class Binder(Protocol):

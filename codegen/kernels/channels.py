@@ -15,7 +15,7 @@ from tvm.script.ir_builder import tirx as T
 from sparsec.codegen import tir
 from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, best_vector_isa, by_name, polynomials
 from sparsec.codegen.isa.vector import keep, ramp
-from sparsec.codegen.kernels.base import Binder
+from sparsec.codegen.kernels.base import Binder, TirKernel
 from sparsec.codegen.kernels.panels import WIDTH, div, is_planar, loop, mod
 from sparsec.codegen.program import Kernel, KernelCall, Kind, Parameter
 from sparsec.ir.dims import ceildiv
@@ -39,7 +39,7 @@ def _sizes(names: str) -> tuple[Parameter, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Gated:
+class Gated(TirKernel):
     """y = x[offset ...] * activation(x[gate_offset ...]); one item is one panel."""
 
     vector: VectorIsa
@@ -53,17 +53,6 @@ class Gated:
     def parameters(self) -> tuple[Parameter, ...]:
         sizes = _sizes("x_channels channels offset gate_offset")
         return (Parameter("x"), Parameter("y"), *sizes)
-
-    @property
-    def has_scratch(self) -> bool:
-        return False
-
-    @property
-    def isa(self) -> str:
-        return self.vector.name
-
-    def build(self) -> Any:
-        return tir.kernel_function(self.name, self.parameters, self._body)
 
     def _body(self, s: tir.KernelScope) -> None:
         n = self.vector.lanes
@@ -81,7 +70,7 @@ class Gated:
 
 
 @dataclass(frozen=True, slots=True)
-class Rotary:
+class Rotary(TirKernel):
     """Pairs of channels half a head apart turn by the token's angle; an item is a panel's head."""
 
     vector: VectorIsa
@@ -94,17 +83,6 @@ class Rotary:
     def parameters(self) -> tuple[Parameter, ...]:
         sizes = _sizes("x_channels heads head_size offset")
         return (*(Parameter(n) for n in ("x", "cos", "sin", "y")), *sizes)
-
-    @property
-    def has_scratch(self) -> bool:
-        return False
-
-    @property
-    def isa(self) -> str:
-        return self.vector.name
-
-    def build(self) -> Any:
-        return tir.kernel_function(self.name, self.parameters, self._body)
 
     def _body(self, s: tir.KernelScope) -> None:
         size, heads = s["head_size"], s["heads"]

@@ -28,7 +28,7 @@ from sparsec.codegen import tir
 from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, best_vector_isa, by_name
 from sparsec.codegen.isa.polynomials import ACTIVATIONS
 from sparsec.codegen.isa.vector import keep, ramp, splat
-from sparsec.codegen.kernels.base import Binder
+from sparsec.codegen.kernels.base import Binder, TirKernel
 from sparsec.codegen.kernels.few_tokens_gemm import (
     ACCUMULATORS,
     MOST_TOKENS,
@@ -64,7 +64,7 @@ PARAMS = ("mr", "strips", "nv", "kc", "group")
 
 
 @dataclass(frozen=True, slots=True)
-class DenseGemm:
+class DenseGemm(TirKernel):
     """One register block with one epilogue."""
 
     vector: VectorIsa
@@ -92,17 +92,6 @@ class DenseGemm:
         pointers = ["x", "w", "bias", *(["residual"] if self.has_residual else []), "y"]
         sizes = ["tokens", "m", "k", "kc", "group"]
         return (*(Parameter(n) for n in pointers), *(Parameter(n, Kind.INT) for n in sizes))
-
-    @property
-    def has_scratch(self) -> bool:
-        return False
-
-    @property
-    def isa(self) -> str:
-        return self.vector.name
-
-    def build(self) -> Any:
-        return tir.kernel_function(self.name, self.parameters, self._body)
 
     def _body(self, s: tir.KernelScope) -> None:
         k, kc, group = s["k"], s["kc"], s["group"]

@@ -17,7 +17,7 @@ from tvm.script.ir_builder import tirx as T
 from sparsec.codegen import tir
 from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, best_vector_isa, by_name
 from sparsec.codegen.isa.vector import keep, ramp, splat, transpose
-from sparsec.codegen.kernels.base import Binder
+from sparsec.codegen.kernels.base import Binder, TirKernel
 from sparsec.codegen.kernels.layout_change import lanes_below
 from sparsec.codegen.kernels.panels import GROUP, WIDTH, div, is_planar, loop, mod
 from sparsec.codegen.program import Arg, Kernel, KernelCall, Kind, Parameter
@@ -33,7 +33,7 @@ MAX_TABLES = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Embedding:
+class Embedding(TirKernel):
     """`ids` holds the dtype of each table's ids; the last `int8_tables` tables are int8."""
 
     vector: VectorIsa
@@ -63,17 +63,6 @@ class Embedding:
             found += [Parameter(n, Kind.INT) for n in sizes]
         sizes = ("tokens", "seq", "channels")
         return (*found, Parameter("y"), *(Parameter(n, Kind.INT) for n in sizes))
-
-    @property
-    def has_scratch(self) -> bool:
-        return False
-
-    @property
-    def isa(self) -> str:
-        return self.vector.name
-
-    def build(self) -> Any:
-        return tir.kernel_function(self.name, self.parameters, self._body)
 
     def _body(self, s: tir.KernelScope) -> None:
         n, channels = self.vector.lanes, s["channels"]

@@ -13,7 +13,7 @@ Sums, bias and results pass through the start of the scratch memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from tvm.script.ir_builder import tirx as T
 
@@ -21,6 +21,7 @@ from sparsec.codegen import tir
 from sparsec.codegen.isa import VectorIsa
 from sparsec.codegen.isa.polynomials import ACTIVATIONS
 from sparsec.codegen.isa.vector import alone, keep, prefetch, ramp, shuffle, splat, transpose
+from sparsec.codegen.kernels.base import TirKernel
 from sparsec.codegen.kernels.panels import GROUP, WIDTH, const, div, loop, mod
 from sparsec.codegen.program import Kind, Parameter
 
@@ -38,9 +39,10 @@ RESULTS0, SUMS0, X0 = 32, 96, 96 + 24 * 16
 
 
 @dataclass(frozen=True, slots=True)
-class FewTokensGemm:
+class FewTokensGemm(TirKernel):
     """One instruction set with one epilogue. One item is a block of `rows` output channels."""
 
+    scratch: ClassVar[str | None] = "float32"
     vector: VectorIsa
     activation: str
     has_residual: bool
@@ -76,17 +78,6 @@ class FewTokensGemm:
             *(Parameter(n) for n in pointers),
             *(Parameter(n, Kind.INT) for n in ("tokens", "m", "k", "kc")),
         )
-
-    @property
-    def has_scratch(self) -> bool:
-        return True
-
-    @property
-    def isa(self) -> str:
-        return self.vector.name
-
-    def build(self) -> Any:
-        return tir.kernel_function(self.name, self.parameters, self._body, scratch="float32")
 
     def _body(self, s: tir.KernelScope) -> None:
         """The tokens of a call are `slots` of x: a power of 2 that they fit in."""

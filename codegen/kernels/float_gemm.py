@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from tvm.script.ir_builder import tirx as T
 
@@ -31,6 +31,7 @@ from sparsec.codegen import tir
 from sparsec.codegen.isa.numbers import Numbers
 from sparsec.codegen.isa.polynomials import ACTIVATIONS
 from sparsec.codegen.isa.vector import keep, prefetch, ramp, splat
+from sparsec.codegen.kernels.base import TirKernel
 from sparsec.codegen.kernels.panels import GROUP, WIDTH, div, groups_in_panel, loop
 from sparsec.codegen.program import Kind, Parameter
 
@@ -54,9 +55,10 @@ class FloatEpilogue:
 
 
 @dataclass(frozen=True, slots=True)
-class FloatGemm:
+class FloatGemm(TirKernel):
     """A block has `strips` strips of `strip` rows; `nv` vectors of tokens to a register block."""
 
+    scratch: ClassVar[str | None] = "float32"
     numbers: Numbers
     is_sparse: bool
     strip: int
@@ -93,10 +95,6 @@ class FloatGemm:
         return False
 
     @property
-    def has_scratch(self) -> bool:
-        return True
-
-    @property
     def scratch_bytes(self) -> int:
         return self.rows * WIDTH * 4
 
@@ -112,9 +110,6 @@ class FloatGemm:
     def rows(self) -> int:
         """Rows of one work item."""
         return self.strip * self.strips
-
-    def build(self) -> Any:
-        return tir.kernel_function(self.name, self.parameters, self._body, scratch="float32")
 
     def _body(self, s: tir.KernelScope) -> None:
         group = s["group"]

@@ -28,13 +28,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from tvm.script.ir_builder import tirx as T
 
 from sparsec.codegen import tir
 from sparsec.codegen.isa.int8 import Int8Isa
 from sparsec.codegen.isa.vector import alone, keep, ramp
+from sparsec.codegen.kernels.base import TirKernel
 from sparsec.codegen.kernels.int8_epilogue import Epilogue
 from sparsec.codegen.kernels.int8_pack import QUAD
 from sparsec.codegen.kernels.panels import WIDTH, const, div, item_rectangles, loop
@@ -42,13 +43,14 @@ from sparsec.codegen.program import Kind, Parameter
 
 
 @dataclass(frozen=True, slots=True)
-class Int8Gemm:
+class Int8Gemm(TirKernel):
     """What all have in common. A register block has `strip` rows, a `tall` block of rows several
     strips.
 
     `most_tokens` is the chunk of a narrow form of `hooks`, or None: any number of tokens.
     """
 
+    scratch: ClassVar[str | None] = "int32"
     hooks: Int8Isa
     form: str
     strip: int
@@ -80,10 +82,6 @@ class Int8Gemm:
         )
 
     @property
-    def has_scratch(self) -> bool:
-        return True
-
-    @property
     def isa(self) -> str:
         return self.hooks.name
 
@@ -104,9 +102,6 @@ class Int8Gemm:
     def scratch_bytes(self, k: int, group: int, most_steps: int) -> int:
         """For `group` panels of k channels, and for the steps of a block of rows."""
         raise NotImplementedError
-
-    def build(self) -> Any:
-        return tir.kernel_function(self.name, self.parameters, self._body, scratch="int32")
 
     def _body(self, s: tir.KernelScope) -> None:
         if self.most_tokens is not None:

@@ -17,7 +17,7 @@ from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, best_vector_isa, by_name
 from sparsec.codegen.isa.bf16 import AVX512_BF16, pairs_of
 from sparsec.codegen.isa.pack8 import Packer
 from sparsec.codegen.isa.vector import keep, ramp, splat
-from sparsec.codegen.kernels.base import Binder
+from sparsec.codegen.kernels.base import Binder, TirKernel
 from sparsec.codegen.kernels.panels import (
     GROUP,
     WIDTH,
@@ -40,7 +40,7 @@ BF16_RESULTS = ("f32_bf16", "bf16")
 
 
 @dataclass(frozen=True, slots=True)
-class LayerNorm:
+class LayerNorm(TirKernel):
     """One instruction set, with or without a residual, a beta, and a factor of the u8 copy.
 
     `result` is "f32", "f32_u8" (fp32 and its quantised copy) or "u8" (the copy alone); "f32_bf16"
@@ -87,17 +87,9 @@ class LayerNorm:
         """Whether the result in bf16 is stored."""
         return self.result.endswith("bf16")
 
-    @property
-    def has_scratch(self) -> bool:
-        return False
-
-    @property
-    def isa(self) -> str:
-        return self.vector.name
-
-    def build(self) -> Any:
+    def _body(self, s: tir.KernelScope) -> None:
         body = self._panels if self.has_bytes else self._groups
-        return tir.kernel_function(self.name, self.parameters, body)
+        body(s)
 
     def _groups(self, s: tir.KernelScope) -> None:
         per_panel, lanes = WIDTH // GROUP, self.vector.lanes

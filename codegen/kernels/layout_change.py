@@ -12,7 +12,7 @@ from tvm.script.ir_builder import tirx as T
 from sparsec.codegen import tir
 from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, best_vector_isa, by_name
 from sparsec.codegen.isa.vector import keep, ramp, transpose
-from sparsec.codegen.kernels.base import Binder
+from sparsec.codegen.kernels.base import Binder, TirKernel
 from sparsec.codegen.kernels.panels import GROUP, WIDTH, const, div, loop, mod
 from sparsec.codegen.program import Kernel, KernelCall, Kind, Parameter
 from sparsec.ir.dims import ceildiv
@@ -27,7 +27,7 @@ MOVED = {str(DType.F32): "float32", str(DType.U8): "uint8", str(DType.I8): "uint
 
 
 @dataclass(frozen=True, slots=True)
-class LayoutChange:
+class LayoutChange(TirKernel):
     """`direction` is `to_panels` or `from_panels`; one item is a group of 16 tokens.
 
     `element` is what is moved: "float32", or "uint8", which stands for any byte.
@@ -45,17 +45,6 @@ class LayoutChange:
     def parameters(self) -> tuple[Parameter, ...]:
         sizes = (Parameter("tokens", Kind.INT), Parameter("channels", Kind.INT))
         return (Parameter("x", dtype=self.element), Parameter("y", dtype=self.element), *sizes)
-
-    @property
-    def has_scratch(self) -> bool:
-        return False
-
-    @property
-    def isa(self) -> str:
-        return self.vector.name
-
-    def build(self) -> Any:
-        return tir.kernel_function(self.name, self.parameters, self._body)
 
     def _body(self, s: tir.KernelScope) -> None:
         n, channels = self.vector.lanes, s["channels"]

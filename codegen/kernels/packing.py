@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
 from sparsec.codegen import tir
 from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, best_vector_isa, by_name
 from sparsec.codegen.isa.vector import keep, ramp, splat, transpose
-from sparsec.codegen.kernels.base import Binder
+from sparsec.codegen.kernels.base import Binder, TirKernel
 from sparsec.codegen.kernels.panels import GROUP, WIDTH, const, div, is_planar, loop, mod
 from sparsec.codegen.program import Kernel, KernelCall, Kind, Parameter
 from sparsec.ir.dims import ceildiv
@@ -22,7 +21,7 @@ CLEAR_GRAIN = 64  # rows; most are real and not cleared
 
 
 @dataclass(frozen=True, slots=True)
-class PackTokens:
+class PackTokens(TirKernel):
     """One item: the whole batch, as where a token goes depends on those before it."""
 
     vector: VectorIsa
@@ -42,17 +41,6 @@ class PackTokens:
             *(Parameter(n, Kind.INT) for n in ("batch", "seq", "keep_first")),
             Parameter("seen", Kind.FLOAT),
         )
-
-    @property
-    def has_scratch(self) -> bool:
-        return False
-
-    @property
-    def isa(self) -> str:
-        return self.vector.name
-
-    def build(self) -> Any:
-        return tir.kernel_function(self.name, self.parameters, self._body)
 
     def _body(self, s: tir.KernelScope) -> None:
         count = tir.registers("int64", 1)
@@ -77,7 +65,7 @@ class PackTokens:
 
 
 @dataclass(frozen=True, slots=True)
-class UnpackTokens:
+class UnpackTokens(TirKernel):
     """Packed panels to the rows of their tokens; one item is a group of 16 packed tokens."""
 
     vector: VectorIsa
@@ -90,17 +78,6 @@ class UnpackTokens:
     def parameters(self) -> tuple[Parameter, ...]:
         sizes = (Parameter("tokens", Kind.INT), Parameter("channels", Kind.INT))
         return (Parameter("x"), Parameter("index", dtype="int64"), Parameter("y"), *sizes)
-
-    @property
-    def has_scratch(self) -> bool:
-        return False
-
-    @property
-    def isa(self) -> str:
-        return self.vector.name
-
-    def build(self) -> Any:
-        return tir.kernel_function(self.name, self.parameters, self._body)
 
     def _body(self, s: tir.KernelScope) -> None:
         x, y, n, channels = s["x"], s["y"], self.vector.lanes, s["channels"]
@@ -125,7 +102,7 @@ class UnpackTokens:
 
 
 @dataclass(frozen=True, slots=True)
-class ClearPadding:
+class ClearPadding(TirKernel):
     """Zeros in the rows of tokens that have no place; one item is a row."""
 
     vector: VectorIsa
@@ -137,17 +114,6 @@ class ClearPadding:
     @property
     def parameters(self) -> tuple[Parameter, ...]:
         return (Parameter("place", dtype="int64"), Parameter("y"), Parameter("channels", Kind.INT))
-
-    @property
-    def has_scratch(self) -> bool:
-        return False
-
-    @property
-    def isa(self) -> str:
-        return self.vector.name
-
-    def build(self) -> Any:
-        return tir.kernel_function(self.name, self.parameters, self._body)
 
     def _body(self, s: tir.KernelScope) -> None:
         n, channels = self.vector.lanes, s["channels"]

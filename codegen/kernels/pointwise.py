@@ -15,7 +15,7 @@ from tvm.script.ir_builder import tirx as T
 from sparsec.codegen import tir
 from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, best_vector_isa, by_name, polynomials
 from sparsec.codegen.isa.vector import keep, ramp, splat
-from sparsec.codegen.kernels.base import Binder
+from sparsec.codegen.kernels.base import Binder, TirKernel
 from sparsec.codegen.kernels.panels import const, div, loop
 from sparsec.codegen.program import Kernel, KernelCall, Kind, Parameter
 from sparsec.ir.dims import ceildiv, floordiv
@@ -63,7 +63,7 @@ SHAPES = ("same", "scalar_right", "scalar_left")
 
 
 @dataclass(frozen=True, slots=True)
-class Pointwise:
+class Pointwise(TirKernel):
     """`form` says which operand of a binary op is a scalar."""
 
     vector: VectorIsa
@@ -79,17 +79,6 @@ class Pointwise:
     def parameters(self) -> tuple[Parameter, ...]:
         pointers = ("a", "b", "y") if self.op in BINARY else ("a", "y")
         return (*(Parameter(n) for n in pointers), Parameter("count", Kind.INT))
-
-    @property
-    def has_scratch(self) -> bool:
-        return False
-
-    @property
-    def isa(self) -> str:
-        return self.vector.name
-
-    def build(self) -> Any:
-        return tir.kernel_function(self.name, self.parameters, self._body)
 
     def _body(self, s: tir.KernelScope) -> None:
         n = self.vector.lanes

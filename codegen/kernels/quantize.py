@@ -20,7 +20,7 @@ from sparsec.codegen import tir
 from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, best_vector_isa, by_name
 from sparsec.codegen.isa.pack8 import BYTE_TYPES, Packer
 from sparsec.codegen.isa.vector import keep, ramp, splat
-from sparsec.codegen.kernels.base import Binder
+from sparsec.codegen.kernels.base import Binder, TirKernel
 from sparsec.codegen.kernels.panels import const, div, loop
 from sparsec.codegen.program import Kernel, KernelCall, Kind, Parameter
 from sparsec.ir.dims import ceildiv, floordiv
@@ -34,7 +34,7 @@ VECTORS = 4  # of floats that one store of bytes takes
 
 
 @dataclass(frozen=True, slots=True)
-class Requantise:
+class Requantise(TirKernel):
     """`op` is "quantize" or "dequantize"; `dtype` is that of the bytes, "uint8" or "int8"."""
 
     vector: VectorIsa
@@ -57,17 +57,6 @@ class Requantise:
             Parameter("factor", Kind.FLOAT),
             Parameter("zero_point", Kind.INT),
         )
-
-    @property
-    def has_scratch(self) -> bool:
-        return False
-
-    @property
-    def isa(self) -> str:
-        return self.vector.name
-
-    def build(self) -> Any:
-        return tir.kernel_function(self.name, self.parameters, self._body)
 
     def _body(self, s: tir.KernelScope) -> None:
         width = VECTORS * self.vector.lanes

@@ -19,7 +19,7 @@ from sparsec.codegen import tir
 from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, best_vector_isa, by_name
 from sparsec.codegen.isa.pack8 import Packer
 from sparsec.codegen.isa.vector import keep, ramp, splat
-from sparsec.codegen.kernels.base import Binder
+from sparsec.codegen.kernels.base import Binder, TirKernel
 from sparsec.codegen.kernels.panels import (
     GROUP,
     WIDTH,
@@ -41,7 +41,7 @@ OP = "quantize_tokens"
 
 
 @dataclass(frozen=True, slots=True)
-class QuantizeTokens:
+class QuantizeTokens(TirKernel):
     """One instruction set. `one_sided` is for a zero point of 0: the least channel is not read."""
 
     vector: VectorIsa
@@ -63,17 +63,6 @@ class QuantizeTokens:
             Parameter("below", Kind.FLOAT),
             Parameter("zero_point", Kind.INT),
         )
-
-    @property
-    def has_scratch(self) -> bool:
-        return False
-
-    @property
-    def isa(self) -> str:
-        return self.vector.name
-
-    def build(self) -> Any:
-        return tir.kernel_function(self.name, self.parameters, self._body)
 
     def _body(self, s: tir.KernelScope) -> None:
         lanes = self.vector.lanes

@@ -7,14 +7,13 @@ them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
 from sparsec.codegen import tir
 from sparsec.codegen.isa.bf16 import AVX512_BF16, LANES, pairs_of
 from sparsec.codegen.isa.vector import VectorIsa, keep, ramp
-from sparsec.codegen.kernels.base import Binder
+from sparsec.codegen.kernels.base import Binder, TirKernel
 from sparsec.codegen.kernels.panels import WIDTH, is_planar, loop
 from sparsec.codegen.program import Kernel, KernelCall, Kind, Parameter
 from sparsec.ir.dims import ceildiv, floordiv
@@ -26,7 +25,7 @@ CHUNK = 32  # rows of pairs per item: 16 KB of floats
 
 
 @dataclass(frozen=True, slots=True)
-class ToBf16:
+class ToBf16(TirKernel):
     """`rows` are those of all panels of the result: each is two of x."""
 
     vector: VectorIsa = AVX512_BF16
@@ -38,17 +37,6 @@ class ToBf16:
     @property
     def parameters(self) -> tuple[Parameter, ...]:
         return (Parameter("x"), Parameter("y", dtype="int32"), Parameter("rows", Kind.INT))
-
-    @property
-    def has_scratch(self) -> bool:
-        return False
-
-    @property
-    def isa(self) -> str:
-        return self.vector.name
-
-    def build(self) -> Any:
-        return tir.kernel_function(self.name, self.parameters, self._body)
 
     def _body(self, s: tir.KernelScope) -> None:
         with loop(s.begin * CHUNK, T.min(s.end * CHUNK, s["rows"])) as row:
