@@ -112,7 +112,7 @@ def read_attention(m: Match, graph: Graph) -> Attention | Reject:
     for step in scores.steps:
         scale *= step.factor if isinstance(step, Scale) else 1.0
     found = Attention(q, k, v, scores.steps, heads[0], heads[1], seq, size, scale)
-    return _check_masks(found) or found
+    return _check_row_guard(m, found) or _check_masks(found) or found
 
 
 def _check_softmax(m: Match, graph: Graph) -> Reject | None:
@@ -121,11 +121,33 @@ def _check_softmax(m: Match, graph: Graph) -> Reject | None:
         return Reject(f"the scores are {softmax.type.dtype}")
     if m.node("softmax").attrs["axis"] != softmax.type.rank - 1:
         return Reject("the softmax is not over the keys")
-    read = {softmax: 2 if guard else 1}  # the guard reads the softmax twice
+    asks_nan = guard is not None and m.get("row_max") is None
+    read = {softmax: 2 if asks_nan else 1}  # that guard reads the softmax twice
     read |= {v: 1 for v in (guard, m.root.input(0)) if v is not None and v is not softmax}
     if any(len(v.uses) != count or v in graph.outputs for v, count in read.items()):
         return Reject("the probabilities are read elsewhere")
     return None
+
+
+def _check_row_guard(m: Match, found: Attention) -> Reject | None:
+    """Zeros for the rows of a mask that are -inf throughout, which no later step may undo."""
+    if m.get("row_max") is None:
+        return None
+    attrs, last = m.node("row_max").attrs, found.steps[-1] if found.steps else None
+    bias = _narrow(m["bias"])
+    if attrs["axes"] != (m["bias"].type.rank - 1,) or not attrs["keepdims"]:
+        return Reject("the guard is not over the keys alone")
+    if bias.data is not None and np.isfinite(bias.data).all():
+        return None  # no row is: it guards nothing
+    if not isinstance(last, Add) or _narrow(last.mask) is not bias:
+        return Reject("the guard asks another mask than the one that is added last")
+    return None
+
+
+def _narrow(value: Value) -> Value:
+    """What is broadcast to `value`."""
+    node = value.producer
+    return value if node is None or node.op != "broadcast_to" else _narrow(node.input(0))
 
 
 def _read_scores(value: Value) -> Scores | Reject:

@@ -5,11 +5,13 @@
 
 The reshapes and transposes that make and undo the heads meet their inverses around the new op:
 canonicalize cancels them, whatever their order was. A query whose keys are all masked with -inf
-gets zeros, as the exporters' guard `where(is_nan(p), 0, p)` says.
+gets zeros, as the exporters' guard `where(is_nan(p), 0, p)` says, and the standard's Attention:
+`where(max over keys of mask == -inf, 0, p)`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from sparsec.ir.graph import Graph, Value
@@ -72,7 +74,9 @@ class MultiHead(RewriteRule):
         softmax = p.softmax("scores", bind="softmax")
         zero = p.scalar(0.0)
         guarded = p.where(p.is_nan(softmax), zero, "softmax", bind="guard")
-        return p.matmul(p.maybe("reshape", p.one_of(guarded, softmax)), "v")
+        dead = p.equal(p.reduce_max("bias", bind="row_max"), p.scalar(-math.inf))
+        zeroed = p.where(dead, zero, softmax, bind="guard")
+        return p.matmul(p.maybe("reshape", p.one_of(guarded, zeroed, softmax)), "v")
 
     def check(self, m: Match) -> Reject | None:
         found = read_attention(m, self.graph)

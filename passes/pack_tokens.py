@@ -57,7 +57,7 @@ def padded_ports(graph: Graph) -> tuple[str, list[str]]:
 
 def _is_unpacked(value: Value) -> bool:
     node = value.producer
-    while node is not None and node.op in ("reshape", "cast"):
+    while node is not None and node.op in ("reshape", "cast", "arg_max"):
         node = node.input(0).producer
     return node is not None and node.op == "unpack_tokens"
 

@@ -142,7 +142,8 @@ class _Walk:
         return Role.TOKENS
 
     def _is_masked(self, node: Node) -> bool:
-        """x * m, m 0 at padding; where(m, x, y) that takes y there; an output in fp16."""
+        """x * m, m 0 at padding; where(m, x, y) that takes y there; an output that is a cast of
+        rows, or the best channel of each."""
         operands = [v for v in node.inputs if v is not None]
         if not all(_can_unpack(v) for v in operands if v in self.packed):
             return False
@@ -153,7 +154,9 @@ class _Walk:
         if node.op == "where" and operands[0] not in self.packed:
             chosen = self._at_padding(operands[0], rank)
             return chosen is not None and operands[1 if chosen else 2] not in self.packed
-        return node.op == "cast" and node.output in self.graph.outputs
+        if node.op == "arg_max" and node.attrs["axis"] < 2:
+            return False
+        return node.op in ("cast", "arg_max") and node.output in self.graph.outputs
 
     def _at_padding(self, value: Value, rank: int) -> float | None:
         """What a function of the mask of the same token is in padding; None for other values.
@@ -260,7 +263,10 @@ def _trace(value: Value) -> tuple[Value | None, _Axes] | Reject:
     if node.op in VIEWS:
         return _trace_view(node)
     if not OPS[node.op].elementwise and node.op not in ("quantize", "dequantize"):
-        return Reject(f"the mask is made by {node.name} ({node.op})")
+        return Reject(
+            f"the mask is made by {node.name} ({node.op}); where inputs have sizes of their own "
+            "that are the same, --shape NAME=batchxseq for each says so"
+        )
     parts = [_trace(v) for v in node.inputs if v is not None]
     refused = next((p for p in parts if isinstance(p, Reject)), None)
     if refused is not None:

@@ -146,8 +146,8 @@ _THREAD_FAILED = 9
 _PIN_NONE, _PIN_CORES, _PIN_LIST = 0, 1, 2
 _MAX_THREADS = 1024
 _MAX_IDLE_CONTEXTS = 64
-# By device and inode, the times and sizes of the files that were loaded. It is the state of dlopen:
-# what that has mapped stays so for the process.
+# By device and inode, the times and sizes of the files that were loaded. It is the state of
+# dlopen: what that has mapped stays so for the process.
 _mapped: dict[tuple[int, int], tuple[int, int]] = {}
 
 Shapes = tuple[tuple[int, ...], ...]

@@ -58,6 +58,16 @@ def _spelled_out(call: Call, x: Operand, axis: int, epsilon: float) -> list[Oper
     return [result if beta is None else g.add("add", [result, beta]), average, inverse]
 
 
+def simplified_layer_norm(call: Call) -> list[Operand | None]:
+    """What ONNX Runtime makes of an RMS norm, in the standard's domain; 1 / rms is its second."""
+    g, x = call.g, call.input(0)
+    axes = tuple(range(call.axis(-1), x.type.rank))
+    mean = g.add("reduce_mean", [g.add("mul", [x, x])], axes=axes, keepdims=True)
+    shifted = g.add("add", [mean, g.scalar(call.attr("epsilon", 1e-5), x.type.dtype)])
+    inverse = g.add("reciprocal", [g.add("sqrt", [shifted])])
+    return [g.add("mul", [g.add("mul", [x, inverse]), call.input(1)]), inverse]
+
+
 def batch_norm(call: Call) -> Operand:
     """Inference: scale and shift per channel (axis 1) by the stored statistics."""
     if call.attr("training_mode", 0) or any(call.outputs[1:]):
@@ -79,6 +89,7 @@ NN: dict[str, Converter] = {
     "Einsum": einsum,
     "Gemm": gemm,
     "LayerNormalization": layer_norm,
+    "SimplifiedLayerNormalization": simplified_layer_norm,
     "MatMul": matmul,
     "QLinearConv": quantised,
 }

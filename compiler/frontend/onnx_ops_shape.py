@@ -161,7 +161,10 @@ def _bound(place: Dim, size: Dim, low: int, high: Dim) -> Dim:
     if most is not None and most < 0:
         place = place + size
     elif least is None or least < 0:
-        raise UnsupportedOp(f"a bound of Slice is {place}, which may be negative or not")
+        raise UnsupportedOp(
+            f"a bound of Slice is {place}, which may be negative or not; fix the sizes in it when "
+            "compiling, with --shape NAME=1x128"
+        )
     return minimum(maximum(place, low), high)
 
 

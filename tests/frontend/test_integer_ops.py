@@ -192,6 +192,10 @@ FUSED: dict[str, tuple[list[onnx.NodeProto], dict[str, Any]]] = {
         [node("SkipLayerNormalization", "x x g b b", "y", MS, epsilon=1e-5)],
         {"g": GAMMA, "b": GAMMA},
     ),
+    "SimplifiedLayerNormalization": (
+        [node("SimplifiedLayerNormalization", "x g", "y", epsilon=1e-5)],
+        {"g": GAMMA},
+    ),
     "Attention": (
         [node("Attention", "x w b", "y", MS, num_heads=2)],
         {"w": ROWS, "b": np.zeros(24, np.float32)},

@@ -205,6 +205,51 @@ def test_guarded_softmax(rng, padding):
     np.testing.assert_allclose(run(graph, feeds)["y"], wanted, 1e-5, 1e-6)
 
 
+def row_guarded(a: Attention, p: Value, bias: Value, axes: tuple[int, ...] = (3,)) -> Graph:
+    """The guard of ONNX's Attention; it asks the mask as it is for all queries."""
+    wide = a.add("broadcast_to", bias, shape=(BATCH, 1, SEQ, SEQ))
+    row_max = a.add("reduce_max", wide, axes=axes, keepdims=True)
+    return a.finish(a.add("where", a.add("equal", row_max, float("-inf")), 0.0, p))
+
+
+@pytest.mark.parametrize("padding", [2, 5])
+def test_softmax_that_is_guarded_by_rows_of_the_mask(rng, padding):
+    a = Attention()
+    mask = a.add("where", keep(a), 0.0, float("-inf"))
+    graph = row_guarded(a, a.softmax(a.add("add", a.scores(), mask)), mask)
+    feeds = {n: rng.standard_normal((2, 5, 8)).astype(np.float32) for n in "qkv"}
+    feeds["mask"] = np.ones((2, 5), np.bool_)
+    feeds["mask"][1, 5 - padding :] = False
+    wanted = run(graph, feeds)["y"]
+    assert (wanted[1] == 0).all() == (padding == 5)
+    for one in PASSES:
+        one.run(graph)
+    assert [n.op for n in graph.nodes] == ["reshape", "where", "attention"]
+    np.testing.assert_allclose(run(graph, feeds)["y"], wanted, 1e-5, 1e-6)
+
+
+def test_a_guard_of_no_row_is_nothing(check):
+    a = Attention()
+    zero = a.graph.add_constant(np.float32(0))
+    assert check(row_guarded(a, a.softmax(a.scores()), zero), *PASSES).ops == {"attention": 1}
+
+
+@pytest.mark.parametrize(
+    ("last", "axes", "note"),
+    [(0.0, (3,), "asks another mask"), (None, (2,), "not over the keys")],
+)
+def test_a_guard_that_asks_something_else_is_left(check, last, axes, note):
+    a = Attention()
+    mask = a.add("where", keep(a), 0.0, -1.0)
+    scores = a.add("add", a.scores(), mask)
+    if last is not None:
+        other = a.graph.add_input("other", DType.F32, (BATCH, 1, 1, SEQ))
+        scores = a.add("add", scores, other)
+    found = check(row_guarded(a, a.softmax(scores), mask, axes), *PASSES)
+    assert found.ops["attention"] == 0
+    assert note in found.notes
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_batch_and_heads_in_one_axis(check, masked):
     """Three axes: [batch * heads, seq, size], and the mask added in four."""

@@ -116,8 +116,12 @@ def with_other_rows(m: Model) -> Value:
     return m.add("add", m.encoder(), m.add("mul", m.token_mask(), m.constant(3)))
 
 
+def largest_channel(m: Model) -> Value:
+    return m.add("arg_max", m.encoder(), axis=2, keepdims=False)
+
+
 SHAPES = {f.__name__: f for f in (rows, first, first_slice, mean, highest, per_token,
-                                  with_other_rows)}  # fmt: skip
+                                  with_other_rows, largest_channel)}  # fmt: skip
 
 
 def check(m: Model, out: Value, masks: list[str]) -> None:
@@ -222,8 +226,8 @@ def last(m: Model) -> Value:
     return m.add("gather", m.encoder(), m.constant(-1, DType.I64), axis=1)
 
 
-def largest_channel(m: Model) -> Value:
-    return m.add("arg_max", m.encoder(), axis=2, keepdims=False)
+def largest_token(m: Model) -> Value:
+    return m.add("arg_max", m.encoder(), axis=1, keepdims=False)
 
 
 def shifted(m: Model) -> Value:
@@ -240,7 +244,7 @@ REFUSED = {
     plain_mean: "no row per token",
     weighted_mean: "no row per token",
     last: "no row per token",
-    largest_channel: "arg_max",
+    largest_token: "no row per token",
     shifted: "may mix",
 }
 
