@@ -232,7 +232,7 @@ def _limit_table(program: Program) -> str:
 
 def _magnitude(program: Program, names: _Symbols) -> str:
     ports = (*program.inputs, *program.outputs)
-    values: list[Dim] = [d for port in ports for d in port.type.shape]
+    values: list[Dim] = [d for port in ports for d in (*port.type.shape, port.type.nbytes)]
     values += [*program.slots, *program.chained_slots]
     values += [*(limit.dim for limit in program.limits), *(c.panels for c in program.chains)]
     for call in program.calls:

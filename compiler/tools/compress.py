@@ -40,7 +40,6 @@ LENGTHS = (32, 128)  # tokens of the one sequence whose latency is measured
 BENCH_SECONDS = 2.0
 ADVISED = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)  # shares that a latency is met with
 EQUAL = 5e-3  # sparsities that differ by less are told in one line
-USUAL_POSITIONS = 512
 GROUPS = ("epochs", "rates", "distillation")  # fields of a recipe that are records themselves
 
 LIBRARY, RECIPE, RESULT, LOG, PLOT = (
@@ -152,7 +151,7 @@ def compress(recipe: Recipe, *, resume: bool, tell: Tell) -> Outcome:
     encoded = task.read(recipe.dev, load_tokenizer(recipe.model), recipe.max_length)
     tell("evaluate model.so on dev", 0, 0)
     dev = {**made.dev, "library": evaluate_library(library, task, encoded, recipe.threads)}
-    latency = _latencies(recipe, library, tell)
+    latency = _latencies(library, made.positions, tell)
     notes = plot_run(recipe.output / LOG, recipe.output / PLOT)
     notes += tuple(compiled.report["warnings"])
     outcome = Outcome(library, dev, latency, made.layers, notes)
@@ -226,6 +225,8 @@ def check_output(recipe: Recipe, resume: bool) -> None:
 
 
 def _check_recipe(recipe: Recipe, folder: Path, resume: bool) -> None:
+    if not any((folder / name).exists() for name in WRITTEN if name != RECIPE):
+        return  # it was refused before it made anything
     differences = recipe.differences((folder / RECIPE).read_text(encoding="utf-8"))
     if differences:
         raise InvalidInput(
@@ -265,17 +266,15 @@ def _inputs(library: Path, model: Model, arrays: Mapping[str, Any]) -> dict[str,
     return {port.name: arrays[port.name].astype(port.dtype) for port in model.inputs}
 
 
-def _latencies(recipe: Recipe, library: Path, tell: Tell) -> dict[int, dict[str, float]]:
+def _latencies(library: Path, positions: int | None, tell: Tell) -> dict[int, dict[str, float]]:
     """A summary in ms for one sequence of each length that the model can take, on one core."""
-    config = json.loads((recipe.model / "config.json").read_text(encoding="utf-8"))
-    positions = config.get("max_position_embeddings", USUAL_POSITIONS)
     return {
         seq: bench(
             library, batch=1, seq=seq, threads=1, onnx=None, against=None, seconds=BENCH_SECONDS,
             pin=True, progress=lambda text: tell(text, 0, 0),
         )["engines"]["sparsec"]
         for seq in LENGTHS
-        if seq <= positions
+        if positions is None or seq <= positions
     }  # fmt: skip
 
 

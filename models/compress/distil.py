@@ -8,6 +8,7 @@ models of any width and depth.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -125,10 +126,11 @@ def hidden_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], mask: 
 def relation_loss(student: Seen, teacher: Seen, mask: Tensor) -> Tensor:
     """Divergence of q-q, k-k and v-v relations in the last layer (MiniLMv2, arXiv 2012.15828).
 
-    Both sides are cut into the teacher's number of heads, whatever the student's widths are.
+    Both sides are cut into the same number of heads: the teacher's, or as many as divide the
+    student's width too.
     """
     terms = [
-        _relation_divergence(ours, theirs, mask, teacher.heads)
+        _relation_divergence(ours, theirs, mask, math.gcd(teacher.heads, ours.shape[-1]))
         for ours, theirs in zip(student.relations, teacher.relations, strict=True)
     ]
     return sum(terms) / len(terms)

@@ -27,7 +27,12 @@ from sparsec.models.compress.permute import permute, reorder_stream
 from sparsec.models.compress.plain import bake
 from sparsec.models.compress.recipe import Distillation, Recipe
 from sparsec.models.compress.runlog import RunLog
-from sparsec.models.compress.sites import embedding_parts, encoder_linears
+from sparsec.models.compress.sites import (
+    embedding_parts,
+    encoder_linears,
+    position_room,
+    vocabulary,
+)
 from sparsec.models.compress.tasks import TASKS, Task, find_task
 from sparsec.models.compress.train import (
     Device,
@@ -52,13 +57,15 @@ LABELS_ONLY = Distillation(labels=1.0, logits=0.0, hidden=0.0)
 
 @dataclass(frozen=True, slots=True)
 class Compressed:
-    """What a run made. `dev` has metrics by stage, `layers` the sparsity of each linear."""
+    """What a run made. `dev` has metrics by stage, `layers` the sparsity of each linear;
+    `positions` is the longest sequence that the model can take, None where nothing says so."""
 
     onnx: Path
     teacher: Path
     sparse: Path
     dev: dict[str, dict[str, float]]
     layers: dict[str, float]
+    positions: int | None
 
 
 def compress(
@@ -81,7 +88,7 @@ def compress(
     layers = {name: sparsity_of([mask.kept]) for name, mask in masks.items()}
     sparse = run.saved(student)
     onnx = run.exported(student, teacher, dev)
-    return Compressed(onnx, run.teacher_folder, sparse, dev, layers)
+    return Compressed(onnx, run.teacher_folder, sparse, dev, layers, position_room(student))
 
 
 @dataclass
@@ -162,12 +169,41 @@ class _Run:
         model, _missing = load_model(self.recipe.model, self.task, self.recipe.seed)
         for name, linear in encoder_linears(model).items():
             self.pattern.check(name, tuple(linear.weight.shape))
+        self._check_tables(model, self.recipe.model)
+        self._check_lessons()
         self.config = model.config
         self.output.mkdir(parents=True, exist_ok=True)
         (self.output / "recipe.json").write_text(self.recipe.to_json(), encoding="utf-8")
         if self.targets is not None:
             text = json.dumps(dict(self.targets), indent=1)
             (self.output / SPARSITIES).write_text(text + "\n", encoding="utf-8")
+
+    def _check_tables(self, model: Any, folder: Path) -> None:
+        """That there is a row for every token and every position of the data."""
+        room, words = position_room(model), vocabulary(model)
+        every = (*filter(None, (self.train_data, self.dev_data)), *self.texts)
+        longest = max(int(data.lengths.max(initial=0)) for data in every)
+        if room is not None and longest > room:
+            raise InvalidInput(
+                f"--max-length {self.recipe.max_length}: there are rows of {longest} tokens, "
+                f"{folder} can take {room}"
+            )
+        most = max(int(data.ids.max(initial=0)) for data in every)
+        if most >= words:
+            raise InvalidInput(
+                f"{folder}: knows {words} tokens, and the tokenizer in {self.recipe.model} gives "
+                f"the id {most}; both have to have the same vocabulary"
+            )
+
+    def _check_lessons(self) -> None:
+        """That each source has something to be learned from."""
+        weights = self.recipe.distillation_for(self.task.head)
+        if weights.needs_teacher or self.recipe.one_shot:
+            return
+        silent = [s.name for s in self._sources(texts=True) if not s.labelled]
+        if weights.labels == 0 or silent:
+            what = f"{silent[0]}, which has no labels" if silent else "anything"
+            raise InvalidInput(f"--distillation: nothing is learned from {what}; give a weight")
 
     def evaluate(self, model: Any) -> dict[str, float]:
         return evaluate_model(model, self.task, self.dev_data, self.device)
@@ -182,6 +218,7 @@ class _Run:
                     f"{ready}: has no weights for {', '.join(missing[:4])}; give a model that is "
                     f"tuned for {self.task.name}"
                 )
+            self._check_tables(model, ready)
             return model.to(self.device.name).eval()
         model, missing = load_model(self.recipe.model, self.task, self.recipe.seed)
         model = model.to(self.device.name)

@@ -193,9 +193,10 @@ def _label(place: str, text: str, classes: int) -> int:
     wanted = f"wanted a whole number from 0 to {classes - 1}"
     if not text.strip().isdecimal():
         raise InvalidInput(f"{place}: the label {_short(text)} is not a number; {wanted}")
-    if int(text) >= classes:
+    digits = text.strip().lstrip("0") or "0"
+    if len(digits) > 9 or int(digits) >= classes:
         raise InvalidInput(f"{place}: the label {_short(text)} is out of range; {wanted}")
-    return int(text)
+    return int(digits)
 
 
 def _score(place: str, text: str) -> float:

@@ -13,6 +13,7 @@ from sparsec.models.registry import Head
 CRITERIA = ("obs", "magnitude", "movement", "snip")
 BUDGETS = ("layer", "global")
 DEVICES = ("auto", "cpu", "cuda")
+MOST = 2**31 - 1  # of any whole number
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,8 @@ class Recipe:
             for name, value in asdict(values).items():
                 if not 0.0 <= value < float("inf"):
                     raise InvalidInput(f"{name} {value}: wanted 0 or more")
+        if self.distillation is not None and self.distillation.temperature == 0.0:
+            raise InvalidInput("temperature 0: wanted more than 0")
         if not 0.0 < self.prune_until <= 1.0:
             raise InvalidInput(
                 f"prune_until {self.prune_until}: wanted a share above 0, at most 1"
@@ -125,8 +128,10 @@ class Recipe:
         for name, least in (
             ("max_length", 8), ("tokens_per_batch", 8), ("seed", 0), ("threads", 0),
         ):  # fmt: skip
-            if getattr(self, name) < least:
-                raise InvalidInput(f"{name} {getattr(self, name)}: wanted at least {least}")
+            if not least <= getattr(self, name) <= MOST:
+                raise InvalidInput(
+                    f"{name} {getattr(self, name)}: wanted at least {least}, at most {MOST}"
+                )
         if self.train is None and not (self.one_shot and self.text):
             raise InvalidInput("--train FILE is missing; only --one-shot with --text needs none")
         self._check_latency()

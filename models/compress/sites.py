@@ -87,6 +87,25 @@ def embedding_parts(model: nn.Module) -> EmbeddingParts:
     )
 
 
+def vocabulary(model: nn.Module) -> int:
+    """Return how many token ids the model has a row for."""
+    embeddings = _part(_encoder_root(model), "embeddings", "the encoder")
+    table: Any = _part(embeddings, "word_embeddings", "the embeddings")
+    return int(table.num_embeddings)
+
+
+def position_room(model: nn.Module) -> int | None:
+    """Return how long a sequence may be; None where no table limits it.
+
+    RoBERTa counts from behind the place of padding in its table.
+    """
+    embeddings = _part(_encoder_root(model), "embeddings", "the encoder")
+    table: Any = getattr(embeddings, "position_embeddings", None)
+    if not isinstance(table, nn.Embedding):
+        return None
+    return int(table.num_embeddings) - (0 if table.padding_idx is None else table.padding_idx + 1)
+
+
 def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a batch is an input of this model: DistilBERT has no `token_type_ids`."""
     accepted = inspect.signature(model.forward).parameters

@@ -145,6 +145,13 @@ def read_questions(path: Path) -> tuple[Question, ...]:
     text = read_text(path)
     try:
         content = json.loads(text)
+        # JSON may spell halves of characters, which no tokenizer reads.
+        json.dumps(content, ensure_ascii=False).encode()
+    except RecursionError:
+        raise InvalidInput(f"{path}: not JSON of questions: it is nested too deeply") from None
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise InvalidInput(f"{path}: holds {half!r}, which is half a character") from None
     except json.JSONDecodeError as error:
         raise InvalidInput(
             f"{path}:{error.lineno}: not JSON: {error.msg} (column {error.colno})"

@@ -146,6 +146,21 @@ def test_a_sequence_longer_than_the_position_table_is_refused(build: Build) -> N
         model(random_inputs(model, 1, 65, seed=0, padding=False))
 
 
+def test_an_output_of_more_bytes_than_there_are_numbers_for_is_refused(tmp_path: Path) -> None:
+    """2**66 elements: counted in 64 bits they are none."""
+    proto = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[n, 1, 1] x, float[1, m, 1] y, '
+        "float[1, 1, p] z) => (float[n, m, p] w) { xy = Add (x, y) w = Add (xy, z) }"
+    )
+    onnx.save(proto, tmp_path / "m.onnx")
+    sparsec.compile_model(tmp_path / "m.onnx", tmp_path / "m.so")
+    model, ones = sparsec.load(tmp_path / "m.so"), np.ones(1 << 22, np.float32)
+    x, y, z = ones.reshape(-1, 1, 1), ones.reshape(1, -1, 1), ones.reshape(1, 1, -1)
+    assert model({"x": x[:2], "y": y[:, :3], "z": z[:, :, :5]})["w"].shape == (2, 3, 5)
+    with pytest.raises(InvalidInput, match="too large"):
+        model({"x": x, "y": y, "z": z})
+
+
 @pytest.mark.parametrize(("stride", "kernel"), [(1, 3), (2, 4), (4, 4)])
 def test_an_image_smaller_than_the_kernel_is_refused(
     stride: int, kernel: int, tmp_path: Path

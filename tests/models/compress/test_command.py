@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
     """A model folder as far as the command itself reads it, and data."""
     model = tmp_path / "model"
     model.mkdir()
-    (model / "config.json").write_text(json.dumps({"max_position_embeddings": POSITIONS}))
+    (model / "config.json").write_text("{}")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{k}" for k in range(96))]
     made = Tokenizer(models.WordLevel({w: k for k, w in enumerate(words)}, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -70,7 +70,8 @@ def double(head: Any = "classify") -> tuple[SimpleNamespace, list[Any]]:
         onnx.save(tiny_model(head=head), recipe.output / "model.onnx")
         stages = ("teacher", "prune", "tune", "quantise")
         dev = {stage: {"accuracy": 0.1 * k} for k, stage in enumerate(stages, start=1)}
-        return SimpleNamespace(onnx=recipe.output / "model.onnx", dev=dev, layers=LAYERS)
+        onnx_file = recipe.output / "model.onnx"
+        return SimpleNamespace(onnx=onnx_file, dev=dev, layers=LAYERS, positions=POSITIONS)
 
     return SimpleNamespace(compress=run), seen
 
@@ -202,6 +203,23 @@ def test_folders_that_should_not_be_written_are_refused(
     assert main(arguments(folder, "-o", str(folder / "a" / "b"))) == 2
     assert f"b: no permission to write in {folder}" in capsys.readouterr().err
     assert seen == []
+
+
+def test_a_run_that_was_refused_before_it_made_anything_does_not_keep_its_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes: list[Any] = []
+
+    def refuse(recipe: Any, *, targets: Any, tell: Callable[..., None]) -> None:
+        recipes.append(recipe)
+        recipe.output.mkdir(exist_ok=True)
+        (recipe.output / "recipe.json").write_text(recipe.to_json())
+        raise InvalidInput("no")
+
+    monkeypatch.setattr(compress, "_pipeline", lambda: SimpleNamespace(compress=refuse))
+    assert main(arguments(folder)) == 2
+    assert main(arguments(folder, "--sparsity", "0.7")) == 2
+    assert [r.sparsity for r in recipes] == [0.8, 0.7]
 
 
 def test_an_interrupted_run_says_how_to_go_on(

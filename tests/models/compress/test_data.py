@@ -128,6 +128,7 @@ SST2 = "sentence\tlabel\n"
         ("sst2", SST2 + "a\t1\n\nb\t1", r"x:3: wanted 2 columns"),
         ("sst2", SST2 + "a\tb\t1\n", "x:2: wanted 2 columns .* got 3"),
         ("sst2", SST2 + "a\t2\n", "x:2: the label '2' is out of range; wanted a whole number"),
+        ("sst2", SST2 + "a\t" + "9" * 5000 + "\n", "x:2: the label .* is out of range"),
         ("sst2", SST2 + "a\t-1\n", "x:2: the label '-1' is not a number; wanted .* from 0 to 1"),
         ("sst2", SST2 + "a\tgood\n", "x:2: the label 'good' is not a number"),
         ("sst2", SST2 + "a\t1.0\n", "x:2: the label '1.0' is not a number"),

@@ -87,6 +87,7 @@ def test_a_deeper_teacher_is_looked_at_in_every_second_layer() -> None:
 
 def test_relations_compare_models_of_other_widths() -> None:
     assert relation_loss(seen(0, channels=8), seen(1, channels=16, heads=4), MASK) > 0
+    assert relation_loss(seen(0, channels=8), seen(1, channels=12, heads=6), MASK) > 0
 
 
 def test_embeddings_compare_directions_of_the_mean_over_real_tokens() -> None:

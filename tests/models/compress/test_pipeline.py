@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -230,12 +232,51 @@ def test_bad_requests_leave_nothing_behind(
     assert not recipe.output.exists()
 
 
+def test_rows_longer_than_the_table_of_positions_are_refused(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    dev = tmp_path / "long.tsv"
+    dev.write_text("sentence\tlabel\n" + "the " * 100 + "\t1\n")
+    with pytest.raises(InvalidInput, match=r"rows of 102 tokens, .* can take 64"):
+        compress(replace(recipe, dev=dev, max_length=128))
+    assert not recipe.output.exists()
+
+
+@pytest.mark.parametrize("role", ["model", "teacher"])
+def test_a_model_without_a_row_for_every_token_is_refused(
+    recipe: Recipe, role: str, tmp_path: Path
+) -> None:
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=5, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=64, num_labels=2,
+    )  # fmt: skip
+    small = tmp_path / "small"
+    transformers.BertForSequenceClassification(config).save_pretrained(str(small))
+    shutil.copy(recipe.model / "tokenizer.json", small)
+    changes: dict[str, Any] = {role: small}
+    with pytest.raises(InvalidInput, match="knows 5 tokens, and the tokenizer in"):
+        compress(replace(recipe, **changes))
+
+
+def test_what_nothing_is_learned_from_is_refused(recipe: Recipe) -> None:
+    alone = Distillation(labels=1, logits=0, hidden=0)
+    with pytest.raises(InvalidInput, match="nothing is learned from joined, which has no labels"):
+        compress(replace(recipe, distillation=alone, joined=True))
+    with pytest.raises(InvalidInput, match="nothing is learned from"):
+        compress(replace(recipe, distillation=Distillation(hidden=0), joined=False))
+    assert not recipe.output.exists()
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"sparsity": 0.0}, "--sparsity"), ({"sparsity": 1.0}, "--sparsity"),
     ({"sparsity": float("nan")}, "--sparsity"), ({"criterion": "luck"}, "criterion 'luck'"),
     ({"epochs": Epochs(tune=-1)}, "tune -1"), ({"prune_until": 0.0}, "prune_until"),
     ({"max_length": 3}, "max_length 3"), ({"device": "tpu"}, "device 'tpu'"),
-    ({"seed": -1}, "seed -1"), ({"threads": -1}, "threads -1"), ({"text_share": 0}, "text_share"),
+    ({"seed": 10**20}, "seed 1000.*at most"), ({"seed": -1}, "seed -1"),
+    ({"distillation": Distillation(temperature=0)}, "temperature 0"),
+    ({"threads": -1}, "threads -1"), ({"text_share": 0}, "text_share"),
     ({"train": None}, "--train FILE is missing"),
     ({"train": None, "one_shot": True}, "--one-shot with --text"),
     ({"latency_ms": 0.0}, "--latency-ms 0.0"),

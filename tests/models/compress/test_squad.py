@@ -172,6 +172,8 @@ BAD_START = question("q", "w1", answers=[{"text": "w1", "answer_start": 100}])
     [
         ("", "the file is empty"),
         ('{"data": [\n1,]}', r"x\.json:2: not JSON: .* \(column 3\)"),
+        ("[" * 100_000, r"x\.json: not JSON of questions: it is nested too deeply"),
+        ('{"data": "\\ud83d"}', r"x\.json: holds '\\ud83d', which is half a character"),
         ([], r"x\.json: data: wanted a list, got nothing"),
         ({"data": {}}, "data: wanted a list, got dict"),
         ({"data": []}, "holds no question"),
