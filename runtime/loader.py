@@ -468,10 +468,13 @@ class Model:
         """Which input holds the index that a table has no row for, if one does."""
         named = {port.name: array for port, array in zip(self.inputs, arrays, strict=True)}
         padding = self.description.get("padding", {})
-        read = named[padding["mask"]] != 0 if padding.get("dropped") else True
+        mask = named[padding["mask"]] if padding.get("dropped") else None
         for name, rows in self.description.get("input_ranges", {}).items():
             ids = named[name]
-            places = np.argwhere(((ids < -rows) | (ids >= rows)) & read)
+            outside = (ids < -rows) | (ids >= rows)
+            if mask is not None and mask.shape == ids.shape:
+                outside &= mask != 0  # what is at padding is not read
+            places = np.argwhere(outside)
             if len(places):
                 at = places[0].tolist()
                 return f"; input {name!r} at {at} is {ids[tuple(at)]}, its table has {rows} rows"

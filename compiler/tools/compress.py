@@ -20,6 +20,7 @@ from rich.table import Table
 from sparsec import __version__
 from sparsec.driver import compile_model
 from sparsec.errors import InvalidInput, MissingPackage
+from sparsec.files import replacing
 from sparsec.options import Calibration, CompileOptions
 from sparsec.runtime import Model, load
 from sparsec.target import Target
@@ -291,10 +292,8 @@ def _write_result(recipe: Recipe, made: Compressed, outcome: Outcome) -> None:
         "library": outcome.library.name,
         "library_bytes": outcome.library.stat().st_size,
     }
-    path = recipe.output / RESULT
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    with replacing(recipe.output / RESULT) as path:
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def print_outcome(recipe: Recipe, outcome: Outcome) -> None:

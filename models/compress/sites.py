@@ -79,7 +79,7 @@ def layer_parts(model: nn.Module) -> tuple[LayerParts, ...]:
 def embedding_parts(model: nn.Module) -> EmbeddingParts:
     """Return what feeds the first layer; raises `InvalidInput` for an unknown encoder."""
     base = _encoder_root(model)
-    embeddings = _part(base, "embeddings", "the encoder")
+    embeddings = _embeddings(model)
     return EmbeddingParts(
         tables=tuple(m for m in embeddings.modules() if isinstance(m, nn.Embedding)),
         norm=_part(embeddings, "LayerNorm", "the embeddings"),
@@ -89,8 +89,7 @@ def embedding_parts(model: nn.Module) -> EmbeddingParts:
 
 def vocabulary(model: nn.Module) -> int:
     """Return how many token ids the model has a row for."""
-    embeddings = _part(_encoder_root(model), "embeddings", "the encoder")
-    table: Any = _part(embeddings, "word_embeddings", "the embeddings")
+    table: Any = _part(_embeddings(model), "word_embeddings", "the embeddings")
     return int(table.num_embeddings)
 
 
@@ -99,8 +98,7 @@ def position_room(model: nn.Module) -> int | None:
 
     RoBERTa counts from behind the place of padding in its table.
     """
-    embeddings = _part(_encoder_root(model), "embeddings", "the encoder")
-    table: Any = getattr(embeddings, "position_embeddings", None)
+    table: Any = getattr(_embeddings(model), "position_embeddings", None)
     if not isinstance(table, nn.Embedding):
         return None
     return int(table.num_embeddings) - (0 if table.padding_idx is None else table.padding_idx + 1)
@@ -110,6 +108,10 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a batch is an input of this model: DistilBERT has no `token_type_ids`."""
     accepted = inspect.signature(model.forward).parameters
     return {name: batch[name] for name in INPUTS if name in accepted and name in batch}
+
+
+def _embeddings(model: nn.Module) -> nn.Module:
+    return _part(_encoder_root(model), "embeddings", "the encoder")
 
 
 def _encoder_root(model: nn.Module) -> nn.Module:

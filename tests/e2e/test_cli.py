@@ -440,3 +440,13 @@ def test_an_index_past_its_table_is_named_by_its_input(build: Build) -> None:
     message = r"out of range.*; input 'token_type_ids' at \[1, 3\] is 2, its table has 2 rows"
     with pytest.raises(InvalidInput, match=message):
         model(arrays)
+
+
+def test_an_index_is_found_beside_a_mask_of_another_shape(build: Build) -> None:
+    """As ids of positions have, that are the same for all sequences: [1, seq]."""
+    _, library = build("tiny-bert")
+    model = load(library)
+    shapes = {"attention_mask": (2, 6)}
+    arrays = [np.zeros(shapes.get(port.name, (1, 6)), np.int64) for port in model.inputs]
+    arrays[[port.name for port in model.inputs].index("input_ids")][0, 4] = -101
+    assert "'input_ids' at [0, 4] is -101" in model._index_outside(arrays)
