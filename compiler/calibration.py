@@ -160,25 +160,41 @@ def load_calibration(path: Path, graph: Graph) -> list[Feed]:
     return feeds
 
 
-def random_batches(graph: Graph, count: int, seq: int, seed: int = 0) -> Iterator[Feed]:
-    """`count` samples of `seq` random tokens, in batches: for benchmarks, not for accuracy.
+def random_batches(
+    graph: Graph, count: int, lengths: Sequence[int], seed: int = 0
+) -> Iterator[Feed]:
+    """`count` samples of each length in random tokens, in batches: for benchmarks, not accuracy.
 
     Inputs that index tables are random rows of them, other integers are 1 (masks), floats normal.
-    Sizes that the model fixes, and its limits, stand before `seq`.
+    Sizes that the model fixes, and its limits, stand before `lengths`. Attention of few tokens
+    has other ranges than that of many: with long samples alone it would saturate.
     """
     rng = np.random.default_rng(seed)
     rows = table_rows(graph)
     size = batch_size(graph)
     batches = {name for v in graph.inputs for name in dims.symbols(v.type.shape[0])}
-    lengths = {name for v in graph.inputs for d in v.type.shape[1:] for name in dims.symbols(d)}
-    env = {name: min(seq, largest(graph, name)) for name in lengths}
-    for start in range(0, count, size or BATCH):
-        env |= dict.fromkeys(batches, min(BATCH, count - start))
-        feed: Feed = {}
-        for value in graph.inputs:
-            shape = tuple(dims.evaluate(d, env) for d in value.type.shape)
-            feed[value.name] = _random(rng, value, shape, rows.get(value))
-        yield feed
+    for env in _sizes(graph, batches, lengths):
+        for start in range(0, count, size or BATCH):
+            env |= dict.fromkeys(batches, min(BATCH, count - start))
+            feed: Feed = {}
+            for value in graph.inputs:
+                shape = tuple(dims.evaluate(d, env) for d in value.type.shape)
+                feed[value.name] = _random(rng, value, shape, rows.get(value))
+            yield feed
+
+
+def _sizes(graph: Graph, batches: set[str], lengths: Sequence[int]) -> list[dict[str, int]]:
+    """A size per symbol that is none of `batches`, for each length that the limits allow."""
+    names = {name for v in graph.inputs for d in v.type.shape[1:] for name in dims.symbols(d)}
+    found = [{name: min(length, largest(graph, name)) for name in names} for length in lengths]
+    different = [env for i, env in enumerate(found) if env not in found[:i]]
+    one = dict.fromkeys(batches, 1)
+    allowed = [
+        env
+        for env in different
+        if all(dims.evaluate(x.dim, one | env) <= x.most for x in graph.limits)
+    ]
+    return allowed or different[:1]  # running it says what is wrong
 
 
 def _read(path: Path) -> Feed:

@@ -60,8 +60,8 @@ from sparsec.tuning.rates_file import with_known_rates
 
 Progress = Callable[[str], None]
 
-RANDOM_SAMPLES = 4
-RANDOM_TOKENS = 128
+RANDOM_SAMPLES = 4  # of each length
+RANDOM_LENGTHS = (128, 32, 8, 1)  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +279,7 @@ def _samples(graph: Graph, calibration: Calibration) -> Iterable[Feed]:
             return load_calibration(path, graph)
         case Calibration(text=Path() as path, tokenizer=Path() as tokenizer):
             return text_batches(path, tokenizer, graph)
-    return random_batches(graph, RANDOM_SAMPLES, RANDOM_TOKENS)
+    return random_batches(graph, RANDOM_SAMPLES, RANDOM_LENGTHS)
 
 
 def limited(target: Target, isa: Isa | None) -> Target:

@@ -114,7 +114,7 @@ def load_pretrained(folder: Path, head: Head, **options: Any) -> tuple[Any, list
 
     `options` go to transformers. Attention is spelled out: exporters know its operators, and a
     training step on a CPU takes a third of the time that it does with torch's fused attention.
-    Raises InvalidInput for a folder that holds no such model.
+    Raises InvalidInput for a folder that holds no such model, or weights of other shapes.
     """
     check_folder(folder)
     auto = getattr(_import_transformers(), AUTO_CLASSES[head])
@@ -126,11 +126,14 @@ def load_pretrained(folder: Path, head: Head, **options: Any) -> tuple[Any, list
             dtype="float32",
             attn_implementation="eager",
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below
             **options,
         )
     except Exception as error:  # transformers and safetensors raise many kinds for a bad folder
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         raise InvalidInput(f"{folder}: cannot be loaded by transformers: {first_line}") from error
+    for name, there, wanted in sorted(info["mismatched_keys"]):
+        raise InvalidInput(f"{folder}: {name} is {list(there)}, wanted {list(wanted)}")
     return model, sorted(str(key) for key in info["missing_keys"])
 
 

@@ -150,7 +150,7 @@ def fused() -> Graph:
 
 def test_every_value_that_is_quantised_is_observed(fused):
     names = quantized_values(fused)
-    found = calibrate(fused, random_batches(fused, 20, 12), names)
+    found = calibrate(fused, random_batches(fused, 20, [12]), names)
     assert list(found) == names
     for observation in found.values():
         assert observation.counts.sum() % (20 * 12 * 32) == 0
@@ -159,7 +159,7 @@ def test_every_value_that_is_quantised_is_observed(fused):
 
 def test_padding_does_not_count(fused):
     names = quantized_values(fused)
-    (feed,) = random_batches(fused, 2, 12)
+    (feed,) = random_batches(fused, 2, [12])
     short = {name: data[:, :7].copy() for name, data in feed.items()}
     feed["attention_mask"][:, 7:] = 0
     padded, exact = (calibrate(fused, [f], names) for f in (feed, short))
@@ -199,7 +199,7 @@ from sparsec.passes.manager import PassManager
 
 graph = import_model(build_model(tiny_spec(layers=1, hidden=192, ffn=768)))
 PassManager(graph_pipeline()).run(graph)
-found = calibrate(graph, random_batches(graph, 40, 50), quantized_values(graph))
+found = calibrate(graph, random_batches(graph, 40, [50]), quantized_values(graph))
 digest = hashlib.sha256()
 for name, o in found.items():
     digest.update(repr((name, o.low, o.high, o.width)).encode() + o.counts.tobytes())
@@ -229,22 +229,32 @@ def test_data_that_overflow_are_refused():
 
 
 def test_random_batches_are_valid_and_repeatable(fused):
-    batches = list(random_batches(fused, 20, 500, seed=3))
+    batches = list(random_batches(fused, 20, [500], seed=3))
     assert [len(b["input_ids"]) for b in batches] == [16, 4]
     assert batches[0]["input_ids"].shape[1] == 64  # the model has no more positions
     assert batches[0]["input_ids"].max() == 99
     assert set(np.unique(batches[0]["token_type_ids"])) == {0, 1}
     assert (batches[0]["attention_mask"] == 1).all()
-    for feed, again in zip(batches, random_batches(fused, 20, 500, seed=3), strict=True):
+    for feed, again in zip(batches, random_batches(fused, 20, [500], seed=3), strict=True):
         run(fused, feed)
         assert all(np.array_equal(feed[name], again[name]) for name in feed)
+
+
+def test_random_batches_have_all_lengths_that_the_limits_allow():
+    """Lengths beyond the table of positions would be cut; a limit may be a formula of sizes."""
+    graph = Graph("limited")
+    x = graph.add_input("x", DType.F32, (B, S))
+    graph.add_output("y", graph.add("exp", [x]))
+    graph.add_limit(S + 2, 34, "positions")
+    shapes = [b["x"].shape for b in random_batches(graph, 20, [128, 32, 8, 1])]
+    assert shapes == [(16, 32), (4, 32), (16, 8), (4, 8), (16, 1), (4, 1)]
 
 
 def test_random_batches_keep_fixed_sizes():
     graph = Graph("fixed")
     x = graph.add_input("x", DType.F32, (4, 7, 3))
     graph.add_output("y", graph.add("exp", [x]))
-    batches = list(random_batches(graph, 9, 100))
+    batches = list(random_batches(graph, 9, [100, 10]))
     assert [b["x"].shape for b in batches] == [(4, 7, 3)] * 3
     assert batches[0]["x"].std() > 0.5
 

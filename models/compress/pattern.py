@@ -66,6 +66,11 @@ class GroupPattern:
     def __str__(self) -> str:
         return f"{self.keep}:{self.of}"
 
+    @property
+    def most(self) -> float:
+        """The largest share of zeros that it can have."""
+        return 1.0 - self.keep / self.of
+
     def check(self, name: str, shape: tuple[int, int]) -> None:
         """Refuse a weight `[out, in]` whose inputs are no whole groups."""
         if shape[1] % self.of:

@@ -154,12 +154,7 @@ class _Run:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        blocks = isinstance(self.pattern, BlockPattern)
-        if not blocks and (self.recipe.criterion == "obs" or self.recipe.budget == "global"):
-            raise InvalidInput(
-                f"--block {self.pattern}: N:M goes with --criterion magnitude, movement or snip "
-                "and --budget layer"
-            )
+        self._check_pattern()
         _ = self.device, self.train_data, self.texts
         if not self.dev_data.targets:
             raise InvalidInput(f"{self.recipe.dev}: has nothing to score by; {self.task.name} "
@@ -177,6 +172,27 @@ class _Run:
         if self.targets is not None:
             text = json.dumps(dict(self.targets), indent=1)
             (self.output / SPARSITIES).write_text(text + "\n", encoding="utf-8")
+
+    def _check_pattern(self) -> None:
+        """That what prunes can make the pattern, and that something prunes."""
+        recipe, pattern = self.recipe, self.pattern
+        if recipe.epochs.prune == 0 and not recipe.one_shot and recipe.start is None:
+            raise InvalidInput(
+                "--epochs prune=0: nothing would be pruned; leave it out, or give --one-shot or "
+                "--start with a pruned model"
+            )
+        if isinstance(pattern, BlockPattern):
+            return
+        if recipe.criterion == "obs" or recipe.budget == "global" or recipe.one_shot:
+            raise InvalidInput(
+                f"--block {pattern}: N:M goes with --criterion magnitude, movement or snip, "
+                "--budget layer, and without --one-shot"
+            )
+        if recipe.sparsity > pattern.most:
+            raise InvalidInput(
+                f"--sparsity {recipe.sparsity}: --block {pattern} has no more than "
+                f"{pattern.most:g}; give that"
+            )
 
     def _check_tables(self, model: Any, folder: Path) -> None:
         """That there is a row for every token and every position of the data."""

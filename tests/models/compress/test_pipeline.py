@@ -218,6 +218,9 @@ def test_without_quantisation_the_file_is_fp32(recipe: Recipe) -> None:
     ({"block": "7x1"}, "does not divide bert.encoder.layer.0"),
     ({"block": "2:4"}, "--criterion magnitude"),
     ({"block": "2:4", "criterion": "snip", "budget": "global"}, "--budget layer"),
+    ({"block": "2:4", "criterion": "snip", "one_shot": True}, "without --one-shot"),
+    ({"block": "2:4", "criterion": "snip", "sparsity": 0.8}, "no more than 0.5; give that"),
+    ({"epochs": Epochs(prune=0)}, "nothing would be pruned"),
     ({"model": Path("nowhere")}, "nowhere"),
     ({"train": Path("nowhere.tsv")}, "nowhere.tsv"),
     ({"dev": Path("nowhere.tsv")}, "nowhere.tsv"),
@@ -258,6 +261,18 @@ def test_a_model_without_a_row_for_every_token_is_refused(
     changes: dict[str, Any] = {role: small}
     with pytest.raises(InvalidInput, match="knows 5 tokens, and the tokenizer in"):
         compress(replace(recipe, **changes))
+
+
+def test_a_head_of_another_number_of_classes_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    import transformers
+
+    tuned = tmp_path / "three"
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        str(recipe.model), num_labels=3
+    )
+    model.save_pretrained(str(tuned))
+    with pytest.raises(InvalidInput, match=r"three: classifier.bias is \[3\], wanted \[2\]"):
+        compress(replace(recipe, teacher=tuned))
 
 
 def test_what_nothing_is_learned_from_is_refused(recipe: Recipe) -> None:
