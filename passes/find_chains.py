@@ -33,7 +33,7 @@ def find_chains(
         nodes = [n for n in graph.nodes[first : last + 1] if not is_view(n)]
         if len(nodes) < 2:
             continue
-        block = int(SHARE_OF_L2 * l2_bytes / max(map(_bytes_per_panel, nodes)))
+        block = int(SHARE_OF_L2 * l2_bytes / max(_bytes_per_panel(n, owners) for n in nodes))
         own = {f.owner.name: size for f in families if (size := _own(f, first, last))}
         panels = ceildiv(nodes[0].tokens, PANEL_WIDTH)
         found.append(Chain(first, last, panels, max(LEAST_BLOCK, block), own))
@@ -72,6 +72,6 @@ def _own(family: Family, first: int, last: int) -> int:
     return family.owner.type.panel_bytes if inside else 0
 
 
-def _bytes_per_panel(node: Node) -> int:
-    values = {v for v in (*node.inputs, *node.outputs) if v is not None and not v.is_constant}
-    return max(1, sum(v.type.panel_bytes for v in values))
+def _bytes_per_panel(node: Node, owners: Mapping[Value, Value]) -> int:
+    values = (v for v in (*node.inputs, *node.outputs) if v is not None and not v.is_constant)
+    return max(1, sum(v.type.panel_bytes for v in {owners[v] for v in values}))

@@ -6,7 +6,9 @@ Where chains are made use of, a value that a chain shares with the rest is live 
 chain: some of its panels are not made, or still to be read, while others are done. The values that
 a worker in a chain has for itself have slots of their own: those hold some panels of each worker.
 
-Views (a reshape, also one of panels that keeps the channels) lie where their source lies.
+Views (a reshape, also one of panels that keeps the channels) lie where their source lies. So does
+the result of a kernel that goes through an operand once, where nobody else reads that: it is
+written over it, so that a line of the cache is read and written instead of two.
 """
 
 from __future__ import annotations
@@ -21,17 +23,21 @@ from sparsec.errors import PassFailed
 from sparsec.ir.chains import Chain, read_across
 from sparsec.ir.dims import Call, Dim, Expr, evaluate, maximum, substitute, symbol, symbols
 from sparsec.ir.graph import Graph, Node, Value, run_time_bounds
-from sparsec.ir.layouts import ROW_MAJOR
+from sparsec.ir.layouts import ROW_MAJOR, Panels
 from sparsec.ir.memory_plan import MemoryPlan
+from sparsec.passes.rewrite import read_once
 
 # Sizes are symbolic: they are ranked as they would be at this size of every symbol.
 TYPICAL_SIZE = 64
+# Ops whose kernels read an element of this operand for the last time when they write the same
+# element of their first result.
+IN_PLACE: Mapping[str, int] = {"layer_norm": 0, "linear_int8": 4}
 BLOCKS = (0, 1)  # of panels, that check_plan tells apart
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A value that owns memory; it and its views are live from step `first` to step `last`."""
+    """A value that owns memory; what lies there is live from step `first` to step `last`."""
 
     owner: Value
     first: int
@@ -66,8 +72,9 @@ def plan_memory(graph: Graph, chains: Sequence[Chain] = ()) -> MemoryPlan:
         slots[index] = slots[index].including(size)
         slot_of[name] = index
         made[name in own].add(index)
-    views = {v.name: owner.name for v, owner in owners.items() if owner is not v}
-    plan = MemoryPlan(slot_of, tuple(s.nbytes for s in slots), views)
+    views = {v.name: n.input(0).name for n in graph.nodes if is_view(n) for v in n.outputs}
+    over = {n.outputs[0].name: x.name for n in graph.nodes if (x := written_over(n, graph))}
+    plan = MemoryPlan(slot_of, tuple(s.nbytes for s in slots), views, over)
     check_plan(graph, plan, chains)
     return plan
 
@@ -82,12 +89,24 @@ def is_view(node: Node) -> bool:
     return result.layout == ROW_MAJOR or source.shape[-1:] == result.shape[-1:]
 
 
+def written_over(node: Node, graph: Graph) -> Value | None:
+    """The operand that the node's first result is written over, which is read by it alone."""
+    place = IN_PLACE.get(node.op)
+    x = None if place is None else node.optional_input(place)
+    if x is None or x.producer is None or is_view(x.producer):
+        return None
+    fits = x.type == node.outputs[0].type and isinstance(x.type.layout, Panels)
+    return x if fits and read_once(x, graph.outputs) else None
+
+
 def find_owners(graph: Graph) -> dict[Value, Value]:
-    """For every value the one that it is a view of, through all views; itself when it is none."""
+    """For every value the one whose memory it lies in; itself when it has its own."""
     owners: dict[Value, Value] = {v: v for v in [*graph.inputs, *graph.constants()]}
     for node in graph.nodes:
-        for value in node.outputs:
-            owners[value] = owners[node.input(0)] if is_view(node) else value
+        for index, value in enumerate(node.outputs):
+            source = written_over(node, graph) if index == 0 else None
+            source = node.input(0) if is_view(node) else source
+            owners[value] = value if source is None else owners[source]
     return owners
 
 
@@ -137,25 +156,32 @@ class _Slots:
 
     def compute(self, node: Node, blocks: Sequence[int], chain: Chain | None) -> None:
         """Of a node the results of these blocks."""
+        if is_view(node):
+            return
+        across = [] if chain is None else read_across(node)
         own = frozenset() if chain is None else frozenset(chain.own)
-        across = [] if chain is None or is_view(node) else read_across(node)
-        whole = own | {self.plan.root(v.name) for v in across}
-        read = {self.plan.root(v.name) for v in node.inputs if v is not None and not v.is_constant}
-        slots = {self.plan.slot_of[n]: n for n in read if n in self.plan.slot_of}
-        for slot, name in slots.items():
-            for block in BLOCKS if name in whole else blocks:
+        read = self._with_slots(node.inputs)
+        for value, slot in read.items():
+            name = self.plan.content(value.name)
+            is_whole = value in across or self.plan.root(value.name) in own
+            for block in BLOCKS if is_whole else blocks:
                 held, _ = self.holds.get((slot, block), ("nothing", 0))
                 if held != name:
                     raise PassFailed(f"{node.name} reads %{name}, but slot {slot} holds {held}")
-        written = [self.plan.slot_of[v.name] for v in node.outputs if v.name in self.plan.slot_of]
-        if len(set(written)) < len(written):
+        written = self._with_slots(node.outputs)
+        if len(set(written.values())) < len(written):
             raise PassFailed(f"{node.name} writes two results into one slot")
-        for value in node.outputs:
-            slot = self.plan.slot_of.get(value.name, -1)
-            if slot in slots:
+        for value, slot in written.items():
+            over = {v.name for v in read if read[v] == slot}
+            if over - {self.plan.in_place.get(value.name)}:
                 raise PassFailed(f"{node.name} writes %{value.name} over what it reads")
-            if slot >= 0:
-                self._write(value, slot, BLOCKS if value.name in own else blocks)
+            is_whole = self.plan.root(value.name) in own
+            self._write(value, slot, BLOCKS if is_whole else blocks)
+
+    def _with_slots(self, values: Sequence[Value | None]) -> dict[Value, int]:
+        """Those that lie in the arena, and where."""
+        roots = {v: self.plan.root(v.name) for v in values if v is not None}
+        return {v: self.plan.slot_of[r] for v, r in roots.items() if r in self.plan.slot_of}
 
     def _write(self, value: Value, slot: int, blocks: Sequence[int]) -> None:
         """Other blocks of the slot stay what they are if their panels are as large."""

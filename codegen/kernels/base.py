@@ -57,6 +57,11 @@ class Binder(Protocol):
         """`ref`, or a null pointer for an absent operand."""
 
 
+def same_memory(a: BufferRef, b: BufferRef) -> bool:
+    """Whether two values lie in the same place: the one is to be written over the other."""
+    return (a.region, a.index) == (b.region, b.index)
+
+
 class KernelFamily(Protocol):
     """A family of kernels for one op (or a table of ops)."""
 

@@ -78,9 +78,11 @@ class DotGemm(Int8Gemm):
             # The last turn may do a strip again: the same values, and no case for odd numbers.
             strip = keep(T.min(turn * together, at.strips - together))
             row0 = keep(at.block * at.rows + strip * self.strip)
+            again = (turn * together - strip) * self.strip
+            done = keep(again) if together > 1 and self.epilogue.in_place else 0
             with T.If(row0 < s["m"]), T.Then():
                 words = keep(weights + strip * steps)
-                self._strip(s, at, _Strip(strip, row0, first, steps, words))
+                self._strip(s, at, _Strip(strip, row0, first, steps, words, done))
 
     def _strip(self, s: tir.KernelScope, at: Place, strip: _Strip) -> None:
         if self._holds_all:
@@ -93,7 +95,7 @@ class DotGemm(Int8Gemm):
             sums = self._started(s, strip)
             self._steps(s, strip, self._from_scratch(s, at, strip, tile), sums)
             self._to_scratch(s, sums, tile)
-        self._rows(s, at, strip.row0, self._rows_together)
+        self._rows(s, at, strip.row0, self._rows_together, strip.done)
 
     def _all_steps(self, s: tir.KernelScope, at: Place, strip: _Strip, sums: Sums) -> None:
         """The steps of a register block that holds all tiles."""
@@ -172,7 +174,8 @@ class DotGemm(Int8Gemm):
         convert = self._converter(s, at)
         for r in range(self._rows_together):
             row = keep(strip.row0 + r)
-            with T.If(row < s["m"]), T.Then():
+            once = self._together > 1 and self.epilogue.in_place
+            with T.If(T.And(row < s["m"], strip.done <= r) if once else row < s["m"]), T.Then():
                 self._row(s, at, row, convert(self._row_sums(sums, r)))
 
     def _to_scratch(self, s: tir.KernelScope, sums: Sums, tile: Any) -> None:
@@ -206,7 +209,8 @@ class DotGemm(Int8Gemm):
 class _Strip:
     """A strip of a block: its first row, its `steps` from `first` on, its first group of words.
 
-    `words` counts the words of one step of one strip.
+    `words` counts the words of one step of one strip. The residual of its first `done` rows is
+    added already, in place.
     """
 
     index: Any
@@ -214,3 +218,4 @@ class _Strip:
     first: Any
     steps: Any
     words: Any
+    done: Any

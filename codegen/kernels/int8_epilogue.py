@@ -32,7 +32,7 @@ class Epilogue:
     int32. With `pieces`, of AVX-512 and without residual, `multiplier` and `bias` are those of
     units, which are rounded before the activation. With `steps`, without activation and residual,
     they are those of y * inverse_scale. With scales `by_token` a sum is multiplied by its token's
-    scale first.
+    scale first. `in_place`: the fp32 result is written over the residual.
     """
 
     activation: str = "none"
@@ -41,6 +41,7 @@ class Epilogue:
     form: ActivationForm = "exact"
     is_bounded: bool = False
     by_token: bool = False
+    in_place: bool = False
 
     @property
     def suffix(self) -> str:
@@ -48,6 +49,7 @@ class Epilogue:
             self.activation: self.activation != "none",
             self.form: self.form != "exact",
             "residual": self.has_residual,
+            "over": self.in_place,
             "bounded": self.is_bounded,
             "bytoken": self.by_token,
         }
@@ -60,7 +62,7 @@ class Epilogue:
     @property
     def pointers(self) -> tuple[Parameter, ...]:
         names = ["multiplier", "bias", *["token_scale"] * self.by_token]
-        names += ["residual"] * self.has_residual
+        names += ["residual"] * (self.has_residual and not self.in_place)
         table = [Parameter("pieces", dtype="int16")] if self.form == "pieces" else []
         y = Parameter("y", dtype="uint8" if self.to_u8 else "float32")
         return (*(Parameter(n) for n in names), *table, y)
@@ -104,8 +106,9 @@ class Epilogue:
         if self.to_u8:
             self._store_u8(s, isa, self._in_steps(s, isa, values, places), start)
             return
+        residual = "y" if self.in_place else "residual"
         for place, value in zip(places, isa.to_tokens(values), strict=True):
-            total = value + s["residual"][place] if self.has_residual else value
+            total = value + s[residual][place] if self.has_residual else value
             T.buffer_store(s["y"], total, [place])
 
     def _scaled(self, s: tir.KernelScope, isa: Int8Isa, sums: list[Any], row: Any) -> list[Any]:

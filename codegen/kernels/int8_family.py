@@ -212,7 +212,7 @@ class Int8GemmFamily:
             return [_bitmap_call(node, weight.data, binder)]
         rows, cols, strip, group, most = (schedule.param(n) for n in PARAMS)
         form, isa = Form(rows, cols, strip), int8_isa(schedule.isa)
-        kernel = kernel_of(form, isa, epilogue_of(node, isa), most)
+        kernel = kernel_of(form, isa, epilogue_of(node, isa, binder), most)
         packed = pack(weight.data, form, isa)
         m, k = weight.data.shape
         tokens = x.type.tokens
@@ -270,7 +270,7 @@ def _share_of_values(weight: Value) -> float:
 
 def _bitmap_call(node: Node, w: Array, binder: Binder) -> KernelCall:
     kernel, packed, tokens = (
-        BitmapGemm.of(epilogue_of(node, AVX512_VBMI2)),
+        BitmapGemm.of(epilogue_of(node, AVX512_VBMI2, binder)),
         pack_bitmap(w),
         node.input(0).type.tokens,
     )

@@ -163,11 +163,14 @@ class Int8Gemm(TirKernel):
         """All strips of a block of rows for one chunk."""
         raise NotImplementedError
 
-    def _rows(self, s: tir.KernelScope, at: Place, row0: Any, count: int) -> None:
-        """The epilogue of the sums of `count` rows, at the start of scratch memory."""
+    def _rows(
+        self, s: tir.KernelScope, at: Place, row0: Any, count: int, first: Any = 0
+    ) -> None:
+        """The epilogue of the sums of `count` rows, at the start of scratch memory, from row
+        `first` of them on."""
         n, size = self.hooks.lanes, self.hooks.chunk
         convert = self._converter(s, at)
-        with loop(0, T.min(const(count), s["m"] - row0)) as r:
+        with loop(first, T.min(const(count), s["m"] - row0)) as r:
             sums = [keep(s.scratch[ramp(r * size + i * n, n)]) for i in range(self.hooks.tiles)]
             self._row(s, at, keep(row0 + r), convert(sums))
 

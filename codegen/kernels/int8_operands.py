@@ -15,7 +15,7 @@ from sparsec.codegen.isa import pieces
 from sparsec.codegen.isa.coarse import COARSE, MAX_ERROR
 from sparsec.codegen.isa.int8 import Int8Isa
 from sparsec.codegen.isa.polynomials import ACTIVATIONS
-from sparsec.codegen.kernels.base import Binder
+from sparsec.codegen.kernels.base import Binder, same_memory
 from sparsec.codegen.kernels.int8_epilogue import SCALED, ActivationForm, Epilogue
 from sparsec.codegen.kernels.int8_pack import pack_rows
 from sparsec.codegen.program import Arg, BufferRef
@@ -34,6 +34,7 @@ def epilogues(isa: Int8Isa) -> list[Epilogue]:
         Epilogue(a, residual, by_token=by_token)
         for a, residual, by_token in product(ACTIVATIONS, (False, True), (False, True))
     ]
+    found += [replace(e, in_place=True) for e in found if e.has_residual]
     ends = ((False, False), (False, True), (True, False))
     for activation, (residual, bounded) in product(ACTIVATIONS, ends):
         may_be: dict[ActivationForm, bool] = {
@@ -54,11 +55,11 @@ def plain_epilogue(node: Node) -> Epilogue:
     return Epilogue(activation, residual, to_u8, by_token=by_token and not to_u8)
 
 
-def epilogue_of(node: Node, isa: Int8Isa) -> Epilogue:
+def epilogue_of(node: Node, isa: Int8Isa, binder: Binder) -> Epilogue:
     """With the cheapest form that the layer's numbers allow on this instruction set."""
     plain = plain_epilogue(node)
     if not plain.to_u8:
-        return plain
+        return replace(plain, in_place=_is_in_place(node, binder))
     activation, residual = plain.activation, plain.has_residual
     scale, units = node.attrs["out_scale"], 1
     form: ActivationForm = "exact"
@@ -72,6 +73,11 @@ def epilogue_of(node: Node, isa: Int8Isa) -> Epilogue:
         form = "steps"
     bounded = not residual and _largest(node) / scale * units < 2**30
     return replace(plain, form=form, is_bounded=bounded)
+
+
+def _is_in_place(node: Node, binder: Binder) -> bool:
+    residual = node.optional_input(4)
+    return residual is not None and same_memory(binder.ref(residual), binder.ref(node.output))
 
 
 def _largest(node: Node) -> float:
@@ -95,7 +101,8 @@ def _row_scales(node: Node) -> Rows:
 
 def operands(node: Node, epilogue: Epilogue, binder: Binder) -> list[BufferRef]:
     """What the epilogue reads of tokens and of its activation, and the result."""
-    read = (node.optional_input(5), node.optional_input(4))
+    residual = None if epilogue.in_place else node.optional_input(4)
+    read = (node.optional_input(5), residual)
     table = _pieces(node) if epilogue.form == "pieces" else None
     return [
         *(binder.ref(v) for v in read if v is not None),

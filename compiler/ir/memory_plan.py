@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sparsec.ir.dims import Dim, evaluate
 
@@ -17,18 +17,26 @@ def total_bytes(slots: Iterable[Dim], env: Mapping[str, int]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """`slot_of` and `view_of` are keyed by value names.
+    """All but `slots` are keyed by value names.
 
-    A value that is a view has no slot: it lies where the value it is a view of lies. `slots` are
-    sizes in bytes; the slots follow each other in the arena, each rounded up to ALIGNMENT.
+    A value that is a view has no slot: it lies where the value it is a view of lies. Nor has one
+    that a node writes over the operand it reads, `in_place`. `slots` are sizes in bytes; the slots
+    follow each other in the arena, each rounded up to ALIGNMENT.
     """
 
     slot_of: Mapping[str, int]
     slots: tuple[Dim, ...]
     view_of: Mapping[str, str]
+    in_place: Mapping[str, str] = field(default_factory=dict)
 
     def root(self, name: str) -> str:
-        """The value whose memory `name` is a view of; `name` itself when it is no view."""
+        """The value that has the memory in which `name` lies: itself, when it has its own."""
+        while name in self.view_of or name in self.in_place:
+            name = self.view_of.get(name) or self.in_place[name]
+        return name
+
+    def content(self, name: str) -> str:
+        """The value whose bytes those of `name` are: that it is a view of, or itself."""
         while name in self.view_of:
             name = self.view_of[name]
         return name

@@ -44,16 +44,20 @@ class ArrayBinder:
 
     def weight(self, name: str, data: Array) -> BufferRef:
         assert data.size, f"{name} is empty"
-        self.bound.append(data)
-        type = None
-        return BufferRef(Region.ARENA, len(self.bound) - 1, type, name)  # type: ignore[arg-type]
+        places = [i for i, known in enumerate(self.bound) if known is data]
+        if not places:
+            self.bound.append(data)
+        type, index = None, places[0] if places else len(self.bound) - 1
+        return BufferRef(Region.ARENA, index, type, name)  # type: ignore[arg-type]
 
     def optional(self, value: Value | None) -> BufferRef | None:
         return None if value is None else self.ref(value)
 
 
-def example(layout: Layout, *, m: int = 24, k: int = 40, full: bool = True) -> Node:
-    """A node with all operands and u8 result, or the bare one."""
+def example(
+    layout: Layout, *, m: int = 24, k: int = 40, full: bool = True, out_scale: float | None = 0.11
+) -> Node:
+    """A node with all operands, and u8 result unless its scale is None, or the bare one."""
     rng = np.random.default_rng(3)
     rows, cols = (layout.rows, layout.cols) if isinstance(layout, Bsr) else (1, 1)
     kept = rng.random((-(-m // rows), -(-k // cols))) < (0.3 if isinstance(layout, Bsr) else 1)
@@ -75,7 +79,7 @@ def example(layout: Layout, *, m: int = 24, k: int = 40, full: bool = True) -> N
     residual = g.add_input("residual", DType.F32, (BATCH, SEQ, m))
     g.set_type(residual, residual.type.with_layout(Panels()))
     operands += [g.add_constant(rng.standard_normal(m).astype(np.float32), "bias"), residual]
-    attrs |= {"activation": "relu", "out_scale": 0.11, "out_zero_point": 5}
+    attrs |= {"activation": "relu", "out_scale": out_scale, "out_zero_point": 5}
     node = g.add_node("linear_int8", operands, attrs)
     g.set_type(node.output, node.output.type.with_layout(Panels()))
     return node
@@ -103,6 +107,15 @@ def test_every_schedule_of_a_node_computes_it(
     check(node, [s for s in schedules if s.isa == level], ENV, run)
 
 
+@pytest.mark.parametrize("level", [pytest.param("avx2", marks=pytest.mark.isa("avx2"))])
+@pytest.mark.parametrize("layout", [ROW_MAJOR, Bsr(16, 4)], ids=str)
+def test_a_result_that_lies_where_its_residual_lies(level: str, layout: Layout, run: Any) -> None:
+    node = example(layout, out_scale=None)
+    family = family_for(node)
+    assert family is not None
+    check(node, family.schedules(family.workload(node), TARGETS[level]), ENV, run, over=True)
+
+
 @pytest.mark.isa("avx512vbmi2")
 @pytest.mark.parametrize("full", [True, False], ids=["full", "bare"])
 @pytest.mark.parametrize("batch", [1, 4])
@@ -116,8 +129,10 @@ def test_few_tokens_by_bitmaps(batch: int, full: bool, run: Any) -> None:
     check(node, found, {"batch": batch, "seq": 4}, run)
 
 
-def check(node: Node, schedules: list[Schedule], env: dict[str, int], run: Any) -> None:
-    """That all of them give what the op's meaning gives."""
+def check(
+    node: Node, schedules: list[Schedule], env: dict[str, int], run: Any, *, over: bool = False
+) -> None:
+    """That all of them give what the op's meaning gives; `over`: where the residual lies."""
     rng = np.random.default_rng(9)
     tokens = env["batch"] * env["seq"]
     logical = {"x": rng.integers(0, 256, (tokens, 40)).astype(np.uint8),
@@ -132,6 +147,7 @@ def check(node: Node, schedules: list[Schedule], env: dict[str, int], run: Any) 
     for schedule in schedules:
         output = np.full((-(-tokens // 64), 24, 64), 99, expected.dtype)
         arrays = {n: run.to_panels(a) for n, a in logical.items()}
+        output = arrays["residual"] if over else output
         binder = ArrayBinder({**arrays, node.output.name: output})
         for call in family.lower(node, schedule, binder):
             args = [

@@ -28,7 +28,7 @@ ALL = [k for k in Int8GemmFamily().variants() if isinstance(k, Int8Gemm)]
 # The loops and the epilogue are independent: every loop nest with these epilogues, and every
 # epilogue with one loop nest.
 EXACT = [
-    Epilogue(),
+    Epilogue(has_residual=True, in_place=True),
     Epilogue("relu", has_residual=True, to_u8=True),
     Epilogue(to_u8=True, form="steps", is_bounded=True),
 ]
@@ -170,17 +170,20 @@ def call(run: Any, kernel: Int8Gemm, layer: Layer, *, group: int = 2, splits: in
     packed = pack_bitmap(a["w"]) if is_bitmap else pack(a["w"], form_of(kernel), kernel.hooks)
     offset = (-layer.zero_point * a["w"].astype(np.int64).sum(1)).astype(np.int32)
     panels = -(-tokens // 64)
-    y = np.full((panels, m, 64), 99, np.uint8 if kernel.epilogue.to_u8 else np.float32)
-    table = layer.table(kernel.epilogue)
-    factor = layer.factor(kernel.epilogue)
+    epilogue = kernel.epilogue
+    y = np.full((panels, m, 64), 99, np.uint8 if epilogue.to_u8 else np.float32)
+    y = run.to_panels(a["residual"]) if epilogue.in_place else y
+    table = layer.table(epilogue)
+    factor = layer.factor(epilogue)
     per_row = [offset, a["multiplier"] * factor, a["bias"] * factor]
-    residual = [run.to_panels(a["token_scale"])] if kernel.epilogue.by_token else []
-    residual += [run.to_panels(a["residual"])] if kernel.epilogue.has_residual else []
+    residual = [run.to_panels(a["token_scale"])] if epilogue.by_token else []
+    if epilogue.has_residual and not epilogue.in_place:
+        residual.append(run.to_panels(a["residual"]))
     residual += [] if table is None else [table]
     sizes = [tokens, m, k, *([] if is_bitmap else [group])]
     sizes += [rows // kernel.strip] if kernel.tall else []
-    numbers = [] if kernel.epilogue.form in SCALED else [float(layer.inverse)]
-    numbers = [*numbers, layer.out_zero_point] if kernel.epilogue.to_u8 else []
+    numbers = [] if epilogue.form in SCALED else [float(layer.inverse)]
+    numbers = [*numbers, layer.out_zero_point] if epilogue.to_u8 else []
     starts = [pack_rows(v, rows) for v in per_row]
     pointers = [run.to_panels(a["x"]), *packed.arrays.values(), *starts, *residual, y]
     status = run(
@@ -189,7 +192,7 @@ def call(run: Any, kernel: Int8Gemm, layer: Layer, *, group: int = 2, splits: in
         scratch_bytes=kernel.scratch_bytes(k, group, 0 if is_bitmap else packed.most_steps),
     )  # fmt: skip
     assert status == 0
-    if not (kernel.epilogue.has_residual or kernel.epilogue.by_token):
+    if not (epilogue.has_residual or epilogue.by_token):
         assert np.isfinite(y).all(), "lanes past the last token"
     return np.asarray(run.from_panels(y, tokens))
 

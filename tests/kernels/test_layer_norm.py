@@ -17,6 +17,7 @@ VARIANTS = [
     k for k in LayerNormFamily().variants() if isinstance(k, LayerNorm) and k.result == "f32"
 ]
 SOME = [k for k in LayerNormFamily().variants() if isinstance(k, LayerNorm) and k.has_bytes]
+PAIRS = [k for k in LayerNormFamily().variants() if isinstance(k, LayerNorm) and k.has_pairs]
 EPS = float(np.finfo(np.float32).eps)
 Array = np.ndarray[Any, Any]
 
@@ -29,9 +30,10 @@ def test_layer_norm(kernel: LayerNorm, run: Any, tokens: int, channels: int, mea
     x, residual = rng.standard_normal((2, tokens, channels)).astype(np.float32)
     x += np.float32(mean)
     gamma, beta = rng.standard_normal((2, channels)).astype(np.float32)
-    y = np.full_like(run.to_panels(x), np.nan)
-    operands: list[Any] = [run.to_panels(x), run.to_panels(residual), gamma, beta, y]
-    kept = [True, kernel.has_residual, True, kernel.has_beta, True]
+    in_panels = run.to_panels(x)
+    y = in_panels if kernel.in_place else np.full_like(in_panels, np.nan)
+    operands: list[Any] = [in_panels, run.to_panels(residual), gamma, beta, y]
+    kept = [True, kernel.has_residual, True, kernel.has_beta, not kernel.in_place]
     pointers = [a for a, keep in zip(operands, kept, strict=True) if keep]
     groups = -(-tokens // 16)
     assert run(kernel, *pointers, channels, 1e-5, output=y, items=groups) == 0
@@ -63,11 +65,24 @@ def operands(
     gamma, beta = rng.standard_normal((2, channels), np.float32)
     factor = factors(channels)
     kept = [True, kernel.has_residual, True, kernel.has_beta, kernel.has_factor]
-    outputs = {"y": np.full_like(x, np.nan)} if kernel.has_floats else {}
+    places = {"x": x, "y": np.full_like(x, np.nan)}
+    outputs = {"y": places[kernel.y]} if kernel.has_floats else {}
     if kernel.has_bytes:
         outputs["bytes"] = np.full(x.shape, 99, np.uint8)
+    if kernel.has_pairs:
+        outputs["pairs"] = np.full((len(x), channels // 2, 64), 99, np.int32)
     arrays = [x, residual, gamma, beta, factor]
     return [a for a, keep in zip(arrays, kept, strict=True) if keep], outputs
+
+
+def plain_result(kernel: LayerNorm, run: Any, tokens: int, channels: int) -> Array:
+    """Of the kernel that stores fp32 alone, in memory of its own."""
+    plain = replace(kernel, result="f32", has_factor=False, in_place=False)
+    inputs, outputs = operands(plain, run, tokens, channels)
+    y = outputs["y"]
+    groups = -(-tokens // 16)
+    assert run(plain, *inputs, y, channels, 1e-5, output=y, items=groups) == 0
+    return np.asarray(y)
 
 
 def factors(channels: int) -> Array:
@@ -85,16 +100,13 @@ def test_quantised_copy(
 
     With a factor they are quantised products: of fp32, rounded before the scale multiplies them.
     """
-    plain = replace(some_kernel, result="f32", has_factor=False)
-    inputs, outputs = operands(plain, run, tokens, channels)
-    expected = outputs["y"]
-    groups = -(-tokens // 16)
-    assert run(plain, *inputs, expected, channels, 1e-5, output=expected, items=groups) == 0
+    expected = plain_result(some_kernel, run, tokens, channels)
     inputs, outputs = operands(some_kernel, run, tokens, channels)
     numbers = [tokens, channels, 1e-5, inverse_of(scale), zero_point]
     stored = list(outputs.values())
+    pointers = stored[some_kernel.in_place :]
     panels = -(-tokens // 64)
-    assert run(some_kernel, *inputs, *stored, *numbers, output=stored, items=panels) == 0
+    assert run(some_kernel, *inputs, *pointers, *numbers, output=stored, items=panels) == 0
     if some_kernel.has_floats:
         np.testing.assert_array_equal(outputs["y"], expected)
     attrs = {"scale": scale, "zero_point": zero_point, "dtype": DType.U8}
@@ -102,3 +114,21 @@ def test_quantised_copy(
     rows = rows * factors(channels) if some_kernel.has_factor else rows
     (quantised,) = OPS["quantize"].evaluate([rows], attrs, {})
     np.testing.assert_array_equal(run.from_panels(outputs["bytes"], tokens), quantised)
+
+
+@pytest.mark.isa("avx512bf16")
+@pytest.mark.parametrize("paired", PAIRS, ids=lambda k: k.name)
+@pytest.mark.parametrize(("tokens", "channels"), [(1, 2), (17, 6), (64, 64), (130, 130)])
+def test_copy_in_bf16(paired: LayerNorm, run: Any, tokens: int, channels: int) -> None:
+    """The fp32 result is that of the plain paired, bit for bit, and the copy is it rounded."""
+    expected = plain_result(paired, run, tokens, channels)
+    inputs, outputs = operands(paired, run, tokens, channels)
+    stored = list(outputs.values())
+    pointers, numbers = stored[paired.in_place :], [channels, 1e-5]
+    groups = -(-tokens // 16)
+    assert run(paired, *inputs, *pointers, *numbers, output=stored, items=groups) == 0
+    rows = run.from_panels(expected, tokens)
+    if paired.has_floats:
+        np.testing.assert_array_equal(run.from_panels(outputs["y"], tokens), rows)
+    copy = run.from_pairs(outputs["pairs"], tokens)
+    np.testing.assert_array_equal(copy, rows.astype(DType.BF16.numpy))

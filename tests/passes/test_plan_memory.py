@@ -91,6 +91,43 @@ def test_small_values_use_free_large_slots(x32):
     assert plan.slot_of[again.name] == plan.slot_of[wide.name]
 
 
+def normalised(graph, x):
+    """layer_norm of a product of `x`, in panels; the product, and the result."""
+    weight, gamma = (graph.add_constant(np.ones(s, np.float32)) for s in ((8, 8), 8))
+    product = graph.add("linear", [x, weight], {"activation": "none"})
+    y = graph.add("layer_norm", [product, gamma], {"epsilon": 1e-5})
+    return product, graph.add("exp", [graph.add("neg", [y])])
+
+
+def test_a_normalisation_is_written_over_what_it_reads(x32):
+    graph, x = x32
+    product, y = normalised(graph, x)
+    graph.add_output("y", y)
+    AssignLayouts().run(graph)
+    plan = plan_memory(graph)
+    check_plan(graph, plan)
+    (norm,) = (n for n in graph.nodes if n.op == "layer_norm")
+    assert plan.in_place == {norm.output.name: product.name}
+    assert plan.root(norm.output.name) == product.name
+    assert plan.content(norm.output.name) == norm.output.name
+
+
+def test_what_others_read_is_not_written_over(x32):
+    graph, x = x32
+    product, y = normalised(graph, x)
+    graph.add_output("y", y)
+    graph.add_output("z", graph.add("neg", [product]))
+    AssignLayouts().run(graph)
+    plan = plan_memory(graph)
+    check_plan(graph, plan)
+    assert not plan.in_place
+    (norm,) = (n for n in graph.nodes if n.op == "layer_norm")
+    wrong = replace(plan, in_place={norm.output.name: product.name})
+    slots = {n: s for n, s in plan.slot_of.items() if n != norm.output.name}
+    with pytest.raises(PassFailed, match=r"neg.* reads %linear, but slot . holds layer_norm"):
+        check_plan(graph, replace(wrong, slot_of=slots))
+
+
 PANELS = floordiv(BATCH * SEQ + 63, 64) * 64  # tokens rounded up to whole panels
 
 
