@@ -174,7 +174,7 @@ def _run_library(prepared: Sequence[Prepared], target: Target) -> list[list[list
     graph = merged([p.graph for p in prepared])
     program = lower(graph, plan_memory(graph), target)
     objects = build_kernels(program)
-    isa = max((Isa(c.kernel.isa) for c in program.calls), key=list(Isa).index, default=Isa.AVX2)
+    isa = max((Isa(c.kernel.isa) for c in program.calls), key=lambda i: i.rank, default=Isa.AVX2)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.so"
         build_library(program, objects, path, isa=isa, metadata={})

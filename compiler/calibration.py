@@ -124,6 +124,12 @@ def load_calibration(path: Path, graph: Graph) -> list[Feed]:
     Raises InvalidInput, naming the array and what was wanted, for data that do not fit.
     """
     arrays = _read(path)
+    scalar = next((v.name for v in graph.inputs if not v.type.rank), None)
+    if scalar is not None:
+        raise InvalidInput(
+            f"{path}: the input {scalar} of the model is one number, which is none per sample; "
+            "use --dynamic, which needs no samples"
+        )
     wanted = [v.name for v in graph.inputs]
     missing = [n for n in wanted if n not in arrays]
     unknown = [n for n in arrays if n not in wanted]
@@ -172,7 +178,7 @@ def random_batches(
     rng = np.random.default_rng(seed)
     rows = table_rows(graph)
     size = batch_size(graph)
-    batches = {name for v in graph.inputs for name in dims.symbols(v.type.shape[0])}
+    batches = {n for v in graph.inputs if v.type.rank for n in dims.symbols(v.type.shape[0])}
     for env in _sizes(graph, batches, lengths):
         for start in range(0, count, size or BATCH):
             env |= dict.fromkeys(batches, min(BATCH, count - start))
@@ -217,9 +223,9 @@ def _check(path: Path, value: Value, data: Array) -> None:
         raise InvalidInput(
             f"{path}: array {value.name} must be {wanted.dtype.numpy}, got {data.dtype}"
         )
-    if data.ndim != wanted.rank or data.ndim == 0:
+    if data.ndim != wanted.rank:
         raise InvalidInput(
-            f"{path}: array {value.name} must have {max(1, wanted.rank)} axes, samples first, "
+            f"{path}: array {value.name} must have {wanted.rank} axes, samples first, "
             f"as the input {wanted}; got shape {list(data.shape)}"
         )
     for axis, (dim, size) in enumerate(zip(wanted.shape, data.shape, strict=True)):

@@ -39,10 +39,7 @@ def text_batches(path: Path, tokenizer: Path, graph: Graph) -> Iterator[Feed]:
             f"{', '.join(FIELDS)}); give --calibration FILE.npz instead"
         )
     encode = _tokenizer(tokenizer, graph)
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    lines = [line for line in lines if line][:MAX_LINES]
-    if not lines:
-        raise InvalidInput(f"{path}: no line of text")
+    lines = _lines(path)[:MAX_LINES]
     size = batch_size(graph)
     if size is not None:
         lines = list(islice(cycle(lines), -(-len(lines) // size) * size))
@@ -54,6 +51,19 @@ def text_batches(path: Path, tokenizer: Path, graph: Graph) -> Iterator[Feed]:
             )
             for value in graph.inputs
         }
+
+
+def _lines(path: Path) -> list[str]:
+    """Those that are not empty. Raises InvalidInput when there is none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"{path}: cannot be read as text in UTF-8: {error}") from None
+    lines = [line.strip() for line in text.splitlines()]
+    found = [line for line in lines if line]
+    if not found:
+        raise InvalidInput(f"{path}: no line of text")
+    return found
 
 
 def _tokenizer(path: Path, graph: Graph) -> Any:

@@ -56,7 +56,7 @@ def _refuse(error: Exception) -> int:
 
 def _compile(args: argparse.Namespace) -> int:
     from sparsec.driver import compile_model
-    from sparsec.options import parse_shape
+    from sparsec.options import parse_shapes
     from sparsec.target import Isa
     from sparsec.tools.console import progress
     from sparsec.tuning.rates_file import cache_folder
@@ -67,7 +67,7 @@ def _compile(args: argparse.Namespace) -> int:
             args.output,
             target=args.target,
             isa=Isa(args.isa) if args.isa else None,
-            shapes=dict(parse_shape(text) for text in args.shape),
+            shapes=parse_shapes(args.shape),
             precision=args.precision,
             calibration=_calibration(args),
             dynamic=args.dynamic,
@@ -99,10 +99,12 @@ def _calibration(args: argparse.Namespace) -> Calibration | None:
 
     given = args.calibration
     if given is None and args.calibration_text is None:
-        if args.calibration_method is not None:
-            raise InvalidInput(
-                "--calibration-method goes with --calibration or --calibration-text: give samples"
-            )
+        for name in ("calibration_method", "tokenizer"):
+            if getattr(args, name) is not None:
+                option = "--" + name.replace("_", "-")
+                raise InvalidInput(
+                    f"{option} goes with --calibration or --calibration-text: give samples"
+                )
         return None
     return Calibration(
         data=Path(given) if given not in (None, "random") else None,

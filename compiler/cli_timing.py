@@ -12,6 +12,7 @@ from sparsec.errors import InvalidInput
 from sparsec.target import LEVELS
 
 AUTO = 0  # what `auto` is read as
+BATCH, SEQ = (f"default: what the library is compiled for, else {n}" for n in (1, 128))
 
 
 def add_commands(commands: Any) -> None:
@@ -38,7 +39,7 @@ def _bench_latency(args: argparse.Namespace) -> int:
     with progress(args.quiet or args.json) as tell:
         result = bench(
             args.model,
-            batch=args.batch or 1,
+            batch=args.batch,
             seq=args.seq,
             threads=args.threads or 1,
             onnx=args.onnx,
@@ -119,8 +120,8 @@ def _add_bench(commands: Any) -> None:
         help="search for the most samples/s whose p99 latency keeps this limit",
     )
     p.add_argument("--instances", type=_auto, help="with --latency-ms: a number or auto (default)")
-    p.add_argument("--batch", type=_auto, help="default: 1; auto with --latency-ms")
-    p.add_argument("--seq", type=_positive, default=128)
+    p.add_argument("--batch", type=_auto, help=f"{BATCH}; auto with --latency-ms")
+    p.add_argument("--seq", type=_positive, help=SEQ)
     p.add_argument("--threads", type=_auto, help="default: 1; auto with --latency-ms")
     p.add_argument("--onnx", type=Path, help="the ONNX file, for the peer")
     p.add_argument(
@@ -141,8 +142,8 @@ def _add_bench(commands: Any) -> None:
 def _add_profile(commands: Any) -> None:
     p = commands.add_parser("profile", help="where the time of a compiled model goes")
     p.add_argument("model", type=Path)
-    p.add_argument("--batch", type=_positive, default=1)
-    p.add_argument("--seq", type=_positive, default=128)
+    p.add_argument("--batch", type=_positive, help=BATCH)
+    p.add_argument("--seq", type=_positive, help=SEQ)
     p.add_argument("--threads", type=_positive, default=1)
     p.add_argument("--runs", type=_positive, default=50)
     p.add_argument("--steps", action="store_true", help="every kernel call instead of every op")

@@ -49,6 +49,7 @@ def _tune(args: argparse.Namespace) -> int:
         precision=args.precision,
         # Ranges have no influence on speed, so any will do.
         calibration=Calibration(random=True) if is_int8 else None,
+        threads=args.threads,
         rates=cache_folder(),
     )
     options = TuneOptions(
@@ -89,6 +90,7 @@ def _advise(args: argparse.Namespace) -> int:
         precision=args.precision,
         # Ranges have no influence on speed, so any will do.
         calibration=Calibration(random=True) if args.precision == "int8" else None,
+        threads=args.threads,
         log="none" if args.log == "none" else Path(args.log) if args.log else None,
         rates=cache_folder(),
     )

@@ -16,7 +16,7 @@ from sparsec.codegen.isa import FEATURES
 from sparsec.codegen.program import Program
 from sparsec.codegen.toolchain import link_library
 from sparsec.errors import InvalidInput
-from sparsec.files import check_writable, replacing
+from sparsec.files import check_writable, make_folder, replacing
 from sparsec.options import Calibration, CompileOptions
 from sparsec.stages import Clock, Progress, build_target, prepare, read_log
 from sparsec.target import Isa, Target
@@ -39,12 +39,12 @@ def compile_model(
     output: str | os.PathLike[str],
     *,
     target: str | Target | None = None,
-    isa: Isa | None = None,
+    isa: Isa | str | None = None,
     shapes: Mapping[str, Sequence[int | str]] | None = None,
     precision: str | None = None,
     calibration: Calibration | None = None,
     dynamic: bool = False,
-    keep_fp32: Sequence[str] = (),
+    keep_fp32: str | Sequence[str] = (),
     rest: str = "fp32",
     attention: str | None = None,
     balance: float | None = None,
@@ -86,18 +86,19 @@ def compile_model(
     """
     names = "native" if target is None else target
     targets = (names,) if isinstance(names, Target) else Target.listed(names)
-    if len(targets) > 1 and isa is not None:
+    level = Isa.named(isa) if isinstance(isa, str) else isa
+    if len(targets) > 1 and level is not None:
         raise InvalidInput(
-            f"--isa {isa.value} limits one target; of several leave out those that are better"
+            f"--isa {level.value} limits one target; of several leave out those that are better"
         )
     options = CompileOptions(
         target=targets[0],
-        isa=isa,
+        isa=level,
         shapes={name: tuple(sizes) for name, sizes in (shapes or {}).items()},
         precision=precision,
         calibration=calibration,
         dynamic=dynamic,
-        keep_fp32=tuple(keep_fp32),
+        keep_fp32=(keep_fp32,) if isinstance(keep_fp32, str) else tuple(keep_fp32),
         rest=rest,
         attention=attention,
         balance=balance,
@@ -123,6 +124,8 @@ def _compile(
     _check_output(output)
     if options.report is not None:
         check_writable(options.report)
+    if options.dump_ir is not None:
+        make_folder(options.dump_ir)
     log = read_log(options)
     clock = Clock(progress)
     prepared = prepare(model, options, clock)

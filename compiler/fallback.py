@@ -9,13 +9,13 @@ several outputs the worst counts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from sparsec.calibration import Feed, real_rows
+from sparsec.errors import InvalidInput
 from sparsec.interpreter import run, run_node
 from sparsec.ir.dims import Dim
 from sparsec.ir.graph import Graph, Node
@@ -24,6 +24,7 @@ from sparsec.ir.ops import OPS
 from sparsec.ir.ops_int8 import dequantize_array, quantize_array
 from sparsec.ir.types import DType
 from sparsec.passes import Quantization, attention_parts, int8_candidates
+from sparsec.passes.keep_fp32 import kept
 from sparsec.passes.quantize import affine_u8, quantize_weight
 from sparsec.passes.quantize_attention import OPERANDS, product_behind, symmetric_scale
 from sparsec.passes.quantize_tables import QuantizeTables, numbers
@@ -70,6 +71,14 @@ class Accuracy:
     def fp32(self) -> frozenset[str]:
         return frozenset(x.node for x in self.layers if x.stays_fp32)
 
+    def as_compiled(self, graph: Graph) -> Accuracy:
+        """With what a target has made of the layers: it may leave more attention in fp32."""
+        ops = {n.name: n.op for n in graph.nodes}
+        layers = (
+            replace(x, stays_fp32=x.stays_fp32 or ops.get(x.node) == x.op) for x in self.layers
+        )
+        return replace(self, layers=tuple(layers))
+
     def described(self) -> dict[str, Any]:
         layers = [x.described() for x in self.layers]
         return {"measure": MEASURE, "error": self.error, "layers": layers}
@@ -86,18 +95,25 @@ def fall_back(
 ) -> Accuracy:
     """The layers that stay fp32 so that the error is at most `max_error`.
 
-    Those that lose most per multiplication go first; as few as are needed, found by halving.
-    Tables, which save memory and no time, go last, but first where they alone lose too much.
+    Of a quantised model only layers without roundings of their own count; InvalidInput is raised
+    where there is none. Those that lose most per multiplication go first; as few as are needed,
+    found by halving. Tables, which save memory and no time, go last, but first where they alone
+    lose too much.
     `tables` and `attention` say what int8_pipeline makes of those.
     """
     trial = _Trial(graph, quantization, _first(samples), tables, attention)
+    if not trial.nodes:
+        raise InvalidInput(
+            "--max-error: there is no layer to choose a precision for: none can be int8, or the "
+            "model is quantised itself; give the fp32 model then"
+        )
     layers = [
         LayerError(n.name, n.op, trial.error({n.name}), _macs(n)) for n in trial.nodes.values()
     ]
     order = sorted(layers, key=lambda x: (_stays_long(x, max_error), -x.loss))
 
     def error_without(count: int) -> float:
-        return trial.error({x.node for x in order[count:]})
+        return trial.error(trial.made({x.node for x in order[count:]}))
 
     low, high = 0, len(order)
     found = error_without(0)
@@ -111,8 +127,8 @@ def fall_back(
         found = error_without(high)
     else:
         high = 0
-    gone = {x.node for x in order[:high]}
-    marked = (LayerError(x.node, x.op, x.error, x.macs_per_token, x.node in gone) for x in layers)
+    made = trial.made({x.node for x in order[high:]})
+    marked = (replace(x, stays_fp32=x.node not in made) for x in layers)
     return Accuracy(found, tuple(marked))
 
 
@@ -157,10 +173,18 @@ class _Trial:
         for node in _named(self.graph, "attention") if attention else []:
             sources = {product_behind(node.input(i)) for i in range(len(OPERANDS))}
             known = all(str(p) in self.ranges for p in attention_parts(node))
-            kept = any(fnmatchcase(node.name, p) for p in quantization.keep_fp32)
-            found |= {node} if known and sources <= found and not kept else set()
+            by_name = kept(node, quantization.keep_fp32)
+            found |= {node} if known and sources <= found and not by_name else set()
         found |= {n for n in _named(self.graph, "embedding") if self.tables[n.name]}
         return [n for n in self.graph.nodes if n in found]
+
+    def made(self, int8: set[str]) -> set[str]:
+        """What is int8 if these layers may be: an attention, where its products are."""
+        return {n for n in int8 if self.nodes[n].op != "attention" or int8 >= self._products(n)}
+
+    def _products(self, name: str) -> set[str]:
+        sources = (product_behind(self.nodes[name].input(i)) for i in range(len(OPERANDS)))
+        return {p.name for p in sources if p is not None}
 
     def error(self, int8: set[str]) -> float:
         """Of the outputs, with these layers in int8."""
@@ -178,7 +202,7 @@ class _Trial:
             if node.name not in int8:
                 return run_node(node, operands, env)
             if node.op == "attention":
-                return self._attention(node, operands, env, int8)
+                return self._attention(node, operands, env)
             if node.op == "embedding":
                 tables = self.tables[node.name]
                 return run_node(node, [tables.get(i, x) for i, x in enumerate(operands)], env)
@@ -201,12 +225,9 @@ class _Trial:
         return [rounded, self.weights[node.name], *operands[2:]]
 
     def _attention(
-        self, node: Node, operands: list[Array | None], env: dict[str, int], int8: set[str]
+        self, node: Node, operands: list[Array | None], env: dict[str, int]
     ) -> list[Array]:
-        """attention_int8 of the operands' own numbers, where their products are int8 too."""
-        producers = [product_behind(node.input(i)) for i in range(len(OPERANDS))]
-        if len(int8) > 1 and not all(p is not None and p.name in int8 for p in producers):
-            return run_node(node, operands, env)
+        """attention_int8 of the operands' own numbers."""
         parts = attention_parts(node)
         scales = [symmetric_scale(*self.ranges[str(p)]) for p in parts]
         bytes_: list[Array | None] = []

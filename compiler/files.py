@@ -21,6 +21,16 @@ def check_writable(path: Path) -> None:
         raise InvalidInput(f"{path}: the folder {folder} can not be written to")
 
 
+def make_folder(path: Path) -> None:
+    """Raises InvalidInput where there can be none, or none to write to."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInput(f"{path}: can not be made a folder: {error.strerror}") from None
+    if not os.access(path, os.W_OK):
+        raise InvalidInput(f"{path}: the folder can not be written to")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Another path to write to, which becomes `path` at the end, or is removed on any error.

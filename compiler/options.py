@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -11,7 +11,13 @@ from sparsec.errors import InvalidInput
 from sparsec.ranges import METHODS
 from sparsec.target import Isa, Target
 
+MOST_THREADS = 1024  # of a context: the runtime's limit
 PRECISIONS = ("fp32", "bf16", "int8")
+NO_RANGES = (
+    "int8 needs the ranges of the activations: give one of --calibration FILE.npz, "
+    "--calibration-text FILE with --tokenizer FILE, or --calibration random (for benchmarks: the "
+    "answers will be poor); or --dynamic, which finds them when the model runs"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,22 +28,22 @@ class Calibration:
     are good for nothing but measuring speed.
     """
 
-    data: Path | None = None
+    data: Path | None = None  # a str becomes one
     text: Path | None = None
     tokenizer: Path | None = None
     random: bool = False
     method: str = "minmax"
 
     def __post_init__(self) -> None:
+        for name in ("data", "text", "tokenizer"):
+            path = getattr(self, name)
+            object.__setattr__(self, name, None if path is None else Path(path))
         if sum((self.data is not None, self.text is not None, self.random)) != 1:
-            raise InvalidInput(
-                "int8 needs the ranges of the activations: give one of --calibration FILE.npz, "
-                "--calibration-text FILE with --tokenizer FILE, or --calibration random "
-                "(for benchmarks: the answers will be poor); or --dynamic, which finds them when "
-                "the model runs"
-            )
+            raise InvalidInput(NO_RANGES)
         if self.text is not None and self.tokenizer is None:
             raise InvalidInput("--calibration-text needs the model's --tokenizer tokenizer.json")
+        if self.tokenizer is not None and self.text is None:
+            raise InvalidInput("--tokenizer goes with --calibration-text: give that, or neither")
         if self.method not in METHODS:
             raise InvalidInput(
                 f"calibration method {self.method!r} is not one of {', '.join(METHODS)}"
@@ -86,8 +92,10 @@ class CompileOptions:
                 "--dynamic finds the ranges of the activations when the model runs: leave out "
                 "either it or the calibration"
             )
-        if self.threads < 1:
-            raise InvalidInput(f"--threads {self.threads}: wanted at least 1")
+        if not 1 <= self.threads <= MOST_THREADS:
+            raise InvalidInput(
+                f"--threads {self.threads}: wanted at least 1, at most {MOST_THREADS}"
+            )
         self._check_balance()
         self._check_max_error()
         if self.precision in ("fp32", "bf16") and self.all_roundings:
@@ -155,10 +163,7 @@ class CompileOptions:
 
     @property
     def _target_has_bf16(self) -> bool:
-        levels = list(Isa)
-        best = Isa.AVX512_BF16
-        allowed = self.isa is None or levels.index(self.isa) >= levels.index(best)
-        return self.target.has(best) and allowed
+        return self.target.limited(self.isa).has(Isa.AVX512_BF16)
 
     @property
     def _machine(self) -> str:
@@ -172,11 +177,23 @@ class CompileOptions:
         """
         given = quantized or self.dynamic
         if self.precision == "int8" and self.calibration is None and not given:
-            Calibration()  # says what is missing
+            raise InvalidInput(NO_RANGES)
         if self.precision is None and self.keep_fp32 and not quantized:
             raise InvalidInput("--keep-fp32 goes with --precision int8 or bf16")
+        if self.all_roundings and not quantized:
+            raise InvalidInput("--all-roundings is for a model that is quantised; this one is not")
         self._check_mixture(quantized)
         return self.precision == "int8" or (self.precision is None and quantized)
+
+
+def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int | str, ...]]:
+    """The shapes of texts of parse_shape, by name. Raises InvalidInput for a name given twice."""
+    found: dict[str, tuple[int | str, ...]] = {}
+    for name, shape in map(parse_shape, texts):
+        if name in found:
+            raise InvalidInput(f"--shape {name}=... is there twice; give each input one shape")
+        found[name] = shape
+    return found
 
 
 def parse_shape(text: str) -> tuple[str, tuple[int | str, ...]]:

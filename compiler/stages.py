@@ -24,6 +24,7 @@ from sparsec.codegen.kernels import schedule_for
 from sparsec.codegen.lower import lower
 from sparsec.codegen.program import Part, Program
 from sparsec.fallback import Accuracy, fall_back
+from sparsec.files import make_folder
 from sparsec.frontend.onnx_import import import_model
 from sparsec.ir.chains import Chained
 from sparsec.ir.graph import Graph, Node
@@ -46,7 +47,7 @@ from sparsec.passes import (
     target_pipeline,
 )
 from sparsec.passes.find_chains import find_chains
-from sparsec.passes.manager import PassManager, PassRecord
+from sparsec.passes.manager import DumpHook, PassManager, PassRecord
 from sparsec.passes.pack_tokens import NAME as PACK_TOKENS
 from sparsec.passes.pack_tokens import padded_ports
 from sparsec.passes.plan_memory import plan_memory
@@ -115,7 +116,7 @@ def build_target(
     clock.start("lower")
     plan = plan_memory(graph)
     program = lower(graph, plan, target, _chained(graph, target))
-    isa = max((Isa(c.kernel.isa) for c in program.calls), key=list(Isa).index, default=Isa.AVX2)
+    isa = max((Isa(c.kernel.isa) for c in program.calls), key=lambda i: i.rank, default=Isa.AVX2)
     description = {
         **_describe(graph, plan, target, prepared.rows),
         "padding": _padding(graph, records),
@@ -123,7 +124,7 @@ def build_target(
     report = {
         "isa": isa.value,
         "precision": "int8" if prepared.quantization else options.precision or "fp32",
-        **({} if accuracy is None else {"accuracy": accuracy.described()}),
+        **({} if accuracy is None else {"accuracy": accuracy.as_compiled(graph).described()}),
         **description,
         "chains": describe_chains(program),
         "arena": describe_arena(program),
@@ -156,7 +157,7 @@ def scheduled_graph(model: Path, options: CompileOptions) -> Graph:
 def _layouts(graph: Graph, options: CompileOptions) -> tuple[CheapestLayout, str]:
     """For the target that the options leave, by the best rates that are known; and which."""
     target, basis = with_known_rates(options.target, options.rates)
-    return CheapestLayout(limited(target, options.isa), usual_shape(graph), options.threads), basis
+    return CheapestLayout(target.limited(options.isa), usual_shape(graph), options.threads), basis
 
 
 def read_log(options: CompileOptions) -> TuningLog:
@@ -274,21 +275,12 @@ def _balance(
 
 
 def _samples(graph: Graph, calibration: Calibration) -> Iterable[Feed]:
-    match calibration:
-        case Calibration(data=Path() as path):
-            return load_calibration(path, graph)
-        case Calibration(text=Path() as path, tokenizer=Path() as tokenizer):
-            return text_batches(path, tokenizer, graph)
+    if calibration.data is not None:
+        return load_calibration(calibration.data, graph)
+    if calibration.text is not None and calibration.tokenizer is not None:
+        return text_batches(calibration.text, calibration.tokenizer, graph)
+    assert calibration.random
     return random_batches(graph, RANDOM_SAMPLES, RANDOM_LENGTHS)
-
-
-def limited(target: Target, isa: Isa | None) -> Target:
-    """The target without what is better than `isa`."""
-    if isa is None:
-        return target
-    levels = list(Isa)
-    keep = tuple(i for i in target.isas if levels.index(i) <= levels.index(isa))
-    return replace(target, isas=keep)
 
 
 def _describe(
@@ -340,14 +332,14 @@ def _expected(
     }
 
 
-def _dumper(folder: Path | None, passes: int = 0) -> Callable[[int, str, Graph], None] | None:
+def _dumper(folder: Path | None, passes: int = 0) -> DumpHook | None:
     """Numbers the files on from `passes`: the pipeline runs in parts."""
     if folder is None:
         return None
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     numbers = itertools.count(passes + 1)
 
-    def dump(_: int, name: str, graph: Graph) -> None:
+    def dump(name: str, graph: Graph) -> None:
         (folder / f"{next(numbers):02d}_{name}.txt").write_text(print_graph(graph))
 
     return dump

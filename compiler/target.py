@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sparsec.errors import InvalidInput, UnsupportedCpu
@@ -24,6 +24,18 @@ class Isa(enum.Enum):
     AVX512_VBMI2 = "avx512vbmi2"
     AVX512_BF16 = "avx512bf16"
     AMX = "amx"
+
+    @property
+    def rank(self) -> int:
+        """A number that is greater the better the level."""
+        return LEVELS.index(self.value)
+
+    @staticmethod
+    def named(name: str) -> Isa:
+        """Raises InvalidInput for what is no level."""
+        if name not in LEVELS:
+            raise InvalidInput(f"unknown level {name!r}; levels are {', '.join(LEVELS)}")
+        return Isa(name)
 
 
 LEVELS = tuple(isa.value for isa in Isa)
@@ -63,6 +75,12 @@ class Target:
 
     def has(self, isa: Isa) -> bool:
         return isa in self.isas
+
+    def limited(self, isa: Isa | None) -> Target:
+        """Without what is better than `isa`."""
+        if isa is None:
+            return self
+        return replace(self, isas=tuple(i for i in self.isas if i.rank <= isa.rank))
 
     def level_of(self, nbytes: float) -> str:
         """The smallest of `rates.LEVELS` of which half holds so much: other data is there too."""
@@ -139,8 +157,7 @@ def _first_sibling(cpu: int) -> int:
 
 def required_flags(isa: Isa) -> frozenset[str]:
     """All flags of /proc/cpuinfo that a level and the ones below it need."""
-    levels = list(Isa)
-    return frozenset().union(*(_FLAGS[i] for i in levels[: levels.index(isa) + 1]))
+    return frozenset().union(*(_FLAGS[i] for i in Isa if i.rank <= isa.rank))
 
 
 def cpu_fields(cpuinfo: Path = _CPUINFO) -> dict[str, str]:
@@ -195,8 +212,7 @@ def _kin(vendor: str, level: Isa, flags: frozenset[str]) -> str:
 
 
 def _server(name: str, highest: Isa, l1d: int, l2: int, l3: int) -> Target:
-    levels = list(Isa)
-    isas = tuple(levels[: levels.index(highest) + 1])
+    isas = tuple(i for i in Isa if i.rank <= highest.rank)
     return Target(name, isas, 8, l1d, l2, l3, default_rates(name))
 
 

@@ -125,7 +125,13 @@ def int8_pipeline(
     tables that the model itself has not in bytes, and what it rounds is rounded.
     """
     # Its operands are int8 by then.
-    last = [QuantizeAttention(quantization.ranges, supported, quantization.fallback, objection)]
+    last = QuantizeAttention(
+        quantization.ranges,
+        supported,
+        quantization.keep_fp32,
+        quantization.fallback,
+        objection,
+    )
     return [
         Quantize(
             quantization.ranges,
@@ -136,7 +142,7 @@ def int8_pipeline(
         ),
         FoldQuantize(),
         MoveResidual(),
-        *(last if attention else []),
+        *([last] if attention else []),
         QuantizeTables(
             quantization.keep_fp32,
             supported,

@@ -15,12 +15,11 @@ import enum
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from sparsec.ir.graph import Graph, Node, Value
 from sparsec.ir.ops_int8 import dequantize_array
 from sparsec.ir.types import DType, QuantParams
 from sparsec.passes.base import PassResult
+from sparsec.passes.cut_off import without_rounding
 
 # They move elements of their first operand and round with it or without it alike.
 VIEWS = frozenset({"reshape", "transpose", "broadcast_to", "slice", "gather"})
@@ -82,13 +81,16 @@ class DropQdq:
         changed = 0
         if self.keep is Roundings.ALL:
             return PassResult(0)
-        for node in graph.nodes:
+        for node in list(graph.nodes):
             quantize = quantize_of(node)
-            readers = [] if quantize is None else list(node.output.uses)
+            readers = [use for use in node.outputs[0].uses if use[0].op != "linear"]
+            if quantize is None or not readers:
+                continue
+            x = without_rounding(graph, quantize)
             for reader, index in readers:
-                if quantize is not None and reader.op != "linear":
-                    graph.replace_input(reader, index, quantize.input(0))
-                    changed += 1
+                graph.replace_input(reader, index, x)
+            changed += len(readers)
+        graph.sort()
         graph.drop_dead_nodes()
         return PassResult(changed)
 
@@ -124,7 +126,7 @@ class _Keeping:
         if x is None:
             return
         quantize = _quantize_of(self.pairs[x])
-        # The quantize itself cuts off what is outside its range: see _drop.
+        # The quantize itself cuts off what is outside its range: see cut_off.py.
         source = quantize.input(0) if operand is x else operand
         shift = SHIFT if quantize.attrs["dtype"] is DType.I8 else 0
         scale, zero_point = quantize.attrs["scale"], quantize.attrs["zero_point"] + shift
@@ -172,36 +174,11 @@ def _quantize_of(pair: Node) -> Node:
 
 
 def _drop(graph: Graph, pair: Node) -> str:
-    """Lets what reads the pair read what it rounds; returns the name of the op that made it.
-
-    Quantisers remove a relu or clip where the quantize cuts off alike: its zero point is the least
-    or the greatest number then. Behind products that cutting off stays.
-    """
+    """Lets what reads the pair read what it rounds; returns the name of the op that made it."""
     quantize = _quantize_of(pair)
-    x = quantize.input(0)
-    limits = np.iinfo(quantize.attrs["dtype"].numpy)
-    scale, zero_point = quantize.attrs["scale"], quantize.attrs["zero_point"]
-    op = "inputs" if x.producer is None else x.producer.op
-    if zero_point in (limits.min, limits.max) and _is_product(x):
-        attrs = {
-            "min": (limits.min - zero_point) * scale,
-            "max": (limits.max - zero_point) * scale,
-        }
-        x = graph.add("clip", [x], attrs, name=f"{x.name}.clip")
-    graph.replace_uses(pair.output, x)
-    return op
-
-
-def _is_product(x: Value) -> bool:
-    """Whether `x` is a product with a constant, with or without a bias."""
-    node = x.producer
-    if node is None or node.op not in ("add", "matmul"):
-        return False
-    constant = any(v is not None and v.is_constant for v in node.inputs)
-    inner = (v.producer for v in node.inputs if v is not None)
-    return constant and (
-        node.op == "matmul" or any(n is not None and n.op == "matmul" for n in inner)
-    )
+    maker = quantize.input(0).producer
+    graph.replace_uses(pair.output, without_rounding(graph, quantize))
+    return "inputs" if maker is None else maker.op
 
 
 def _lift_dequantize(graph: Graph) -> int:

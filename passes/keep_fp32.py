@@ -1,4 +1,4 @@
-"""Patterns of node names whose products stay fp32: shared by the passes that lower precision."""
+"""Patterns of node names that stay fp32: shared by the passes that lower precision."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from sparsec.ir.graph import Node
 
 
 def check_patterns(nodes: Sequence[Node], patterns: Sequence[str]) -> None:
-    """Raises InvalidInput for a pattern that fits none of the products and embeddings."""
+    """Raises InvalidInput for a pattern that fits none of the `nodes`, which could be lowered."""
     for pattern in patterns:
         if not any(fnmatchcase(n.name, pattern) for n in nodes):
             names = ", ".join(n.name for n in nodes) or "none"
             raise InvalidInput(
-                f"no product or embedding is named like {pattern!r}; there are {names}"
+                f"no product, attention or embedding is named like {pattern!r}; there are {names}"
             )
 
 
 def kept(node: Node, patterns: Sequence[str]) -> str | None:
-    """Why a product stays fp32 by its name; None when no pattern fits."""
+    """Why a node stays fp32 by its name; None when no pattern fits."""
     fitting = (p for p in patterns if fnmatchcase(node.name, p))
     return next((f"its name matches {p!r}" for p in fitting), None)

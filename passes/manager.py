@@ -12,7 +12,7 @@ from sparsec.ir.graph import Graph
 from sparsec.ir.verifier import verify
 from sparsec.passes.base import Pass
 
-DumpHook = Callable[[int, str, Graph], None]
+DumpHook = Callable[[str, Graph], None]
 
 
 class PassRecord(TypedDict):
@@ -27,16 +27,16 @@ class PassRecord(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class PassManager:
-    """Runs `passes` in order. `dump` sees the graph after each, with its index from 1."""
+    """Runs `passes` in order. `dump` sees the graph after each."""
 
     passes: Sequence[Pass]
     dump: DumpHook | None = None
 
     def run(self, graph: Graph) -> list[PassRecord]:
         """Transforms `graph`; PassFailed names the pass that broke it."""
-        return [self._run_one(i, p, graph) for i, p in enumerate(self.passes, start=1)]
+        return [self._run_one(one, graph) for one in self.passes]
 
-    def _run_one(self, index: int, one: Pass, graph: Graph) -> PassRecord:
+    def _run_one(self, one: Pass, graph: Graph) -> PassRecord:
         start = time.perf_counter()
         try:
             result = one.run(graph)
@@ -49,7 +49,7 @@ class PassManager:
             ) from error
         seconds = time.perf_counter() - start
         if self.dump is not None:
-            self.dump(index, one.name, graph)
+            self.dump(one.name, graph)
         try:
             verify(graph)
         except InvalidGraph as error:

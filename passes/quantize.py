@@ -24,6 +24,7 @@ from sparsec.ir.op_spec import Array
 from sparsec.ir.ops_int8 import MAX_DEPTH
 from sparsec.ir.types import DType
 from sparsec.passes.base import PassResult
+from sparsec.passes.cut_off import without_rounding
 from sparsec.passes.keep_fp32 import check_patterns, kept
 from sparsec.passes.rewrite import replace_node
 
@@ -34,6 +35,7 @@ CENTRE = 128  # the zero point of tokens with either sign
 # One-sided values, by what made them. GELU and SiLU are above -0.17 and -0.28: 16 levels below
 # zero hold that at a step of 0.01 to 0.02, and finer steps are needed by no token that matters.
 ZERO_POINTS = {"relu": 0, "sigmoid": 0, "gelu": 16, "gelu_tanh": 16, "silu": 16}
+NAMED = ("linear", "attention", "embedding")  # what a pattern of keep_fp32 may name
 SMALLEST = 1e-30  # a range or a row of weights below this is all zero: its scale would underflow
 
 
@@ -83,10 +85,8 @@ class Quantize:
         for node in found:
             if node not in without:
                 rewriting.visit(node)
-        for node in [] if self.all_roundings else graph.nodes:
-            rounding = node_rounding(node)
-            if rounding is not None:
-                graph.replace_input(node, 0, rounding.input(0))  # for nothing: it stays fp32
+        if not self.all_roundings:
+            _drop_roundings(graph)
         graph.sort()
         graph.drop_dead_nodes()
         return PassResult(len(found) - len(without), tuple(notes))
@@ -109,6 +109,20 @@ def int8_candidates(graph: Graph, keep_fp32: tuple[str, ...] = ()) -> list[Node]
 def is_quantized(graph: Graph) -> bool:
     """Whether the model itself says how some product is computed in int8."""
     return any(n.op == "linear" and is_given(n) for n in graph.nodes)
+
+
+def _drop_roundings(graph: Graph) -> None:
+    """Of what only products read that stay fp32."""
+    found: dict[Node, Value] = {}
+    for node in list(graph.nodes):
+        rounding = node_rounding(node)
+        if rounding is None:
+            continue
+        if rounding not in found:
+            is_static = rounding.op == "quantize"
+            x = without_rounding(graph, rounding) if is_static else rounding.input(0)
+            found[rounding] = x
+        graph.replace_input(node, 0, found[rounding])
 
 
 def is_given(node: Node) -> bool:
@@ -176,7 +190,10 @@ def stored_weight(w: Value) -> tuple[Array, Array] | str:
     numbers = np.rint(w.data / scale[:, None])
     low, high = numbers.min(initial=0), numbers.max(initial=0)
     if low < -128 or high > 127:
-        return f"its weight is {low:.0f} to {high:.0f} steps from its zero point, which is no i8"
+        return (
+            f"its weight is {low:.0f} to {high:.0f} steps from its zero point, which is no i8: "
+            "quantise the model with symmetric weights"
+        )
     return numbers.astype(np.int8), np.ascontiguousarray(scale)
 
 
@@ -184,8 +201,7 @@ def _candidates(graph: Graph, keep_fp32: tuple[str, ...]) -> tuple[list[Node], l
     """The products that int8 kernels compute, and why the others are none."""
     tokens = {n.input(0).type.tokens for n in graph.nodes if n.op == "attention"}
     products = [n for n in graph.nodes if n.op == "linear"]
-    named = [n for n in graph.nodes if n.op in ("linear", "embedding")]
-    check_patterns(named, keep_fp32)
+    check_patterns([n for n in graph.nodes if n.op in NAMED], keep_fp32)
     found: list[Node] = []
     notes: list[str] = []
     for node in products:

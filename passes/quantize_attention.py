@@ -20,6 +20,7 @@ from sparsec.ir.op_spec import Array
 from sparsec.ir.ops_attention_int8 import ZERO_POINT
 from sparsec.ir.types import DType
 from sparsec.passes.base import PassResult
+from sparsec.passes.keep_fp32 import kept
 from sparsec.passes.quantize import LOSES
 from sparsec.passes.rewrite import replace_node
 from sparsec.ranges import Channels
@@ -35,12 +36,13 @@ NO_KERNEL = "no int8 kernel takes its mask and head size on this target"
 class QuantizeAttention:
     """After fold_quantize. `supported` says whether a kernel computes a node on the target.
 
-    `fallback` names attentions that stay fp32. `objection` is given an attention in fp32 and the
-    same in int8: why the first should stay, or None.
+    An attention stays fp32 whose name `fallback` has or a pattern of `keep_fp32` fits. `objection`
+    is given an attention in fp32 and the same in int8: why the first should stay, or None.
     """
 
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     supported: Callable[[Node], bool] = lambda node: True
+    keep_fp32: tuple[str, ...] = ()
     fallback: frozenset[str] = frozenset()
     objection: Objection = lambda fp32, int8: None
     name: str = "quantize_attention"
@@ -59,6 +61,8 @@ class QuantizeAttention:
         """Rewrites one attention, or says why not."""
         if node.name in self.fallback:
             return LOSES
+        if (by_name := kept(node, self.keep_fp32)) is not None:
+            return by_name
         parts = attention_parts(node)
         given = _given(node)
         missing = [p for p in parts if not given and str(p) not in self.ranges]

@@ -19,7 +19,7 @@ from sparsec.passes.rewrite import replace_node
 
 OPERANDS = "qkv"
 _STORED = ("out_scale", "out_zero_point")
-_NAMED = ("linear", "embedding", "embedding_int8")  # what a name pattern may fit
+_NAMED = ("linear", "attention", "embedding", "embedding_int8")  # what a name pattern may fit
 _ATTENTION = ("heads", "head_size", "scale", "q_offset", "k_offset", "v_offset")
 
 
@@ -45,7 +45,7 @@ class UseBf16:
             if node.op == "linear" and self.products:
                 refusal = kept(node, self.keep_fp32) or rewriting.product(node)
             elif node.op == "attention" and self.attention:
-                refusal = rewriting.attention(node)
+                refusal = kept(node, self.keep_fp32) or rewriting.attention(node)
             else:
                 continue
             done += refusal is None

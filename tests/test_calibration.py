@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
+import sparsec
 from sparsec.calibration import (
     METHODS,
     Observation,
@@ -27,6 +29,7 @@ from sparsec.ir.dims import symbol
 from sparsec.ir.graph import Graph
 from sparsec.ir.types import DType
 from sparsec.models.tiny import tiny_model
+from sparsec.options import Calibration
 from sparsec.passes import graph_pipeline, quantized_values
 from sparsec.passes.manager import PassManager
 from sparsec.passes.quantize import affine_u8
@@ -259,6 +262,37 @@ def test_random_batches_keep_fixed_sizes():
     assert batches[0]["x"].std() > 0.5
 
 
+@pytest.mark.parametrize("field", ["data", "text"])
+def test_paths_may_be_texts(field, tmp_path):
+    """A str once fell through to random samples."""
+    tokenizer = {"tokenizer": "t.json"} if field == "text" else {}
+    options = Calibration(**{field: "no/such/file"}, **tokenizer)
+    assert getattr(options, field) == Path("no/such/file")
+    onnx.save(tiny_model(), tmp_path / "m.onnx")
+    with pytest.raises(InvalidInput, match=r"no/such/file|t\.json"):
+        sparsec.compile_model(
+            tmp_path / "m.onnx", tmp_path / "m.so", precision="int8", calibration=options
+        )
+
+
+def scaled_graph() -> Graph:
+    """A product of tokens times a number that is an input of the model."""
+    graph = Graph("scaled")
+    x, s = graph.add_input("x", DType.F32, (B, S, 4)), graph.add_input("s", DType.F32, ())
+    w = graph.add_constant(np.eye(4, dtype=np.float32), "w")
+    y = graph.add("linear", [graph.add("mul", [x, s]), w], {"activation": "none"})
+    graph.add_output("y", y)
+    return graph
+
+
+def test_a_model_with_one_number_as_an_input(tmp_path):
+    (feed,) = random_batches(scaled_graph(), 2, [5])
+    assert (feed["x"].shape, feed["s"].shape) == ((2, 5, 4), ())
+    np.savez(tmp_path / "c.npz", x=np.zeros((2, 5, 4), np.float32), s=np.float32(1))
+    with pytest.raises(InvalidInput, match=r"input s of the model is one number, .* --dynamic"):
+        load_calibration(tmp_path / "c.npz", scaled_graph())
+
+
 # Text
 
 
@@ -411,3 +445,11 @@ def test_a_fixed_batch_is_kept(tmp_path: Path):
     np.savez(tmp_path / "data.npz", x=np.ones((8, 2, 3), np.float32))
     feeds = load_calibration(tmp_path / "data.npz", fixed_floats())
     assert [f["x"].shape for f in feeds] == [(4, 2, 3)] * 2
+
+
+def test_text_that_is_no_utf8_is_refused(tokenizer: Path, fused: Graph, tmp_path: Path):
+    (tmp_path / "t.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    with pytest.raises(InvalidInput, match=r"t\.txt: cannot be read as text in UTF-8"):
+        list(text_batches(tmp_path / "t.txt", tokenizer, fused))
+    with pytest.raises(InvalidInput, match=r"none\.txt: cannot be read"):
+        list(text_batches(tmp_path / "none.txt", tokenizer, fused))

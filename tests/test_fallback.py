@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -181,11 +182,40 @@ def test_the_library_has_the_layers_that_the_report_names(tmp_path: Path):
     made = {x["node"]: x["op"] for x in result.report["layers"]}
     assert named
     assert {made[n] for n in named} <= {"linear", "attention"}
+    others = {x["node"] for x in accuracy["layers"] if x["precision"] == "int8"}
+    assert {made[n] for n in others} <= {"linear_int8", "attention_int8", "embedding_int8"}
     outputs = sparsec.load(result.library)(sample())["last_hidden_state"]
     exact = run(import_model(tiny_model()), sample())["last_hidden_state"]
     real = sample()["attention_mask"] == 1
     off = np.linalg.norm((outputs - exact)[real]) / np.linalg.norm(exact[real])
     assert off < 1.1 * 0.008  # the library sums in another order than the oracle
+
+
+@pytest.mark.parametrize("share", [0.2, 0.4, 0.6, 0.8])
+def test_an_attention_is_int8_where_its_products_are(
+    quantization: Quantization, share: float
+) -> None:
+    """Whatever the bound: those that go to fp32 take the attention behind them along."""
+    errors = sorted(x.error for x in measured(quantization, 0.9).layers)
+    found = measured(quantization, errors[int(share * len(errors))])
+    graph = fp32_graph()
+    chosen = replace(quantization, fallback=found.fp32)
+    PassManager(int8_pipeline(chosen)).run(graph)
+    assert found.as_compiled(graph) == found
+
+
+def test_attention_that_is_kept_by_name_is_fp32_and_not_measured(
+    quantization: Quantization,
+) -> None:
+    graph = fp32_graph()
+    names = [n.name for n in graph.nodes if n.op == "attention"]
+    chosen = replace(quantization, keep_fp32=(names[0],))
+    found = fall_back(graph, chosen, [sample()], 0.9, tables=ALL_SMALL)
+    assert [x.node for x in found.layers if x.op == "attention"] == names[1:]
+    (record,) = [r for r in PassManager(int8_pipeline(chosen)).run(graph)
+                 if r["name"] == "quantize_attention"]  # fmt: skip
+    assert record["notes"] == [f"{names[0]} stays fp32 inside: its name matches {names[0]!r}"]
+    assert [n.name for n in graph.nodes if n.op == "attention"] == names[:1]
 
 
 @pytest.mark.parametrize("options", [{"rest": "bf16"}, {"attention": "bf16"}])

@@ -163,9 +163,7 @@ class Int8Gemm(TirKernel):
         """All strips of a block of rows for one chunk."""
         raise NotImplementedError
 
-    def _rows(
-        self, s: tir.KernelScope, at: Place, row0: Any, count: int, first: Any = 0
-    ) -> None:
+    def _rows(self, s: tir.KernelScope, at: Place, row0: Any, count: int, first: Any = 0) -> None:
         """The epilogue of the sums of `count` rows, at the start of scratch memory, from row
         `first` of them on."""
         n, size = self.hooks.lanes, self.hooks.chunk

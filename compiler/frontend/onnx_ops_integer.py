@@ -88,9 +88,9 @@ def on_numbers(converter: Converter, count: int) -> Converter:
 
 
 def qlinear_softmax(call: Call) -> Operand:
-    """The attribute `opset` says which standard's softmax is meant."""
-    x = dequantized(call, 0)
-    plain = replace(call, inputs=(x,), opset=call.attr("opset", 13))
+    """The attribute `opset` says which standard's softmax is meant; its axis is the last one."""
+    x, axis = dequantized(call, 0), {"axis": call.attr("axis", -1)}
+    plain = replace(call, inputs=(x,), opset=call.attr("opset", 13), attrs={**call.attrs, **axis})
     return quantized(call, _one(REDUCE["Softmax"](plain)), 3)
 
 

@@ -15,6 +15,7 @@ from sparsec.frontend.builder import Operand
 from sparsec.frontend.call import Call, Converter
 from sparsec.frontend.onnx_ops_integer import MICROSOFT_INTEGER, dequantized, integer_product
 from sparsec.frontend.onnx_ops_nn import gemm
+from sparsec.frontend.onnx_ops_quant import QUANT
 from sparsec.ir.types import DType
 
 MASKED = -10000.0  # what ONNX Runtime adds to masked scores unless the node says otherwise
@@ -207,6 +208,7 @@ def _added_mask(call: Call, mask: Operand, y: Operand) -> Operand:
 
 MICROSOFT: dict[str, Converter] = {
     **MICROSOFT_INTEGER,
+    **QUANT,
     "Attention": attention,
     "BiasGelu": gelu("none"),
     "EmbedLayerNormalization": embed_layer_norm,

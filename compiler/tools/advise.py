@@ -28,7 +28,7 @@ from sparsec.ir.schedule import EVERY, Schedule, Workload, bucket_of
 from sparsec.options import CompileOptions
 from sparsec.passes.choose_weight_layout import PRODUCTS
 from sparsec.passes.plan_memory import plan_memory
-from sparsec.stages import limited, read_log, scheduled_graph
+from sparsec.stages import read_log, scheduled_graph
 from sparsec.target import Target
 from sparsec.tools.console import console
 from sparsec.tuning.cost import (
@@ -80,7 +80,7 @@ class AdviseOptions:
 def advise(model: Path, compile_options: CompileOptions, options: AdviseOptions) -> dict[str, Any]:
     """What docs/advise.md describes. Raises CompilerError when the model cannot be compiled."""
     target, basis = with_known_rates(compile_options.target, compile_options.rates)
-    target = limited(target, compile_options.isa)
+    target = target.limited(compile_options.isa)
     graph = scheduled_graph(model, compile_options)
     shape = _shape(graph, options.tokens)
     program = lower(graph, plan_memory(graph), target)

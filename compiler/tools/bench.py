@@ -16,7 +16,7 @@ from sparsec.errors import InvalidInput
 from sparsec.runtime import load
 from sparsec.target import core_cpus
 from sparsec.tools.console import console
-from sparsec.tools.inputs import Arrays, random_inputs
+from sparsec.tools.inputs import Arrays, random_inputs, run_shape
 from sparsec.tools.inspect import arena_text
 from sparsec.tools.peers import PEERS
 from sparsec.tools.turns import Function, in_turns, summary
@@ -25,8 +25,8 @@ from sparsec.tools.turns import Function, in_turns, summary
 def bench(
     library: Path,
     *,
-    batch: int,
-    seq: int,
+    batch: int | None,
+    seq: int | None,
     threads: int,
     onnx: Path | None,
     against: str | None,
@@ -37,13 +37,15 @@ def bench(
 ) -> dict[str, Any]:
     """Median, p10 and p90 of the latency in ms, over `seconds` per engine, at least 20 runs.
 
-    With `onnx` the peer runs the same inputs in turn; `ratio` is the peer's median over ours.
-    With `pin` the process is bound to the first `threads` cores while it measures.
+    `batch` and `seq` are as `run_shape` says. With `onnx` the peer runs the same inputs in turn;
+    `ratio` is the peer's median over ours. With `pin` the process is bound to the first `threads`
+    cores while it measures.
     """
     if against is not None and onnx is None:
         raise InvalidInput(f"--against {against} needs the ONNX file: add --onnx FILE")
     with _pinned(threads) if pin else contextlib.nullcontext():
         model = load(library, threads=threads, isa=isa)
+        batch, seq = run_shape(model, batch, seq)
         arrays = random_inputs(model, batch, seq, seed=0, padding=False)
         sides: dict[str, Callable[[Arrays], Any]] = {"sparsec": model}
         if onnx is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,33 @@ from sparsec.errors import InvalidInput
 from sparsec.runtime import Model
 
 Arrays = dict[str, np.ndarray[Any, Any]]
+USUAL_BATCH, USUAL_SEQ = 1, 128
+
+
+def fixed_sizes(model: Model) -> tuple[int | None, int | None]:
+    """The batch and the sequence length that the library is compiled for; None for a free one."""
+    batches = [port.shape[0] for port in model.inputs if port.shape]
+    lengths = [port.shape[1] for port in model.inputs if len(port.shape) == 2]
+    return _fixed(batches), _fixed(lengths)
+
+
+def run_shape(model: Model, batch: int | None, seq: int | None) -> tuple[int, int]:
+    """The batch and the sequence length of a run in which these were asked for.
+
+    What was not asked for is what the library is compiled for, or usual. Raises InvalidInput where
+    it is compiled for another.
+    """
+    fixed = fixed_sizes(model)
+    for option, wanted, size in zip(("batch", "seq"), (batch, seq), fixed, strict=True):
+        if None not in (wanted, size) and wanted != size:
+            raise InvalidInput(f"--{option} {wanted}: the library is compiled for {size} alone")
+    return fixed[0] or batch or USUAL_BATCH, fixed[1] or seq or USUAL_SEQ
+
+
+def _fixed(sizes: Sequence[int | str]) -> int | None:
+    """Of one axis of the inputs: its size, unless it is free in one of them."""
+    found = [size for size in sizes if isinstance(size, int)]
+    return found[0] if found and len(found) == len(sizes) else None
 
 
 def bind_symbols(model: Model, batch: int, seq: int) -> dict[str, int]:

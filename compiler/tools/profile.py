@@ -19,7 +19,7 @@ from sparsec.rates import product_of
 from sparsec.runtime import load
 from sparsec.target import Target
 from sparsec.tools.console import console
-from sparsec.tools.inputs import bind_symbols, random_inputs
+from sparsec.tools.inputs import bind_symbols, random_inputs, run_shape
 from sparsec.tuning.rates_file import with_known_rates
 
 WARM_UP_RUNS = 5
@@ -28,8 +28,8 @@ WARM_UP_RUNS = 5
 def profile(
     library: Path,
     *,
-    batch: int,
-    seq: int,
+    batch: int | None,
+    seq: int | None,
     threads: int,
     runs: int,
     rates: Path | None = None,
@@ -41,11 +41,13 @@ def profile(
     `gmacs` is the rate of useful multiply-accumulates in 1e9 per second: the work of zero blocks
     that are skipped does not count. Timing a step costs some tens of nanoseconds.
 
-    `rates` is the folder of what `sparsec calibrate` measured. With it, `of_peak` is the share of
-    the time that the multiply-accumulates alone would take at the peak of the kernel's instruction
-    set, `of_bandwidth` that of the bytes at the speed of the cache that holds them; else null.
+    `batch` and `seq` are as `run_shape` says. `rates` is the folder of what `sparsec calibrate`
+    measured. With it, `of_peak` is the share of the time that the multiply-accumulates alone would
+    take at the peak of the kernel's instruction set, `of_bandwidth` that of the bytes at the speed
+    of the cache that holds them; else null.
     """
     model = load(library, threads=threads, isa=isa)
+    batch, seq = run_shape(model, batch, seq)
     arrays = random_inputs(model, batch, seq, seed=0, padding=False)
     symbols = bind_symbols(model, batch, seq)
     for _ in range(WARM_UP_RUNS):

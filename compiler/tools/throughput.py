@@ -16,11 +16,10 @@ from typing import Any
 
 from rich.table import Table
 
-from sparsec.errors import InvalidInput
 from sparsec.runtime import Model, load
 from sparsec.target import core_cpus
 from sparsec.tools.console import console
-from sparsec.tools.inputs import random_inputs
+from sparsec.tools.inputs import fixed_sizes, random_inputs, run_shape
 from sparsec.tools.instances import (
     Engine,
     EngineFailed,
@@ -64,7 +63,7 @@ def throughput(
     library: Path,
     *,
     limit_ms: float,
-    seq: int,
+    seq: int | None,
     space: Space,
     peers: Sequence[Engine],
     seconds: float,
@@ -72,7 +71,8 @@ def throughput(
 ) -> dict[str, Any]:
     """Per engine the layout with most samples/s whose p99 latency is at most `limit_ms`.
 
-    Ours is the first of the engines; `peers` have names of their own.
+    `seq` and the batch of the space are as `run_shape` says. Ours is the first of the engines;
+    `peers` have names of their own.
 
     The last measurement of an engine takes `seconds`, a trial of the search a fifth of that.
     "load_before" is the load average of the system. "met" says whether any layout kept the limit;
@@ -84,7 +84,8 @@ def throughput(
     grid = space.grid(len(cpus))
     busy = os.getloadavg()[0]
     model = load(library, threads=1)
-    batch = _batch(model.inputs, space.batch, seq)
+    _, seq = run_shape(model, space.batch, seq)
+    batch = space.batch or fixed_sizes(model)[0]
     engines = {e.name: e for e in [sparsec_engine(library), *peers]}
     bench = _Bench(engines, model, cpus, seq, seconds, progress)
     tried = {name: bench.search(name, grid, batch, limit_ms) for name in engines}
@@ -249,20 +250,6 @@ def _candidates(trials: Sequence[Measurement], limit_ms: float) -> list[Measurem
 def _is_beside(layout: Layout, missed: Layout) -> bool:
     """Whether it would miss as well: the same instances with more than 3/4 of the batch."""
     return replace(layout, batch=missed.batch) == missed and 4 * layout.batch > 3 * missed.batch
-
-
-def _batch(inputs: Sequence[Any], batch: int | None, seq: int) -> int | None:
-    """The only batch to try: the one asked for or the one that the library is compiled for."""
-    for port in inputs:
-        length = port.shape[1] if len(port.shape) == 2 else seq
-        if isinstance(length, int) and length != seq:
-            raise InvalidInput(f"--seq {seq}: {port.name} is compiled for a length of {length}")
-    sizes = [port.shape[0] for port in inputs if port.shape]
-    if not sizes or any(isinstance(size, str) for size in sizes):
-        return batch
-    if batch is not None and batch != sizes[0]:
-        raise InvalidInput(f"--batch {batch}: the library is compiled for a batch of {sizes[0]}")
-    return int(sizes[0])
 
 
 def _ratio(found: Sequence[Measurement], limit_ms: float) -> float | None:

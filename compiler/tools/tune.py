@@ -22,7 +22,7 @@ from sparsec.ir.graph import Graph, Node
 from sparsec.ir.schedule import Bucket, buckets
 from sparsec.options import CompileOptions
 from sparsec.passes.padding_proof import ATTENTIONS
-from sparsec.stages import limited, scheduled_graph
+from sparsec.stages import scheduled_graph
 from sparsec.target import Target
 from sparsec.tools.console import console
 from sparsec.tuning.cluster import tune_on
@@ -83,7 +83,7 @@ def tune(
     target, _ = with_known_rates(compile_options.target, compile_options.rates)
     if options.threads > target.cores:
         raise InvalidInput(f"--threads {options.threads}: this machine has {target.cores} cores")
-    target = limited(target, compile_options.isa)
+    target = target.limited(compile_options.isa)
     # A batch without padding has the same products, and no operands that must fit each other.
     graph = scheduled_graph(model, replace(compile_options, keep_padding=True, log="none"))
     jobs = jobs_of(graph, target, options)
@@ -100,7 +100,7 @@ def _tune_on_ray(
 ) -> list[Result]:  # fmt: skip
     """The same on every node of a cluster, with the jobs of each node's CPU."""
     address, isa = options.ray or LOCAL, compile_options.isa
-    with ray_nodes(address, lambda target: limited(target, isa)) as nodes:
+    with ray_nodes(address, lambda target: target.limited(isa)) as nodes:
         jobs: dict[Machine, list[Job]] = {}
         for node in nodes:
             if node.machine not in jobs:

@@ -12,7 +12,7 @@ from rich.table import Table
 from sparsec.errors import InvalidInput
 from sparsec.runtime import Model, load
 from sparsec.tools.console import console
-from sparsec.tools.inputs import Arrays, random_inputs
+from sparsec.tools.inputs import Arrays, fixed_sizes, random_inputs, run_shape
 from sparsec.tools.peers import reference_runner
 
 SHAPES = ((1, 1), (1, 7), (3, 33), (2, 128))
@@ -31,7 +31,8 @@ def verify(
 ) -> dict[str, Any]:
     """Run both on random inputs with padding, for each (batch, seq) in `shapes`.
 
-    None: for SHAPES, with as long sequences as the model can take.
+    None: for SHAPES, with as long sequences as the model can take, or the shape that the library
+    is compiled for.
 
     The result has, per output, the largest absolute error and the least cosine over all shapes;
     `passed` says that every error is at most `tolerance`. NaN in one of the two fails.
@@ -39,7 +40,11 @@ def verify(
     model = load(library, threads=threads, isa=isa)
     if shapes is None:
         most = min(model.description.get("limits", {}).values(), default=SHAPES[-1][1])
-        shapes = list(dict.fromkeys((batch, min(seq, most)) for batch, seq in SHAPES))
+        rows, length = fixed_sizes(model)
+        usual = ((rows or batch, length or min(seq, most)) for batch, seq in SHAPES)
+        shapes = list(dict.fromkeys(usual))
+    for shape in shapes:
+        run_shape(model, *shape)
     name, reference = reference_runner(onnx, threads)
     worst: dict[str, dict[str, float]] = {}
     for batch, seq in shapes:

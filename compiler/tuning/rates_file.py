@@ -11,13 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from sparsec.errors import InvalidInput
+from sparsec.files import replacing
 from sparsec.rates import LEVELS, Ports, Rates
 from sparsec.target import Target
 from sparsec.tuning.record import Machine
@@ -82,10 +82,9 @@ def keep_rates(folder: Path, target: Target, rates: Rates) -> Known:
     machine = machine_of(target)
     path = rates_file(folder, machine)
     check_folder(folder)
-    try:
-        _write(path, {"format": FORMAT, "machine": machine, "rates": asdict(rates)})
-    except OSError as error:
-        raise _not_writable(folder, error) from None
+    text = json.dumps({"format": FORMAT, "machine": machine, "rates": asdict(rates)}, indent=1)
+    with replacing(path) as part:
+        part.write_text(text + "\n", encoding="utf-8")
     return Known(rates, f"calibrated: {path}", path)
 
 
@@ -130,18 +129,6 @@ def _not_negative(value: Any) -> float:
     if not 0 <= float(value) < float("inf"):
         raise ValueError(f"{value} is below zero")
     return float(value)
-
-
-def _write(path: Path, data: Mapping[str, Any]) -> None:
-    """All or nothing, whoever else writes: a file of its own takes the place of the old one."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(json.dumps(data, indent=1) + "\n")
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _unusable(path: Path, why: str) -> str:

@@ -21,7 +21,9 @@ from sparsec.passes import (
     quantized_values,
 )
 from sparsec.passes.absorb_qdq import AbsorbQdq
+from sparsec.passes.fuse_linear import FuseLinear
 from sparsec.passes.manager import PassManager
+from sparsec.passes.quantize import Quantize
 
 U8, I8 = DType.U8, DType.I8
 ROWS = (0.5, 0.25, 0.125, 1.0)  # scales per output channel: powers of two, so products are exact
@@ -319,3 +321,56 @@ def test_products_that_are_quantised_unlike_are_not_merged(x32, numbers):
     graph.add_output("y", attention(graph, x, weights))
     compiled(graph)
     assert Counter(n.op for n in graph.nodes)["linear_int8"] == 2
+
+
+def relu_of(kind: str, graph: Graph, x, weight) -> Value:
+    """A value on both sides of zero, of which the quantiser has removed the relu."""
+    product = graph.add("matmul", [x, weight])
+    match kind:
+        case "sum":
+            return graph.add("add", [product, x])
+        case "norm":
+            gamma = graph.add_constant(np.ones(8, np.float32))
+            return graph.add("layer_norm", [product, gamma], {"epsilon": 1e-5})
+    return product
+
+
+@pytest.mark.parametrize("kind", ["product", "sum", "norm"])
+@pytest.mark.parametrize("keep", [Roundings.PRODUCTS, Roundings.NONE])
+def test_a_relu_that_was_removed_is_there_whatever_comes_of_the_rounding(x32, kind, keep, rng):
+    """The product that reads it stays fp32 here, and so does a sum."""
+    graph, x = x32
+    numbers = rng.integers(-9, 10, (2, 8, 8))
+    weight, other = (quantised(graph, w, (0.1,) * 8) for w in numbers)
+    rounded = pair(graph, relu_of(kind, graph, x, weight), 0.05, 0, U8)
+    graph.add_output("y", graph.add("matmul", [rounded, other]))
+    graph.add_output("z", graph.add("neg", [rounded]))
+    inputs = feed(rng)
+    before = run(graph, inputs)
+    for one in (AbsorbQdq(keep), FuseLinear(), Quantize({}, keep_fp32=("*",))):
+        one.run(graph)
+    assert {n.op for n in graph.nodes} & {"quantize", "linear_int8"} == set()
+    after = run(graph, inputs)
+    assert (before["z"] == 0).mean() > 0.2
+    # Rounding is gone: half a step of 0.05, times 8 weights of at most 0.9.
+    np.testing.assert_allclose(after["z"], before["z"], rtol=0, atol=0.026)
+    np.testing.assert_allclose(after["y"], before["y"], rtol=0, atol=8 * 0.9 * 0.026)
+
+
+def test_what_is_never_negative_is_not_cut_off(x32, numbers):
+    """softmax, squares and their means, 1 + erf: their zero points are at the end anyway."""
+    graph, x = x32
+    product = graph.add("matmul", [x, quantised(graph, numbers)])
+    two, one = (graph.add_constant(np.float32(v)) for v in (2, 1))
+    square = graph.add("pow", [product, two])
+    mean = graph.add("reduce_mean", [square], {"axes": (2,), "keepdims": True})
+    made = [
+        graph.add("softmax", [product], {"axis": 2}),
+        graph.add("add", [graph.add("erf", [product]), one]),
+        graph.add("mul", [product, product]),
+        graph.add("sqrt", [graph.add("add", [mean, one])]),
+        graph.add("where", [graph.add("is_nan", [product]), one, graph.add("exp", [product])]),
+    ]
+    for i, value in enumerate(made):
+        graph.add_output(f"y{i}", pair(graph, value, 0.1, 0))
+    assert "clip" not in absorbed(graph)[0]

@@ -170,20 +170,6 @@ def test_nothing_meets_the_limit() -> None:
     assert found.layout.batch == 2
 
 
-def ports(*shape: int | str) -> list[Port]:
-    return [Port("ids", np.dtype(np.int64), shape)]
-
-
-def test_sizes_that_are_compiled_in() -> None:
-    assert tool._batch(ports("batch", "seq"), None, 32) is None
-    assert tool._batch(ports("batch", 32), 4, 32) == 4
-    assert tool._batch(ports(8, "seq"), None, 32) == 8
-    with pytest.raises(InvalidInput, match=r"--batch 4: .* a batch of 8"):
-        tool._batch(ports(8, "seq"), 4, 32)
-    with pytest.raises(InvalidInput, match=r"--seq 32: ids is compiled for a length of 128"):
-        tool._batch(ports("batch", 128), None, 32)
-
-
 def engine(met: bool, rate: float, p99: float) -> dict[str, object]:
     best = {
         "instances": 2,
@@ -255,7 +241,7 @@ class Formula:
 @pytest.fixture
 def found(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """Result of `throughput` on one core under 8.5 ms for the peers and ours, which takes 1 ms."""
-    model = argparse.Namespace(inputs=ports("batch", "seq"))
+    model = argparse.Namespace(inputs=[Port("ids", np.dtype(np.int64), ("batch", "seq"))])
     monkeypatch.setattr(tool, "load", lambda library, threads: model)
     monkeypatch.setattr(tool, "core_cpus", lambda: [0])
     monkeypatch.setattr(tool, "sparsec_engine", lambda library: Formula("sparsec", {"": 1.0}))
