@@ -80,9 +80,9 @@ class _Assignment:
         rule = OPS[node.op].panels
         if rule is not None and _has_panel_kernel(node):
             return set(rule.operands)
-        if node.op in ("quantize", "to_bf16") and any(
-            _reads_panels(n, i) for n, i in node.output.uses
-        ):
+        if node.op == "quantize" and any(_reads_panels(n, i) for n, i in node.output.uses):
+            return {0}
+        if node.op == "to_bf16":  # all that read bf16 have it in panels, behind views too
             return {0}
         if self._stays_in_panels(node):
             return {i for i, v in enumerate(node.inputs) if v is not None and _is_panels(v)}

@@ -10,6 +10,7 @@ from sparsec.ir.dims import Dim
 from sparsec.ir.graph import Graph, Node, Value
 from sparsec.ir.types import DType
 from sparsec.passes.absorb_qdq import quantize_of
+from sparsec.passes.attention_steps import Add, Fill, Scale, Step, check_fills
 from sparsec.passes.rewrite import Builder, Match, Reject
 
 VIEWS = ("reshape", "transpose")
@@ -36,32 +37,6 @@ class Operand:
         for node in reversed(self.views):
             value = g.graph.add(node.op, [value], node.attrs, name=g.name)
         return value
-
-
-@dataclass(frozen=True, slots=True)
-class Scale:
-    """The scores, and what was added to them, times `factor`."""
-
-    factor: float
-
-
-@dataclass(frozen=True, slots=True)
-class Add:
-    """`mask` added to the scores."""
-
-    mask: Value
-
-
-@dataclass(frozen=True, slots=True)
-class Fill:
-    """The scores replaced by `fill` where `condition` is `replaces`."""
-
-    condition: Value
-    replaces: bool
-    fill: float
-
-
-Step = Scale | Add | Fill
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,14 +261,7 @@ def _check_masks(found: Attention) -> Reject | None:
             case Add(mask) | Fill(condition=mask):
                 if mask_shape(found, mask) is None:
                     return Reject(f"the mask {mask.type} is not understood")
-        if isinstance(step, Fill) and not step.fill <= FILL_LIMIT:
-            return Reject(f"scores replaced by {step.fill} still count")
-    return None
-
-
-# exp(fill - score) is 0 in fp32 when score - fill > 104, so any real score above -9896 hides
-# a fill of -1e4 or less.
-FILL_LIMIT = -9999.0
+    return check_fills(found.steps)
 
 
 def mask_shape(found: Attention, mask: Value) -> tuple[Dim, ...] | None:

@@ -22,6 +22,7 @@ from sparsec.passes.rewrite import (
     RewriteRule,
     Term,
     apply_rules,
+    is_row,
     read_once,
 )
 
@@ -118,7 +119,7 @@ def _check_affine(graph: Graph, m: Match, factor: str) -> Reject | None:
         return Reject("the normalised value is read elsewhere")
     if m.node("norm").optional_input(2) is not None:
         return Reject("the normalised value is shifted already")
-    if m[factor].type.elements != m["norm"].type.shape[-1]:
+    if not is_row(m[factor], m["norm"].type.shape[-1]):
         return Reject(f"{factor} {m[factor].type} is not one value per channel")
     return None
 

@@ -25,6 +25,7 @@ from sparsec.passes.rewrite import (
     RewriteRule,
     Term,
     apply_rules,
+    is_row,
     read_once,
 )
 
@@ -82,7 +83,7 @@ class FuseBias(RewriteRule):
             return Reject("the product is read elsewhere")
         if node.attrs["activation"] != "none" or any(v is not None for v in node.inputs[2:]):
             return Reject("something is applied to the product already")
-        if m["b"].type.elements != m["w"].type.shape[0]:
+        if not is_row(m["b"], m["w"].type.shape[0]):
             return Reject(f"bias {m['b'].type} is not one value per row of {m['w'].type}")
         return None
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from sparsec.ir.dims import Dim
 from sparsec.ir.graph import Graph, Node, Value
 from sparsec.ir.op_spec import Array
 from sparsec.ir.types import DType
@@ -200,6 +201,11 @@ def matches(term: Term, value: Value, bindings: Bindings) -> Iterator[Bindings]:
 def read_once(value: Value, graph_outputs: Sequence[Value] = ()) -> bool:
     """Whether one operand of one node reads `value`, and none of the graph's outputs is it."""
     return len(value.uses) == 1 and value not in graph_outputs
+
+
+def is_row(constant: Value, channels: Dim) -> bool:
+    """Whether a constant has one value per channel: its last axis, the others being of size 1."""
+    return constant.type.elements == channels == constant.type.shape[-1]
 
 
 def replace_node(

@@ -61,6 +61,34 @@ def test_equals_the_oracle(block: tuple[int, int] | None, tmp_path: Path) -> Non
         close(model(arrays), run(rounded(path), arrays))
 
 
+@pytest.mark.isa("avx512bf16")
+def test_tokens_that_are_flattened_in_front_of_a_product(tmp_path: Path) -> None:
+    """The rounding moves in front of the reshape, where nothing was in panels."""
+    kind, rng = onnx.TensorProto.FLOAT, np.random.default_rng(0)
+    w = rng.standard_normal((8, 6)).astype(np.float32)
+    shapes = [np.array(s, np.int64) for s in ((-1, 8), (2, -1, 6))]
+    arrays = {"w": w, "flat": shapes[0], "back": shapes[1]}
+    nodes = [
+        onnx.helper.make_node("Reshape", ["x", "flat"], ["f"]),
+        onnx.helper.make_node("Gemm", ["f", "w"], ["g"]),
+        onnx.helper.make_node("Sin", ["g"], ["s"]),
+        onnx.helper.make_node("Reshape", ["s", "back"], ["y"]),
+    ]
+    graph = onnx.helper.make_graph(
+        nodes, "flat",
+        [onnx.helper.make_tensor_value_info("x", kind, [2, "seq", 8])],
+        [onnx.helper.make_tensor_value_info("y", kind, [2, "seq", 6])],
+        [onnx.numpy_helper.from_array(a, n) for n, a in arrays.items()],
+    )  # fmt: skip
+    opset = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=opset, ir_version=10), tmp_path / "m.onnx"
+    )
+    sparsec.compile_model(tmp_path / "m.onnx", tmp_path / "m.so", precision="bf16")
+    x = rng.standard_normal((2, 37, 8)).astype(np.float32)
+    close(sparsec.load(tmp_path / "m.so")({"x": x}), run(rounded(tmp_path / "m.onnx"), {"x": x}))
+
+
 @pytest.mark.isa("amx")
 @pytest.mark.isa("avx512bf16")
 @pytest.mark.parametrize("block", [None, (16, 1)], ids=str)

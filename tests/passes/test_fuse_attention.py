@@ -155,6 +155,58 @@ def test_a_row_that_is_filled_throughout_has_equal_weights(rng, fill):
     np.testing.assert_allclose(run(graph, feeds)["y"], wanted, 1e-6, 1e-6)
 
 
+def other_keep(a: Attention) -> Value:
+    mask = a.graph.add_input("other", DType.BOOL, (1, 1, SEQ, SEQ))
+    return a.graph.add("broadcast_to", [mask], {"shape": (BATCH, 1, SEQ, SEQ)})
+
+
+def two_fills(a: Attention, first: float, last: float) -> Value:
+    inner = a.add("where", other_keep(a), a.scores(), first)
+    return a.add("where", keep(a), inner, last)
+
+
+def a_fill_and(op: str, number: float, fill: float = -1e4):
+    """`op` of scores that were filled, and of a number."""
+    return lambda a: a.add(op, a.add("where", keep(a), a.scores(), fill), number)
+
+
+def a_fill_and_a_bias(a: Attention) -> Value:
+    bias = a.graph.add_input("bias", DType.F32, (1, 2, SEQ, SEQ))
+    return a.add("add", a.add("where", keep(a), a.scores(), -1e4), bias)
+
+
+STEPS = {  # of scores; and whether one added mask says the same in every row
+    "two fills": (lambda a: two_fills(a, -1e4, -1e9), True),
+    "two fills, the larger last": (lambda a: two_fills(a, -1e9, -1e4), True),
+    "the same fill twice": (lambda a: two_fills(a, -1e9, -1e9), True),
+    "fills that are near": (lambda a: two_fills(a, -1e4, -1e4 - 50), False),
+    "scaled down": (a_fill_and("mul", 0.125, -1e9), True),
+    "scaled until it counts": (a_fill_and("mul", 1e-4), False),
+    "scaled up": (a_fill_and("mul", 8.0, LOWEST), False),
+    "-inf scaled up": (a_fill_and("mul", 8.0, -np.inf), True),
+    "turned round": (a_fill_and("mul", -1.0, -1e9), False),
+    "biased": (a_fill_and_a_bias, False),
+}
+
+
+@pytest.mark.parametrize(("make", "fuses"), STEPS.values(), ids=STEPS.keys())
+def test_rows_in_which_nothing_is_kept(rng, make, fuses):
+    """There fills count against each other; in the others no fill is seen."""
+    a = Attention()
+    graph = a.finish(a.softmax(make(a)))
+    feeds = {n: rng.standard_normal((2, 5, 8)).astype(np.float32) for n in "qkv"}
+    feeds["mask"] = np.array([[1, 1, 0, 1, 0], [0, 0, 0, 1, 0]], np.bool_)
+    feeds["other"] = np.tril(np.ones((1, 1, 5, 5), np.bool_))
+    feeds["bias"] = (5e3 * rng.standard_normal((1, 2, 5, 5))).astype(np.float32)
+    feeds = {v.name: feeds[v.name] for v in graph.inputs}
+    wanted = run(graph, feeds)["y"]
+    for one in PASSES:
+        one.run(graph)
+    assert ("attention" in {n.op for n in graph.nodes}) == fuses
+    if np.isfinite(wanted).all():
+        np.testing.assert_allclose(run(graph, feeds)["y"], wanted, 2e-6, 2e-6)
+
+
 def test_a_broadcast_mask_stays_small(check):
     a = Attention()
     wide = a.add("broadcast_to", keep(a), shape=(BATCH, 1, SEQ, SEQ))

@@ -122,6 +122,18 @@ def test_a_summand_of_another_shape_is_no_residual(x32, check, weight):
     assert "differ in shape" in check(graph, FuseLayerNorm()).notes
 
 
+@pytest.mark.parametrize("op", ["mul", "add"])
+@pytest.mark.parametrize("shape", [(8, 1), (1, 8, 1)], ids=str)
+def test_a_number_per_token_is_no_affine(op, shape, check, weight):
+    """Not even where there are as many tokens as channels."""
+    graph = Graph("square")
+    x = graph.add_input("x", DType.F32, (2, 8, 8))
+    ones = graph.add_constant(np.ones(8, np.float32))
+    y = graph.add("layer_norm", [x, ones], {"epsilon": 1e-5})
+    graph.add_output("y", graph.add(op, [y, graph.add_constant(weight(*shape))]))
+    assert check(graph, FuseLayerNorm()).ops == {"layer_norm": 1, op: 1}
+
+
 def test_scale_after_a_full_layer_norm_stays(x32, check, weight):
     graph, x = x32
     y = norm(graph, x, weight)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from sparsec.ir.graph import Graph
 from sparsec.ir.types import DType
 from sparsec.passes.canonicalize import Canonicalize
 from sparsec.passes.fuse_linear import FuseLinear
@@ -20,6 +21,16 @@ def test_product_and_bias(x32, check, weight, shape, swapped):
     assert check(graph, FuseLinear()).ops == {"linear": 1}
     _, w, b, residual = graph.nodes[0].inputs
     assert (w.type.shape, b.type.shape, residual) == ((4, 8), (4,), None)
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (1, 4, 1)], ids=str)
+def test_a_number_per_token_is_no_bias(shape, check, weight):
+    """Not even where there are as many tokens as channels."""
+    graph = Graph("square")
+    x = graph.add_input("x", DType.F32, (2, 4, 8))
+    product = graph.add("matmul", [x, graph.add_constant(weight(8, 4))])
+    graph.add_output("y", graph.add("add", [product, graph.add_constant(weight(*shape))]))
+    assert check(graph, FuseLinear()).ops == {"linear": 1, "add": 1}
 
 
 def test_a_transposed_weight_as_gemm_has_it(x32, check, weight):
