@@ -14,10 +14,14 @@ buffer that LLVM keeps in vector registers when every index into it is a constan
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import tvm
@@ -180,12 +184,36 @@ def build_object(functions: Sequence[Any], features: Sequence[str]) -> bytes:
             "cl-opt": ["-vectorize-slp:bool=0"],
         }
     )
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _interruptible():
         path = Path(folder) / "kernels.o"
         tirx.build(module, target=target).write_to_file(str(path))
         data = path.read_bytes()
     assert _STATUS.encode() not in data, "kernels have more than MAX_EXITS exits"
     return data
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """A KeyboardInterrupt inside comes out as one: TVM makes a RuntimeError of it."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    interrupted = []
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        interrupted.append(number)
+        before(number, frame)
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    except RuntimeError:
+        if interrupted:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _helpers(exits: int) -> Any:

@@ -56,7 +56,7 @@ def text_batches(path: Path, tokenizer: Path, graph: Graph) -> Iterator[Feed]:
 def _lines(path: Path) -> list[str]:
     """Those that are not empty. Raises InvalidInput when there is none."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"{path}: cannot be read as text in UTF-8: {error}") from None
     lines = [line.strip() for line in text.splitlines()]

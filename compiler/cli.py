@@ -8,7 +8,9 @@ written.
 from __future__ import annotations
 
 import argparse
-import json
+import io
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +22,7 @@ from sparsec.cli_timing import add_commands as add_timing_commands
 from sparsec.cli_timing import add_isa
 from sparsec.cli_tuning import add_commands as add_tuning_commands
 from sparsec.errors import CompilerError, InvalidInput, MissingPackage
+from sparsec.files import json_text
 from sparsec.target import LEVELS
 
 if TYPE_CHECKING:
@@ -35,9 +38,13 @@ EXAMPLES = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status."""
+    _prepare_streams()
     args = _parser().parse_args(argv)
     try:
         return int(args.command(args))
+    except BrokenPipeError:  # who read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (CompilerError, OSError) as error:
         return _refuse(error)
     except MemoryError as error:
@@ -49,8 +56,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _prepare_streams() -> None:
+    """So that what is printed can be: a stream may be closed, or of few characters."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, io.StringIO())
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def _refuse(error: Exception) -> int:
-    print(f"sparsec: error: {error}", file=sys.stderr)
+    text = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    print(f"sparsec: error: {text}", file=sys.stderr)
     return 2
 
 
@@ -179,7 +199,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
     found = inspect_file(args.file, args.isa)
     if args.json:
-        print(json.dumps(found, indent=1))
+        print(json_text(found))
     else:
         print_inspection(found)
     return 0
@@ -193,7 +213,7 @@ def _verify(args: argparse.Namespace) -> int:
         result = verify(
             args.model,
             args.onnx,
-            shapes=args.shapes and [_batch_seq(text) for text in args.shapes.split(",")],
+            shapes=None if args.shapes is None else _shapes(args.shapes),
             threads=args.threads,
             tolerance=args.tolerance,
             seed=args.seed,
@@ -201,10 +221,20 @@ def _verify(args: argparse.Namespace) -> int:
             isa=args.isa,
         )
     if args.json:
-        print(json.dumps(result, indent=1))
+        print(json_text(result))
     else:
         print_verification(result)
     return 0 if result["passed"] else 1
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"wanted 0 or more, got {text!r}")
+    return int(text)
+
+
+def _shapes(text: str) -> list[tuple[int, int]]:
+    return [_batch_seq(part) for part in text.split(",")]
 
 
 def _batch_seq(text: str) -> tuple[int, int]:
@@ -362,7 +392,7 @@ def _add_verify(commands: Any) -> None:
     )
     p.add_argument("--tolerance", type=float, default=1e-4, help="largest absolute error allowed")
     p.add_argument("--threads", type=int, default=0)
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=_seed, default=0)
     p.add_argument("--json", action="store_true")
     p.add_argument("-q", "--quiet", action="store_true")
     add_isa(p)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from sparsec.errors import InvalidInput
+from sparsec.files import json_text
 from sparsec.target import LEVELS
 
 AUTO = 0  # what `auto` is read as
@@ -50,7 +50,7 @@ def _bench_latency(args: argparse.Namespace) -> int:
             isa=args.isa,
         )
     if args.json:
-        print(json.dumps(result, indent=1))
+        print(json_text(result))
     else:
         print_bench(result)
     return 0
@@ -76,7 +76,7 @@ def _bench_throughput(args: argparse.Namespace) -> int:
             progress=tell,
         )
     if args.json:
-        print(json.dumps(result, indent=1))
+        print(json_text(result))
     else:
         print_throughput(result)
     return 0 if result["engines"]["sparsec"]["met"] else 1
@@ -89,7 +89,7 @@ def _profile(args: argparse.Namespace) -> int:
     from sparsec.tuning.rates_file import cache_folder
 
     if args.trace:
-        check_writable(args.trace)
+        check_writable(args.trace, args.model)
     with progress(args.quiet or args.json) as tell:
         result = profile(
             args.model,
@@ -104,7 +104,7 @@ def _profile(args: argparse.Namespace) -> int:
     if args.trace:
         write_trace(result, args.trace)
     if args.json:
-        print(json.dumps(result, indent=1))
+        print(json_text(result))
     else:
         print_profile(result, all_steps=args.steps)
     return 0
@@ -155,10 +155,9 @@ def _add_profile(commands: Any) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"wanted 1 or more, got {value}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"wanted 1 or more, got {text!r}")
+    return int(text)
 
 
 def _auto(text: str) -> int:
@@ -166,7 +165,10 @@ def _auto(text: str) -> int:
 
 
 def _positive_number(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"wanted a number above 0, got {text}")
+        raise argparse.ArgumentTypeError(f"wanted a number above 0, got {text!r}")
     return value

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sparsec.files import json_text
 from sparsec.target import LEVELS
 
 
@@ -30,7 +30,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         known = calibrate(cache_folder(), force=args.force, progress=tell)
     assert known.rates is not None
     if args.json:
-        print(json.dumps({"file": str(known.path), **asdict(known.rates)}, indent=1))
+        print(json_text({"file": str(known.path), **asdict(known.rates)}))
     elif not args.quiet:
         print_rates(known.rates, known.path)
     return 0
@@ -101,7 +101,7 @@ def _advise(args: argparse.Namespace) -> int:
     for warning in advice["warnings"]:
         print(f"sparsec: warning: {warning}", file=sys.stderr)
     if args.json:
-        print(json.dumps(advice, indent=1))
+        print(json_text(advice))
     else:
         print_advice(advice)
     return 0

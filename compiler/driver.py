@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from sparsec.codegen.isa import FEATURES
 from sparsec.codegen.program import Program
 from sparsec.codegen.toolchain import link_library
 from sparsec.errors import InvalidInput
-from sparsec.files import check_writable, make_folder, replacing
+from sparsec.files import check_writable, json_text, make_folder, replacing
 from sparsec.options import Calibration, CompileOptions
 from sparsec.stages import Clock, Progress, build_target, prepare, read_log
 from sparsec.target import Isa, Target
@@ -121,9 +120,9 @@ def _compile(
 ) -> CompileResult:
     """`every` is the options for each target, best first: they differ in the target alone."""
     options = every[0]
-    _check_output(output)
+    _check_output(output, model)
     if options.report is not None:
-        check_writable(options.report)
+        check_writable(options.report, model, output, output.with_suffix(".py"))
     if options.dump_ir is not None:
         make_folder(options.dump_ir)
     log = read_log(options)
@@ -155,7 +154,7 @@ def _compile(
     }
     if options.report is not None:
         with replacing(options.report) as path:
-            path.write_text(json.dumps(report, indent=1) + "\n")
+            path.write_text(json_text(report) + "\n")
     return CompileResult(output, output.with_suffix(".py"), report, clock.seconds)
 
 
@@ -179,10 +178,10 @@ def _own_dumps(options: CompileOptions, targets: int) -> CompileOptions:
     return replace(options, dump_ir=options.dump_ir / options.target.name)
 
 
-def _check_output(output: Path) -> None:
+def _check_output(output: Path, model: Path) -> None:
     if output.suffix != ".so":
         raise InvalidInput(f"{output}: the output must end in .so")
-    check_writable(output)
+    check_writable(output, model)
     loader = output.with_suffix(".py")
     if loader.exists() and not _is_loader(loader):
         raise InvalidInput(

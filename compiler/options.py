@@ -83,6 +83,10 @@ class CompileOptions:
             raise InvalidInput(
                 f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}"
             )
+        if not isinstance(self.calibration, Calibration | None):
+            raise InvalidInput(
+                f"calibration {self.calibration!r}: wanted sparsec.options.Calibration(data=...)"
+            )
         if self.precision != "int8" and self.calibration is not None:
             raise InvalidInput("calibration goes with --precision int8")
         if self.precision != "int8" and self.dynamic:

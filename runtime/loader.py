@@ -312,10 +312,12 @@ class Model:
                 f"{self.path}: was overwritten after this process had loaded it, which may crash; "
                 "write a new file and rename it to this name, and restart this process"
             )
+        spelling = _unique_spelling(self.path, status)
         try:
-            library = ctypes.CDLL(_unique_spelling(self.path, status))
+            library = ctypes.CDLL(spelling)
         except OSError as error:
-            raise self._errors.abi_mismatch(f"{self.path} can not be loaded: {error}") from None
+            why = str(error).replace(spelling, str(self.path))
+            raise self._errors.abi_mismatch(f"{self.path} can not be loaded: {why}") from None
         _mapped[identity] = contents
         return library
 

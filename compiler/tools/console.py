@@ -7,13 +7,22 @@ import sys
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
+from rich.text import Text
 
 LOG_COLUMNS = 140  # a table of weights fits
 
 
 def console() -> Console:
-    """A console on standard output."""
-    return Console(width=None if sys.stdout.isatty() else LOG_COLUMNS)
+    """A console on standard output. Names and types come as they are: `[batch]` is no markup."""
+    width = None if sys.stdout.isatty() else LOG_COLUMNS
+    return Console(width=width, markup=False, emoji=False)
+
+
+def warn(what: object) -> None:
+    """A line on standard output that says so."""
+    out = console()
+    out.print("warning:", style="yellow", end=" ")
+    out.print(str(what), highlight=False)
 
 
 @contextlib.contextmanager
@@ -22,6 +31,6 @@ def progress(quiet: bool) -> Iterator[Callable[[str], None]]:
     if quiet:
         yield lambda stage: None
         return
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False, emoji=False)
     with console.status("starting") as status:
-        yield lambda stage: status.update(stage)
+        yield lambda stage: status.update(Text(stage))

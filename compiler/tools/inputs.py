@@ -30,7 +30,7 @@ def run_shape(model: Model, batch: int | None, seq: int | None) -> tuple[int, in
     fixed = fixed_sizes(model)
     for option, wanted, size in zip(("batch", "seq"), (batch, seq), fixed, strict=True):
         if None not in (wanted, size) and wanted != size:
-            raise InvalidInput(f"--{option} {wanted}: the library is compiled for {size} alone")
+            raise InvalidInput(f"{option} {wanted}: the library is compiled for {size} alone")
     return fixed[0] or batch or USUAL_BATCH, fixed[1] or seq or USUAL_SEQ
 
 

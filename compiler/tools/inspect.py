@@ -72,7 +72,7 @@ def print_inspection(found: dict[str, Any]) -> None:
     out.print(f"{found['file']}: {found['parameters'] / 1e6:.2f} M parameters")
     for kind in ("inputs", "outputs"):
         for name, type in found[kind].items():
-            out.print(f"  {kind[:-1]} {name}: {type}", markup=False, highlight=False)
+            out.print(f"  {kind[:-1]} {name}: {type}", highlight=False)
     counts = ", ".join(f"{op} {count}" for op, count in found["ops"].items())
     out.print(f"  ops: {counts}")
     _print_weights(found["weights"], out)
@@ -83,7 +83,7 @@ def _print_weights(weights: list[dict[str, Any]], out: Console) -> None:
         return
     table = Table(title="weights: share of all-zero blocks, by output x input channels")
     for column in ("weight", "out x in", *weights[0]["zeros"]):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for row in weights:
         table.add_row(row["weight"], row["shape"], *(f"{z:.2f}" for z in row["zeros"].values()))
     out.print(table)
@@ -106,12 +106,12 @@ def _print_library(found: dict[str, Any], out: Console) -> None:
     for kind in ("inputs", "outputs"):
         for port in found[kind]:
             shape = ", ".join(str(s) for s in port["shape"])
-            out.print(f"  {kind[:-1]} {port['name']}: {port['dtype']}[{shape}]", markup=False)
+            out.print(f"  {kind[:-1]} {port['name']}: {port['dtype']}[{shape}]", highlight=False)
     weights = found["weights"]["bytes"] / 1e6
     out.print(f"  weights: {weights:.1f} MB; {arena_text(found['arena'])}", highlight=False)
     table = Table(title="layers")
     for column in ("node", "op", "type", "schedule", "from"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for row in found["layers"]:
         table.add_row(*(row[k] for k in ("node", "op", "type", "schedule", "source")))
     out.print(table)

@@ -91,6 +91,12 @@ def openvino_compiled(core: Any, path: Path, arrays: Arrays, config: dict[str, A
     """The model of the file, compiled for the shapes of the arrays; raises InvalidInput."""
     try:
         model = core.read_model(str(path))
+        wanted = {_name(port) for port in model.inputs}
+        if wanted != set(arrays):
+            raise InvalidInput(
+                f"{path}: has the inputs {sorted(wanted)}, the library {sorted(arrays)}; is it "
+                "the file that was compiled?"
+            )
         model.reshape({name: list(array.shape) for name, array in arrays.items()})
         return core.compile_model(model, "CPU", config)
     except RuntimeError as error:

@@ -179,7 +179,7 @@ def print_profile(result: dict[str, Any], *, all_steps: bool) -> None:
     table = Table(title=f"{result['model']}, {shape}: {result['seconds'] * 1e3:.3f} ms")
     last = "calls" if first == "op" else "kernel"
     for column in (first, "ms", "share", "GMAC/s", "of peak", "GB/s", "of bandwidth", last):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(
             row[first],

@@ -19,7 +19,7 @@ def run_file(
 
     Raises InvalidInput when the npz file can not be read or does not fit the model.
     """
-    check_writable(outputs)
+    check_writable(outputs, library, inputs)
     try:
         with np.load(inputs) as stored:
             arrays = {name: stored[name] for name in stored.files}

@@ -24,7 +24,7 @@ from sparsec.options import CompileOptions
 from sparsec.passes.padding_proof import ATTENTIONS
 from sparsec.stages import scheduled_graph
 from sparsec.target import Target
-from sparsec.tools.console import console
+from sparsec.tools.console import console, warn
 from sparsec.tuning.cluster import tune_on
 from sparsec.tuning.log import TuningLog, append
 from sparsec.tuning.rates_file import with_known_rates
@@ -73,8 +73,10 @@ def tune(
     CompilerError when the model cannot be compiled or no layer is left to tune.
     """
     log = TuningLog.read(options.log) if options.log.exists() else TuningLog()
+    if log.broken and not log.records:
+        raise InvalidInput(f"{options.log}: no line of it is a tuning record; name another file")
     for broken in log.broken:
-        console().print(f"[yellow]warning:[/] {broken}", highlight=False)
+        warn(broken)
     if compile_options.target != Target.host():
         name = compile_options.target.name
         raise InvalidInput(f"tuning measures on this machine; it is not {name}")
@@ -117,7 +119,7 @@ def _tune_on_ray(
         with _progress(sum(map(len, jobs.values())), quiet) as tell:
             outcomes = tune_on(nodes, jobs, options.log, log, budget, tell)
     for line in outcomes.lost:
-        console().print(f"[yellow]warning:[/] {line}", highlight=False)
+        warn(line)
     return outcomes.results
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from sparsec.codegen.kernels.revision import revision
 from sparsec.errors import InvalidInput
 from sparsec.tools import tuning_plot
-from sparsec.tools.console import console
+from sparsec.tools.console import console, warn
 from sparsec.tuning import log_files
 from sparsec.tuning.log import TuningLog
 from sparsec.tuning.record import Outcome, TuningRecord
@@ -72,7 +72,7 @@ def plot(paths: Sequence[Path], output: Path, rates_folder: Path) -> None:
 def _read(paths: Sequence[Path]) -> TuningLog:
     log = TuningLog.read(*paths)
     for broken in log.broken:
-        console().print(f"[yellow]warning:[/] {broken}", highlight=False)
+        warn(broken)
     return log
 
 

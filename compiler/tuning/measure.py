@@ -170,7 +170,7 @@ def _work(
     try:
         try:
             bench = make(Path(tempfile.mkdtemp(dir=folder)))
-        except CompilerError as error:
+        except (CompilerError, OSError) as error:  # as when the folder allows no code
             pipe.send(Failure(Outcome.REFUSED, str(error)))
             return
         pipe.send(Ready())

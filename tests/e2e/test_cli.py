@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from sparsec.cli import main
 from sparsec.codegen.toolchain import RUNTIME
 from sparsec.driver import LOADER_BEGINS
 from sparsec.errors import InvalidInput
+from sparsec.files import json_text
 from sparsec.models.build import Pruning, build_model
 from sparsec.models.tiny import tiny_model, tiny_spec
 from sparsec.rates import default_rates
@@ -455,3 +458,84 @@ def test_an_index_is_found_beside_a_mask_of_another_shape(build: Build) -> None:
     arrays = [np.zeros(shapes.get(port.name, (1, 6)), np.int64) for port in model.inputs]
     arrays[[port.name for port in model.inputs].index("input_ids")][0, 4] = -101
     assert "'input_ids' at [0, 4] is -101" in model._index_outside(arrays)
+
+
+def test_nothing_that_is_needed_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model by its report, the library by its trace or results, under another spelling too."""
+    monkeypatch.chdir(tmp_path)
+    onnx.save(tiny_model(), "m.onnx")
+    before = Path("m.onnx").read_bytes()
+    compiling = ["compile", "m.onnx", "-o", "m.so", "-q"]
+    for report in ("m.onnx", "m.so", "m.py", "../" + tmp_path.name + "/m.onnx"):
+        refuses([*compiling, "--report", report], capsys, [f"{report}: would replace m."])
+    assert main(compiling) == 0
+    made = Path("m.so").read_bytes()
+    refuses(["profile", "m.so", "--trace", "m.so"], capsys, ["m.so: would replace m.so"])
+    np.savez("in.npz", x=np.zeros(1))
+    for output in ("m.so", "in.npz"):
+        words = ["run", "m.so", "-i", "in.npz", "-o", output]
+        refuses(words, capsys, [f"{output}: would replace {output}"])
+    refuses(["tune", "m.onnx", "--log", "m.onnx"], capsys, ["no line of it is a tuning record"])
+    assert (Path("m.onnx").read_bytes(), Path("m.so").read_bytes()) == (before, made)
+
+
+def test_types_and_names_are_printed_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Brackets are markup to the package that prints tables."""
+    folder = tmp_path / "q[/red]"
+    folder.mkdir()
+    onnx.save(tiny_model(), folder / "m.onnx")
+    assert main(["compile", str(folder / "m.onnx"), "-o", str(folder / "m.so"), "-q"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(folder / "m.so")]) == 0
+    printed = capsys.readouterr().out
+    assert "q[/red]/m.so" in printed
+    assert "input_ids: int64[batch, seq]" in printed
+
+
+def test_verify_compares_something(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["verify", "m.so", "--onnx", "m.onnx"]
+    refuses([*words, "--shapes", ""], capsys, ["shape '': wanted BATCHxSEQ"])
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "--seed", "-1"])
+    assert "wanted 0 or more, got '-1'" in capsys.readouterr().err
+
+
+def test_numbers_that_json_has_not_are_null() -> None:
+    data = {"a": [float("inf"), 1.5, (float("nan"), 2)], "b": {"c": -float("inf")}, "d": "x"}
+    assert json.loads(json_text(data)) == {"a": [None, 1.5, [None, 2]], "b": {"c": None}, "d": "x"}
+
+
+@pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams_are_no_hindrance(streams: str, tmp_path: Path) -> None:
+    onnx.save(tiny_model(), tmp_path / "m.onnx")
+    command = f"{sys.executable} -m sparsec inspect {tmp_path / 'm.onnx'} {streams}"
+    assert subprocess.run(["sh", "-c", command], check=False).returncode == 0
+
+
+def test_an_interrupt_while_tvm_works_is_one(tmp_path: Path) -> None:
+    """TVM makes a RuntimeError of what is raised in a callback of its own."""
+    script = """
+import os, signal, sys
+import tvm
+from sparsec.codegen import tir
+from sparsec.cli import main
+real = tir.tirx.build
+def build(*args, **options):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        raise RuntimeError("of TVM") from None
+    return real(*args, **options)
+tir.tirx.build = build
+sys.exit(main(["compile", "m.onnx", "-o", "m.so", "-q"]))
+"""
+    onnx.save(tiny_model(), tmp_path / "m.onnx")
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "sparsec: interrupted\n")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx"]

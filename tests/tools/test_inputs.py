@@ -41,8 +41,8 @@ def test_what_is_run(
 
 
 @pytest.mark.parametrize(("asked", "message"), [
-    ((4, None), "--batch 4: the library is compiled for 8 alone"),
-    ((8, 128), "--seq 128: the library is compiled for 32 alone"),
+    ((4, None), "batch 4: the library is compiled for 8 alone"),
+    ((8, 128), "seq 128: the library is compiled for 32 alone"),
 ])  # fmt: skip
 def test_another_shape_than_the_library_has_is_refused(
     asked: tuple[Any, Any], message: str

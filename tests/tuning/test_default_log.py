@@ -11,6 +11,7 @@ import onnx
 import pytest
 
 from sparsec.cli import main
+from sparsec.codegen.kernels.revision import revision
 from sparsec.models.build import Pruning, build_model
 from sparsec.models.tiny import tiny_spec
 from sparsec.options import Calibration, CompileOptions
@@ -18,7 +19,7 @@ from sparsec.stages import scheduled_graph
 from sparsec.target import Target
 from sparsec.tuning import lookup
 from sparsec.tuning.log import TuningLog, append
-from sparsec.tuning.log_files import best, condensed
+from sparsec.tuning.log_files import best, condensed, is_stale
 from sparsec.tuning.lookup import DEFAULT_LOG, default_log
 from sparsec.tuning.record import Machine
 
@@ -94,3 +95,9 @@ def test_instructions_that_a_workload_has_no_use_for_are_no_difference(records: 
         query = lookup.Query(record.workload, record.tokens, 1, machine, record.revision)
         answer = log.lookup(query)
         assert (answer and answer.source) == found
+
+
+def test_the_shipped_records_are_of_the_present_kernels() -> None:
+    """After a change of kernels: benchmarks/make_default_log.py measures them again."""
+    stale = [r for r in default_log().records if is_stale(r, revision)]
+    assert not stale, f"{len(stale)} of {len(default_log().records)}"
