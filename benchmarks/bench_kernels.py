@@ -44,6 +44,16 @@ from sparsec.ir.types import DType
 from sparsec.target import Isa, Target
 
 Array = np.ndarray[Any, Any]
+# The families that `cases` has; int8 products and attention have benchmarks of their own.
+TIMED = (
+    "dense_gemm",
+    "attention",
+    "layout_change",
+    "embedding",
+    "layer_norm",
+    "quantize",
+    "pointwise",
+)
 GEMM_SHAPES = [  # m, k, tokens
     (256, 256, 128), (768, 256, 128), (1024, 256, 128), (256, 1024, 128),
     (384, 1536, 128), (1536, 384, 128),
@@ -207,8 +217,10 @@ def small_cases(isa: str, library: Library) -> Iterator[tuple[str, str, list[Can
         embedding = Embedding(by_name(isa), (DType.I64,) * 3)
         call = library.bind(embedding, [*parts, x, 128, 128, channels], 128 // GROUP)
         yield "embedding", f"3 tables {channels}x128", [Candidate("", call, channels * 128, [])]
-        found = [layer_norm(library, LayerNorm(by_name(isa), residual, True, result), channels)
-                 for residual in (False, True) for result in RESULTS]  # fmt: skip
+        norms = [LayerNorm(by_name(isa), residual, True, result, in_place=over)
+                 for residual in (False, True) for result in RESULTS for over in (False, True)
+                 if result != "u8" or not over]  # fmt: skip
+        found = [layer_norm(library, kernel, channels) for kernel in norms]
         yield "layer_norm", f"{channels}x128", found
         count = 128 * channels
         stored = aligned(count // 4).view(np.uint8)
@@ -228,14 +240,14 @@ def layer_norm(library: Library, kernel: LayerNorm, channels: int) -> Candidate:
     """128 tokens."""
     x, residual, y = (aligned(2, channels, WIDTH) for _ in range(3))
     args = [x, *[residual] * kernel.has_residual, aligned(channels), aligned(channels)]
-    args += [y] * kernel.has_floats
+    args += [y] * (kernel.y == "y")
     stored = aligned(128 * channels // 4).view(np.uint8)
     numbers: list[Any] = [channels, 1e-5]
     if kernel.has_bytes:
         numbers = [stored, 128, *numbers, 50.0, 128]
     items = 2 if kernel.has_bytes else 128 // GROUP
     call = library.bind(kernel, [*args, *numbers], items)
-    name = f"{'residual ' * kernel.has_residual}to {kernel.result}"
+    name = f"{'residual ' * kernel.has_residual}to {kernel.result}{' in place' * kernel.in_place}"
     return Candidate(name, call, channels * 128, [])
 
 
@@ -270,7 +282,7 @@ def peak_of(library: Library, isa: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--isa", choices=[v.name for v in VECTOR_ISAS])
-    parser.add_argument("--only", help="a family, such as dense_gemm")
+    parser.add_argument("--only", choices=TIMED)
     parser.add_argument("--rounds", type=int, default=30)
     options = parser.parse_args()
     isa = options.isa or next(v.name for v in reversed(VECTOR_ISAS) if Target.host().has(v.isa))

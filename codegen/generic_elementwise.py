@@ -59,8 +59,7 @@ def _evaluate(app: Application, scalars: list[Any]) -> Any:
         return _cast(scalars[0], app.operands[0].dtype, app.result.dtype)
     if app.op == "bitwise_not" and app.result.dtype is DType.BOOL:
         return equals(scalars[0], 0)
-    names = app.attrs if app.op in WITH_ATTRS else {}
-    return SCALARS[app.op](*scalars, **names)
+    return SCALARS[app.op](*scalars, **app.attrs)
 
 
 def _dtype(x: Any) -> str:
@@ -275,7 +274,7 @@ SCALARS: dict[str, Scalar] = {
     "is_inf": _is_inf,
     "where": lambda condition, a, b: tirx.Select(differs(condition, 0), a, b),
     "clip": _clip,
-    "broadcast_to": lambda x: x,
+    "broadcast_to": lambda x, shape: x,
     **{
         name: _libm(function)
         for name, function in (
@@ -284,7 +283,6 @@ SCALARS: dict[str, Scalar] = {
         )
     },
 }
-WITH_ATTRS = {"gelu", "leaky_relu", "elu", "selu", "hard_sigmoid", "mod", "clip"}
 ELEMENTWISE: dict[str, Callable[[Application], Plan]] = {
     name: elementwise for name in [*SCALARS, "cast"]
 }

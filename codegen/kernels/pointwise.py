@@ -125,7 +125,7 @@ class Pointwise(TirKernel):
 
 
 class PointwiseFamily:
-    """The unary and binary tables above; other shapes and dtypes go through TOPI."""
+    """The unary and binary tables above; other shapes and dtypes are generic."""
 
     ops = tuple(sorted({*UNARY, *BINARY} - {"gelu_tanh"}))
 

@@ -485,8 +485,8 @@ def test_types_and_names_are_printed_as_they_are(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Brackets are markup to the package that prints tables."""
-    folder = tmp_path / "q[/red]"
-    folder.mkdir()
+    folder = tmp_path / "q[/red]"  # two folders, and an end of markup
+    folder.mkdir(parents=True)
     onnx.save(tiny_model(), folder / "m.onnx")
     assert main(["compile", str(folder / "m.onnx"), "-o", str(folder / "m.so"), "-q"]) == 0
     capsys.readouterr()
