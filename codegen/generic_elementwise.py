@@ -179,7 +179,7 @@ def _clamp(value: float, low: int, high: int) -> float:
     return low if value < low else high if value > high else value
 
 
-def _safe_divisor(a: Any, b: Any) -> Any:
+def _safe_divisor(b: Any) -> Any:
     """`b`, but 1 where the CPU would trap: for 0, and for -1, where the quotient may overflow."""
     trap = equals(b, 0)
     if _dtype(b).startswith("int"):
@@ -190,7 +190,7 @@ def _safe_divisor(a: Any, b: Any) -> Any:
 def _div(a: Any, b: Any) -> Any:
     if _is_float(a):
         return a / b
-    quotient = tirx.truncdiv(a, _safe_divisor(a, b))
+    quotient = tirx.truncdiv(a, _safe_divisor(b))
     if _dtype(b).startswith("int"):
         quotient = tirx.Select(equals(b, -1), _const(0, a) - a, quotient)
     return tirx.Select(equals(b, 0), _const(0, a), quotient)
@@ -200,7 +200,7 @@ def _mod(a: Any, b: Any, fmod: bool = False) -> Any:
     if _is_float(a):
         rest = _libm("fmod")(a, b)
     else:
-        rest = tirx.truncmod(a, _safe_divisor(a, b))
+        rest = tirx.truncmod(a, _safe_divisor(b))
         rest = tirx.Select(equals(b, 0), _const(0, a), rest)
     if fmod or _dtype(a).startswith("uint"):
         return rest

@@ -68,15 +68,13 @@ def _reduce(app: Application) -> Plan:
     if not any(reduced for _, reduced in runs):
         kept = [d for d, _ in runs]
         return injective(app, kept, [x], lambda *i: finish(element(*(i[: len(kept)]))))
-    return _reduction(app, runs, x, element, dtype, finish)
+    return _reduction(app, runs, x, element, finish)
 
 
-def _reduction(
-    app: Application, runs: Runs, x: Any, element: Any, dtype: str, finish: Any
-) -> Plan:
+def _reduction(app: Application, runs: Runs, x: Any, element: Any, finish: Any) -> Plan:
     kept = [d for d, reduced in runs if not reduced]
     over = [te.reduce_axis((int64(0), app.size(d)), f"r{n}") for n, (d, r) in enumerate(runs) if r]
-    reducer = _reducer(app.op, dtype)
+    reducer = _reducer(app.op)
 
     def total(*index: Any) -> Any:
         return reducer(element(*_weave(runs, index, over)), axis=over)
@@ -102,7 +100,7 @@ def _accumulator(op: str, dtype: DType) -> str:
     return "int64" if op in ("reduce_mean", "reduce_l2") else storage(dtype)
 
 
-def _reducer(op: str, dtype: str) -> Any:
+def _reducer(op: str) -> Any:
     combine: dict[str, Reducer] = {
         "reduce_max": maximum,
         "reduce_min": minimum,
@@ -177,7 +175,7 @@ def _softmax(app: Application) -> Plan:
 
     def over(name: str, op: str, value: Callable[..., Any]) -> Any:
         k = te.reduce_axis((int64(0), app.size(size)), f"k_{name}")
-        stage = lambda *i: _reducer(op, dtype)(value(i, k.var), axis=k)  # noqa: E731
+        stage = lambda *i: _reducer(op)(value(i, k.var), axis=k)  # noqa: E731
         return te.compute(app.shape(kept or (1,)), stage, name=name)
 
     top = over("top", "reduce_max", at)

@@ -80,7 +80,7 @@ def read_attention(m: Match, graph: Graph) -> Attention | Reject:
     if k.shape != (*front, size, seq) or shapes[2] != (*front, seq, size):
         texts = " ".join(f"[{', '.join(map(str, s))}]" for s in shapes)
         return Reject(f"not the shapes of self-attention: {texts}")
-    heads = _batch_heads(q, k, m["v"], scores)
+    heads = _batch_heads(q, m["v"], scores)
     if not isinstance(heads[1], int) or not isinstance(size, int):
         return Reject("the number of heads or their size is not known")
     scale = q.scale * k.scale
@@ -239,7 +239,7 @@ def _step(rounding: Node) -> float:
     return float(np.float32(scale * most / 127))
 
 
-def _batch_heads(q: Operand, k: Operand, v: Value, scores: Scores) -> tuple[Dim, Dim]:
+def _batch_heads(q: Operand, v: Value, scores: Scores) -> tuple[Dim, Dim]:
     """Batch and heads. Where nothing tells them apart, one head over batch * heads is the same."""
     if len(q.shape) == 4:
         return q.shape[0], q.shape[1]

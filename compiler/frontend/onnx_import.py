@@ -174,13 +174,13 @@ class _Importer:
                 raise _no_converter(node, opset)
             return self._function(body, inputs, [*_defaults(node, opset), *attributes], place)
         self.builder.name = place
-        attrs = {a.name: self._attribute(a, place) for a in attributes}
+        attrs = {a.name: self._attribute(a) for a in attributes}
         outputs = tuple(node.output)
         call = Call(node.op_type, opset, inputs, outputs, attrs, self.builder, subgraph)
         result = converter(call)
         return result if isinstance(result, list) else [result]
 
-    def _attribute(self, item: AttributeProto, place: str) -> Any:
+    def _attribute(self, item: AttributeProto) -> Any:
         if item.type == AttributeProto.TENSOR:
             return array_of(item.t, self.folder, f"attribute {item.name!r}")
         return attribute(item)

@@ -83,13 +83,6 @@ NOTES: dict[Criterion, Note | None] = {
 }
 
 
-def mask_of(linear: Any) -> BlockMask | None:
-    """Return the mask of a linear, or None when it has none."""
-    if not parametrize.is_parametrized(linear, "weight"):
-        return None
-    return next((p for p in linear.parametrizations.weight if isinstance(p, BlockMask)), None)
-
-
 def attach(
     linears: Mapping[str, Any], pattern: Pattern, kept: Mapping[str, Tensor] | None = None
 ) -> dict[str, BlockMask]:

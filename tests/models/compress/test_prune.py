@@ -16,7 +16,6 @@ from sparsec.models.compress.prune import (  # noqa: E402
     cubic,
     found_masks,
     lamp,
-    mask_of,
 )
 
 PATTERN = BlockPattern(4, 1)
@@ -34,7 +33,7 @@ def test_a_masked_block_is_zero_and_comes_back_with_its_values() -> None:
     layers = linears(1)
     before = layers["l0"].weight.detach().clone()
     mask = attach(layers, PATTERN)["l0"]
-    assert mask_of(layers["l0"]) is mask
+    assert layers["l0"].parametrizations.weight[0] is mask
     mask.kept[0, 3] = False
     after = layers["l0"].weight
     assert (after[:4, 3] == 0).all()
