@@ -297,6 +297,29 @@ def test_models_of_onnx_runtime(kind, per_channel, everything, quantise, compile
     assert ours < theirs  # fewer roundings
 
 
+def test_the_relu_of_a_head_is_there_though_the_file_has_none(
+    tmp_path, roundings, compile_and_run
+):
+    """The quantiser removes it, and the product behind it is not over tokens: it stays fp32."""
+    from onnxruntime.quantization import CalibrationDataReader, quantize_static
+
+    names = ("input_ids", "attention_mask")
+    samples = [{name: feed(seed)[name] for name in names} for seed in (1, 2)]
+
+    class Samples(CalibrationDataReader):
+        def get_next(self):
+            return samples.pop() if samples else None
+
+    source = tiny_model("distilbert", head="classify")
+    onnx.save(source, tmp_path / "source.onnx")
+    quantize_static(str(tmp_path / "source.onnx"), str(tmp_path / "q.onnx"), Samples())
+    model = onnx.load(tmp_path / "q.onnx")
+    assert not [n for n in model.graph.node if n.op_type == "Relu"]
+    outputs, _ = compile_and_run(model)
+    fp32 = oracle(source)["logits"]
+    assert np.abs(outputs["logits"] - fp32).max() < 0.1 * np.abs(fp32).max()
+
+
 def network(rng: np.random.Generator) -> onnx.ModelProto:
     """y = relu(x w + b) v"""
     arrays = {

@@ -88,6 +88,18 @@ QLINEAR = {
         stored("QLinearSoftmax", "q s z t u", axis=-1, opset=13),
         {"t": np.float32(1 / 256), "u": U8(0)},
     ),
+    "softmax of an old opset over its last axis": (
+        stored("QLinearSoftmax", "q s z t u", opset=12),
+        {"t": np.float32(1 / 256), "u": U8(0)},
+    ),
+    "roundings of the domain": (
+        [
+            node("QuantizeLinear", "x s z", "q", MS),
+            node("DequantizeLinear", "q s z", "d", MS),
+            *stored("QLinearSigmoid", "q s z t u")[1:],
+        ],
+        {"t": np.float32(1 / 256), "u": U8(0)},
+    ),
     "concat": (stored("QLinearConcat", "t u q s z q s z", axis=1), {}),
 }
 
