@@ -38,6 +38,7 @@ RANKS = {
     "stages": 6,
     "driver": 7,
     "tools": 8,
+    "cli_compile": 9,
     "cli_compress": 9,
     "cli_timing": 9,
     "cli_tuning": 9,
