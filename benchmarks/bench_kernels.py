@@ -240,7 +240,7 @@ def layer_norm(library: Library, kernel: LayerNorm, channels: int) -> Candidate:
     """128 tokens."""
     x, residual, y = (aligned(2, channels, WIDTH) for _ in range(3))
     args = [x, *[residual] * kernel.has_residual, aligned(channels), aligned(channels)]
-    args += [y] * (kernel.y == "y")
+    args += [y] * kernel.has_y
     stored = aligned(128 * channels // 4).view(np.uint8)
     numbers: list[Any] = [channels, 1e-5]
     if kernel.has_bytes:

@@ -101,6 +101,7 @@ def _watch(
 
     def watch(batch: Mapping[str, Array]) -> None:
         real = _real_tokens(graph, batch)
+        bind(graph, batch)
 
         def observe(value: Value, data: Array) -> None:
             for name in wanted.get(value.name, []):
@@ -109,6 +110,8 @@ def _watch(
                 with locks[value.name]:
                     include(str(name), kept)
 
+        for value in graph.inputs:
+            observe(value, np.asarray(batch[value.name]))
         run(graph, batch, observe)
 
     threads = min(MOST_THREADS, len(os.sched_getaffinity(0)))
@@ -179,14 +182,24 @@ def random_batches(
     rows = table_rows(graph)
     size = batch_size(graph)
     batches = {n for v in graph.inputs if v.type.rank for n in dims.symbols(v.type.shape[0])}
-    for env in _sizes(graph, batches, lengths):
+    for index, env in enumerate(_sizes(graph, batches, lengths)):
         for start in range(0, count, size or BATCH):
             env |= dict.fromkeys(batches, min(BATCH, count - start))
             feed: Feed = {}
             for value in graph.inputs:
                 shape = tuple(dims.evaluate(d, env) for d in value.type.shape)
                 feed[value.name] = _random(rng, value, shape, rows.get(value))
+            if index > 0 and start == 0 and not _runs(graph, feed):
+                break  # as where the model reads the third token; the first length says so
             yield feed
+
+
+def _runs(graph: Graph, feed: Feed) -> bool:
+    try:
+        run(graph, feed)
+    except InvalidInput:
+        return False
+    return True
 
 
 def _sizes(graph: Graph, batches: set[str], lengths: Sequence[int]) -> list[dict[str, int]]:

@@ -122,7 +122,7 @@ def _compile(
     options = every[0]
     _check_output(output, model)
     if options.report is not None:
-        check_writable(options.report, model, output, output.with_suffix(".py"))
+        check_writable(options.report, model, output, output.with_suffix(".py"), *_read(options))
     if options.dump_ir is not None:
         make_folder(options.dump_ir)
     log = read_log(options)
@@ -176,6 +176,13 @@ def _own_dumps(options: CompileOptions, targets: int) -> CompileOptions:
     if options.dump_ir is None or targets == 1:
         return options
     return replace(options, dump_ir=options.dump_ir / options.target.name)
+
+
+def _read(options: CompileOptions) -> list[Path]:
+    """The files that a compilation reads beside the model."""
+    samples, log = options.calibration, options.log
+    found = [] if samples is None else [samples.data, samples.text, samples.tokenizer]
+    return [path for path in (*found, log) if isinstance(path, Path)]
 
 
 def _check_output(output: Path, model: Path) -> None:

@@ -72,7 +72,8 @@ class Accuracy:
         return frozenset(x.node for x in self.layers if x.stays_fp32)
 
     def as_compiled(self, graph: Graph) -> Accuracy:
-        """With what a target has made of the layers: it may leave more attention in fp32."""
+        """With what a target has made of the layers: it may leave more attention in fp32. The
+        error is still that of the layers before."""
         ops = {n.name: n.op for n in graph.nodes}
         layers = (
             replace(x, stays_fp32=x.stays_fp32 or ops.get(x.node) == x.op) for x in self.layers

@@ -23,6 +23,7 @@ FILL_LIMIT, FAR = -9999.0, 104.0
 # is masked throughout keeps equal scores, as if they had been replaced.
 LOWEST = float(np.finfo(np.float32).min)
 ABSORBING = -(2.0**103)
+_VIEWS = ("reshape", "transpose", "broadcast_to", "slice", "gather")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +55,15 @@ Step = Scale | Add | Fill
 def check_fills(steps: tuple[Step, ...]) -> Reject | None:
     """That adding what `fill_values` gives is the same as replacing, in all rows.
 
-    Where a row has a score that is not replaced, a fill is hidden by it. Where it has none, fills
-    count against each other, so nothing may be added to one that absorbs it only in our form.
+    Where a row has a score that is neither replaced nor masked, a fill is hidden by it. Where it
+    has none, fills and masks count against each other: nothing may be added to a fill that absorbs
+    it only in our form, and before it nothing that comes near it.
     """
     found = fill_values(steps)
+    finite = [index for index, value in found.items() if not math.isinf(value.end)]
+    scaled = any(isinstance(one, Scale) for one in steps[min(finite, default=len(steps)) :])
+    if len(finite) > 1 and scaled:
+        return Reject("scores are replaced before and after they are scaled")
     for index, step in enumerate(steps):
         if not isinstance(step, Fill):
             continue
@@ -66,12 +72,22 @@ def check_fills(steps: tuple[Step, ...]) -> Reject | None:
             return Reject(f"scores replaced by {step.fill} still count")
         if step.fill > ABSORBING and any(isinstance(one, Add) for one in later):
             return Reject(f"scores replaced by {step.fill} are added to")
+        earlier = (one for one in steps[:index] if isinstance(one, Add))
+        if step.fill > ABSORBING and any(_size(one.mask) > -step.fill / 2 for one in earlier):
+            return Reject(f"scores replaced by {step.fill} have a mask that may be as large")
         most = np.inf if np.isinf(step.fill) else 1.0
         if any(isinstance(one, Scale) and not 0 < one.factor <= most for one in later):
             return Reject(f"scores replaced by {step.fill} are scaled up")
         if any(0 < abs(other.end - end) <= FAR for other in found.values()):
             return Reject("scores are replaced by numbers too close to each other")
     return None
+
+
+def _size(mask: Value) -> float:
+    """A bound of the magnitudes: known of constants and of rows of constant tables."""
+    while mask.data is None and mask.producer is not None and mask.producer.op in _VIEWS:
+        mask = mask.producer.input(0)
+    return math.inf if mask.data is None else float(np.abs(mask.data).max(initial=0.0))
 
 
 @dataclass(frozen=True, slots=True)

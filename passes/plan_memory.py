@@ -103,10 +103,10 @@ def find_owners(graph: Graph) -> dict[Value, Value]:
     """For every value the one whose memory it lies in; itself when it has its own."""
     owners: dict[Value, Value] = {v: v for v in [*graph.inputs, *graph.constants()]}
     for node in graph.nodes:
-        for index, value in enumerate(node.outputs):
-            source = written_over(node, graph) if index == 0 else None
-            source = node.input(0) if is_view(node) else source
-            owners[value] = value if source is None else owners[source]
+        owners |= {v: v for v in node.outputs}
+        source = node.input(0) if is_view(node) else written_over(node, graph)
+        if source is not None:
+            owners[node.outputs[0]] = owners[source]
     return owners
 
 

@@ -205,7 +205,8 @@ def read_once(value: Value, graph_outputs: Sequence[Value] = ()) -> bool:
 
 def is_row(constant: Value, channels: Dim) -> bool:
     """Whether a constant has one value per channel: its last axis, the others being of size 1."""
-    return constant.type.elements == channels == constant.type.shape[-1]
+    shape = constant.type.shape
+    return constant.type.elements == channels and (not shape or shape[-1] == channels)
 
 
 def replace_node(

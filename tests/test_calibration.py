@@ -253,6 +253,15 @@ def test_random_batches_have_all_lengths_that_the_limits_allow():
     assert shapes == [(16, 32), (4, 32), (16, 8), (4, 8), (16, 1), (4, 1)]
 
 
+def test_lengths_that_the_model_can_not_run_are_left_out():
+    """It reads the third token."""
+    graph = Graph("third")
+    x = graph.add_input("x", DType.F32, (B, S, 4))
+    third = graph.add_constant(np.array([2]))
+    graph.add_output("y", graph.add("gather", [x, third], {"axis": 1}))
+    assert [b["x"].shape for b in random_batches(graph, 2, [8, 4, 1])] == [(2, 8, 4), (2, 4, 4)]
+
+
 def test_random_batches_keep_fixed_sizes():
     graph = Graph("fixed")
     x = graph.add_input("x", DType.F32, (4, 7, 3))
@@ -273,6 +282,15 @@ def test_paths_may_be_texts(field, tmp_path):
         sparsec.compile_model(
             tmp_path / "m.onnx", tmp_path / "m.so", precision="int8", calibration=options
         )
+
+
+def test_an_input_that_a_product_reads_is_observed():
+    graph = Graph("direct")
+    x = graph.add_input("x", DType.F32, (B, S, 4))
+    w = graph.add_constant(np.eye(4, dtype=np.float32), "w")
+    graph.add_output("y", graph.add("linear", [x, w], {"activation": "none"}))
+    found = calibrate(graph, [{"x": np.full((1, 2, 4), 3.0, np.float32)}], ["x"])
+    assert choose_range(found["x"], "minmax") == (3.0, 3.0)
 
 
 def scaled_graph() -> Graph:

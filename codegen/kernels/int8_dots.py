@@ -46,6 +46,11 @@ class DotGemm(Int8Gemm):
         return 2 if self.tall and self.hooks.tiles < TILES else 1
 
     @property
+    def _adds_once(self) -> bool:
+        """Whether rows that a last turn does again must not be stored again."""
+        return self._together > 1 and self.epilogue.in_place
+
+    @property
     def _rows_together(self) -> int:
         return self._together * self.strip
 
@@ -79,7 +84,7 @@ class DotGemm(Int8Gemm):
             strip = keep(T.min(turn * together, at.strips - together))
             row0 = keep(at.block * at.rows + strip * self.strip)
             again = (turn * together - strip) * self.strip
-            done = keep(again) if together > 1 and self.epilogue.in_place else 0
+            done = keep(again) if self._adds_once else 0
             with T.If(row0 < s["m"]), T.Then():
                 words = keep(weights + strip * steps)
                 self._strip(s, at, _Strip(strip, row0, first, steps, words, done))
@@ -174,8 +179,8 @@ class DotGemm(Int8Gemm):
         convert = self._converter(s, at)
         for r in range(self._rows_together):
             row = keep(strip.row0 + r)
-            once = self._together > 1 and self.epilogue.in_place
-            with T.If(T.And(row < s["m"], strip.done <= r) if once else row < s["m"]), T.Then():
+            wanted = row < s["m"]
+            with T.If(T.And(wanted, strip.done <= r) if self._adds_once else wanted), T.Then():
                 self._row(s, at, row, convert(self._row_sums(sums, r)))
 
     def _to_scratch(self, s: tir.KernelScope, sums: Sums, tile: Any) -> None:

@@ -65,7 +65,7 @@ class LayerNorm(TirKernel):
     @property
     def parameters(self) -> tuple[Parameter, ...]:
         pointers = ["x", *["residual"] * self.has_residual, "gamma", *["beta"] * self.has_beta]
-        pointers += ["factor"] * self.has_factor + ["y"] * (self.y == "y")
+        pointers += ["factor"] * self.has_factor + ["y"] * self.has_y
         sizes = [Parameter("channels", Kind.INT), Parameter("epsilon", Kind.FLOAT)]
         if self.has_bytes:
             sizes = [Parameter("bytes", dtype="uint8"), Parameter("tokens", Kind.INT), *sizes]
@@ -80,9 +80,14 @@ class LayerNorm(TirKernel):
         return self.result.startswith("f32")
 
     @property
-    def y(self) -> str:
-        """The parameter to whose memory the fp32 result goes; none without one."""
-        return "x" if self.in_place else "y" if self.has_floats else ""
+    def has_y(self) -> bool:
+        """Whether the fp32 result has memory of its own."""
+        return self.has_floats and not self.in_place
+
+    @property
+    def target(self) -> str:
+        """The parameter to whose memory the fp32 result goes."""
+        return "x" if self.in_place else "y"
 
     @property
     def has_bytes(self) -> bool:
@@ -110,7 +115,7 @@ class LayerNorm(TirKernel):
                     continue
                 with loop(0, s["channels"]) as c:
                     at = ramp(start + offset + c * WIDTH, lanes)
-                    T.buffer_store(s[self.y], self._normalised(s, at, c, statistics), [at])
+                    T.buffer_store(s[self.target], self._normalised(s, at, c, statistics), [at])
 
     def _in_pairs(self, s: tir.KernelScope, start: Any, statistics: tuple[Any, Any]) -> None:
         """The result of a group from `start` on, two channels at a time."""
@@ -123,7 +128,7 @@ class LayerNorm(TirKernel):
                 at = ramp(start + c * WIDTH, lanes)
                 both.append(keep(self._normalised(s, at, c, statistics)))
                 if self.has_floats:
-                    T.buffer_store(s[self.y], both[part], [at])
+                    T.buffer_store(s[self.target], both[part], [at])
             T.buffer_store(s["pairs"], pairs_of(*both), [ramp(first + pair * WIDTH, lanes)])
 
     def _panels(self, s: tir.KernelScope) -> None:
@@ -155,7 +160,7 @@ class LayerNorm(TirKernel):
             ]
             if self.has_floats:
                 for a, value in zip(at, values, strict=True):
-                    T.buffer_store(s[self.y], value, [a])
+                    T.buffer_store(s[self.target], value, [a])
             if self.has_factor:
                 values = [keep(value * splat(s["factor"][c], lanes)) for value in values]
             T.buffer_store(s["bytes"], packer.bytes_of(values), [ramp(row, lanes * len(at))])
@@ -209,7 +214,7 @@ class LayerNorm(TirKernel):
         """A vector of x + residual, in the first pass."""
         value = self._sum(s, at)
         if self._keeps_sum:
-            T.buffer_store(s[self.y], value, [at])
+            T.buffer_store(s[self.target], value, [at])
         return value
 
     def _sum(self, s: tir.KernelScope, at: Any) -> Any:
@@ -219,7 +224,7 @@ class LayerNorm(TirKernel):
         self, s: tir.KernelScope, at: Any, channel: Any, statistics: tuple[Any, Any]
     ) -> Any:
         n, (mean, scale) = self.vector.lanes, statistics
-        total = s[self.y][at] if self._keeps_sum else self._sum(s, at)
+        total = s[self.target][at] if self._keeps_sum else self._sum(s, at)
         value = (total - mean) * scale * splat(s["gamma"][channel], n)
         return value + splat(s["beta"][channel], n) if self.has_beta else value
 
@@ -279,7 +284,7 @@ class LayerNormFamily:
         over = result.startswith("f32") and same_memory(binder.ref(x), binder.ref(node.outputs[0]))
         kernel = LayerNorm(by_name(schedule.isa), has[0], has[1], result, has[2], over)
         copied = kernel.has_bytes or kernel.has_pairs
-        stored = [v for v, has in zip(node.outputs, (kernel.y == "y", copied), strict=False)
+        stored = [v for v, has in zip(node.outputs, (kernel.has_y, copied), strict=False)
                   if has]  # fmt: skip
         operands = [v for v in (x, residual, gamma, beta, factor, *stored) if v is not None]
         args: list[Arg] = [binder.ref(v) for v in operands]

@@ -12,10 +12,16 @@ from rich.text import Text
 LOG_COLUMNS = 140  # a table of weights fits
 
 
+class _Output(Console):
+    def on_broken_pipe(self) -> None:
+        """The command's to tell: here it would end with the status of a failed check."""
+        raise BrokenPipeError
+
+
 def console() -> Console:
     """A console on standard output. Names and types come as they are: `[batch]` is no markup."""
     width = None if sys.stdout.isatty() else LOG_COLUMNS
-    return Console(width=width, markup=False, emoji=False)
+    return _Output(width=width, markup=False, emoji=False)
 
 
 def warn(what: object) -> None:

@@ -15,10 +15,13 @@ USUAL_BATCH, USUAL_SEQ = 1, 128
 
 
 def fixed_sizes(model: Model) -> tuple[int | None, int | None]:
-    """The batch and the sequence length that the library is compiled for; None for a free one."""
+    """The batch and the sequence length that the library is compiled for; None for a free one.
+
+    Inputs of integers `[batch, seq]` have a length; the second axis of others may be anything.
+    """
     batches = [port.shape[0] for port in model.inputs if port.shape]
-    lengths = [port.shape[1] for port in model.inputs if len(port.shape) == 2]
-    return _fixed(batches), _fixed(lengths)
+    ids = [p for p in model.inputs if len(p.shape) == 2 and p.dtype.kind in "biu"]
+    return _fixed(batches), _fixed([port.shape[1] for port in ids])
 
 
 def run_shape(model: Model, batch: int | None, seq: int | None) -> tuple[int, int]:
@@ -35,9 +38,8 @@ def run_shape(model: Model, batch: int | None, seq: int | None) -> tuple[int, in
 
 
 def _fixed(sizes: Sequence[int | str]) -> int | None:
-    """Of one axis of the inputs: its size, unless it is free in one of them."""
-    found = [size for size in sizes if isinstance(size, int)]
-    return found[0] if found and len(found) == len(sizes) else None
+    """Of one axis of the inputs: its size where all have the same."""
+    return sizes[0] if len(set(sizes)) == 1 and isinstance(sizes[0], int) else None
 
 
 def bind_symbols(model: Model, batch: int, seq: int) -> dict[str, int]:

@@ -66,7 +66,7 @@ def operands(
     factor = factors(channels)
     kept = [True, kernel.has_residual, True, kernel.has_beta, kernel.has_factor]
     places = {"x": x, "y": np.full_like(x, np.nan)}
-    outputs = {"y": places[kernel.y]} if kernel.has_floats else {}
+    outputs = {"y": places[kernel.target]} if kernel.has_floats else {}
     if kernel.has_bytes:
         outputs["bytes"] = np.full(x.shape, 99, np.uint8)
     if kernel.has_pairs:

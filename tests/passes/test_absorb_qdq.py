@@ -371,6 +371,9 @@ def test_what_is_never_negative_is_not_cut_off(x32, numbers):
         graph.add("sqrt", [graph.add("add", [mean, one])]),
         graph.add("where", [graph.add("is_nan", [product]), one, graph.add("exp", [product])]),
     ]
+    made += [graph.add("reduce_mean", [product], {"axes": (2,), "keepdims": True})]
+    made += [graph.add("gather", [graph.add("relu", [product]), graph.add_constant(np.array([0]))],
+                       {"axis": 1})]  # fmt: skip
     for i, value in enumerate(made):
         graph.add_output(f"y{i}", pair(graph, value, 0.1, 0))
     assert "clip" not in absorbed(graph)[0]

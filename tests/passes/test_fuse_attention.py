@@ -170,6 +170,17 @@ def a_fill_and(op: str, number: float, fill: float = -1e4):
     return lambda a: a.add(op, a.add("where", keep(a), a.scores(), fill), number)
 
 
+def added(a: Attention, lowest: float) -> Value:
+    """The additive mask that an exporter makes of a mask: (1 - mask) * lowest."""
+    mask = a.add("cast", other_keep(a), to=DType.F32)
+    return a.add("mul", a.add("sub", 1.0, mask), lowest)
+
+
+def small_bias(a: Attention) -> Value:
+    table = np.linspace(-3, 3, 2).astype(np.float32).reshape(1, 2, 1, 1)
+    return a.graph.add_constant(table)
+
+
 def a_fill_and_a_bias(a: Attention) -> Value:
     bias = a.graph.add_input("bias", DType.F32, (1, 2, SEQ, SEQ))
     return a.add("add", a.add("where", keep(a), a.scores(), -1e4), bias)
@@ -180,6 +191,23 @@ STEPS = {  # of scores; and whether one added mask says the same in every row
     "two fills, the larger last": (lambda a: two_fills(a, -1e9, -1e4), True),
     "the same fill twice": (lambda a: two_fills(a, -1e9, -1e9), True),
     "fills that are near": (lambda a: two_fills(a, -1e4, -1e4 - 50), False),
+    "a scale between fills": (
+        lambda a: a.add(
+            "where",
+            keep(a),
+            a.add("mul", a.add("where", other_keep(a), a.scores(), -1e9), 0.125),
+            -1e4,
+        ),
+        False,
+    ),
+    "masked before": (
+        lambda a: a.add("where", keep(a), a.add("add", a.scores(), added(a, -1e4)), -1e4),
+        False,
+    ),
+    "biased before": (
+        lambda a: a.add("where", keep(a), a.add("add", a.scores(), small_bias(a)), -1e4),
+        True,
+    ),
     "scaled down": (a_fill_and("mul", 0.125, -1e9), True),
     "scaled until it counts": (a_fill_and("mul", 1e-4), False),
     "scaled up": (a_fill_and("mul", 8.0, LOWEST), False),

@@ -33,6 +33,13 @@ def test_a_number_per_token_is_no_bias(shape, check, weight):
     assert check(graph, FuseLinear()).ops == {"linear": 1, "add": 1}
 
 
+def test_one_number_is_the_bias_of_one_channel(x32, check, weight):
+    graph, x = x32
+    product = graph.add("matmul", [x, graph.add_constant(weight(8, 1))])
+    graph.add_output("y", graph.add("add", [product, graph.add_constant(np.float32(0.5))]))
+    assert check(graph, FuseLinear()).ops == {"linear": 1}
+
+
 def test_a_transposed_weight_as_gemm_has_it(x32, check, weight):
     graph, x = x32
     w = graph.add("transpose", [graph.add_constant(weight(4, 8))], {"perm": (1, 0)})

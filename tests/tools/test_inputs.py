@@ -32,6 +32,7 @@ def library(*shapes: tuple[int | str, ...]) -> Any:
     ([("batch", 32)], (4, None), (4, 32)),
     ([("batch", "seq"), ("batch", 5)], (2, 7), (2, 7)),  # a table beside the tokens
     ([(1, 3, 224, 224)], (None, None), (1, 128)),
+    ([(8, 32), (8, 16)], (None, 16), (8, 16)),
     ([()], (None, 16), (1, 16)),
 ])  # fmt: skip
 def test_what_is_run(
