@@ -184,8 +184,6 @@ class CompileOptions:
             raise InvalidInput(NO_RANGES)
         if self.precision is None and self.keep_fp32 and not quantized:
             raise InvalidInput("--keep-fp32 goes with --precision int8 or bf16")
-        if self.all_roundings and not quantized:
-            raise InvalidInput("--all-roundings is for a model that is quantised; this one is not")
         self._check_mixture(quantized)
         return self.precision == "int8" or (self.precision is None and quantized)
 

@@ -101,7 +101,7 @@ def graph_pipeline(
         FuseLinear(),
         FuseLayerNorm(),
         FuseRotaryEmbedding(),
-        FuseAttention(),
+        FuseAttention(roundings),
         DropQdq(roundings),
         Canonicalize(),  # the heads' reshapes and transposes meet and cancel
         FuseChannels(),

@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 
 from sparsec.ir.graph import Graph, Value
+from sparsec.passes.absorb_qdq import Roundings
 from sparsec.passes.attention_mask import build_mask
 from sparsec.passes.attention_parts import Attention, read_attention
 from sparsec.passes.base import PassResult
@@ -31,12 +32,17 @@ from sparsec.passes.rewrite import (
 
 @dataclass(frozen=True, slots=True)
 class FuseAttention:
-    """Self-attention in fp32, any head size and any mask that adds to or replaces scores."""
+    """Self-attention in fp32, any head size and any mask that adds to or replaces scores.
 
+    Where all roundings are kept, attention whose operands have some stays as it is.
+    """
+
+    keep: Roundings = Roundings.PRODUCTS
     name: str = "fuse_attention"
 
     def run(self, graph: Graph) -> PassResult:
-        return apply_rules(graph, [Softmax(graph)]) + apply_rules(graph, [MultiHead(graph)])
+        heads = MultiHead(graph, self.keep is Roundings.ALL)
+        return apply_rules(graph, [Softmax(graph)]) + apply_rules(graph, [heads])
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +75,7 @@ class MultiHead(RewriteRule):
     """matmul(softmax(scale * q k^T + mask), v)  ->  attention(q, k, v, mask)"""
 
     graph: Graph
+    keeps_roundings: bool = False
 
     def pattern(self, p: Pattern) -> Term:
         softmax = p.softmax("scores", bind="softmax")
@@ -80,7 +87,12 @@ class MultiHead(RewriteRule):
 
     def check(self, m: Match) -> Reject | None:
         found = read_attention(m, self.graph)
-        return found if isinstance(found, Reject) else None
+        if isinstance(found, Reject):
+            return found
+        rounded = any(part.step is not None for part in (found.q, found.k, found.v))
+        if self.keeps_roundings and rounded:
+            return Reject("its operands are rounded, and all roundings are kept")
+        return None
 
     def rewrite(self, m: Match, g: Builder) -> Value:
         found = read_attention(m, self.graph)

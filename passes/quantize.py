@@ -153,9 +153,12 @@ def token_zero_point(x: Value) -> int:
     node = x.producer
     while node is not None and node.op == "reshape":
         node = node.input(0).producer
-    kind = "none" if node is None else node.attrs.get("activation", node.op)
-    summed = node is not None and node.op == "linear" and node.optional_input(3) is not None
-    return CENTRE if summed else ZERO_POINTS.get(kind, CENTRE)
+    if node is None:
+        return CENTRE
+    if node.op == "linear":  # a gated op has an activation too, but it is that of the gate
+        summed = node.optional_input(3) is not None
+        return CENTRE if summed else ZERO_POINTS.get(node.attrs["activation"], CENTRE)
+    return ZERO_POINTS.get(node.op, CENTRE)
 
 
 def affine_u8(low: float, high: float) -> tuple[float, int]:

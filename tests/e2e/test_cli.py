@@ -401,7 +401,6 @@ def test_report_compares_layouts_of_int8_weights(tmp_path: Path) -> None:
         (["--tokenizer", "t.json"], "--tokenizer goes with --calibration or --calibration-text"),
         (["--shape", "x=1x8", "--shape", "x=1x9"], "--shape x=... is there twice"),
         (["--dump-ir", "m.onnx"], "m.onnx: can not be made a folder"),
-        (["--all-roundings"], "--all-roundings is for a model that is quantised"),
     ],
 )
 def test_options_that_can_not_be_met_are_refused_before_any_work(

@@ -11,6 +11,7 @@ from sparsec.interpreter import run
 from sparsec.ir.dims import symbol
 from sparsec.ir.graph import Graph, Value
 from sparsec.ir.types import DType
+from sparsec.passes.absorb_qdq import Roundings
 from sparsec.passes.canonicalize import Canonicalize
 from sparsec.passes.fuse_attention import FuseAttention
 
@@ -408,3 +409,17 @@ def test_zoo_model_keeps_its_answer(encoder, check):
     assert ops["attention"] == 2
     assert not ops["softmax"]
     assert not ops["transpose"]
+
+
+@pytest.mark.parametrize("keep", [Roundings.PRODUCTS, Roundings.ALL])
+def test_roundings_of_operands_stay_where_all_do(keep):
+    a = Attention()
+    attrs = {"scale": 0.1, "zero_point": 100}
+    stored = a.graph.add("quantize", [a.q], {**attrs, "dtype": DType.U8})
+    q = a.split(a.graph.add("dequantize", [stored], attrs), 0, 2, 1, 3)
+    graph = a.finish(a.softmax(a.scores(q)))
+    for one in (Canonicalize(), FuseAttention(keep)):
+        one.run(graph)
+    ops = {n.op for n in graph.nodes}
+    kept = keep is Roundings.ALL
+    assert ("attention" in ops, "quantize" in ops) == (not kept, kept)

@@ -30,7 +30,13 @@ from sparsec.passes.assign_layouts import AssignLayouts
 from sparsec.passes.fold_quantize import FoldQuantize
 from sparsec.passes.manager import PassManager
 from sparsec.passes.plan_memory import check_plan, plan_memory
-from sparsec.passes.quantize import Quantize, affine_u8, quantize_weight
+from sparsec.passes.quantize import (
+    CENTRE,
+    Quantize,
+    affine_u8,
+    quantize_weight,
+    token_zero_point,
+)
 
 BATCH, SEQ = symbol("batch"), symbol("seq")
 Feed = dict[str, np.ndarray]
@@ -350,3 +356,12 @@ def test_golden_text(golden):
     quantization = Quantization(dict.fromkeys(quantized_values(graph), (-4.0, 4.0)))
     PassManager([*int8_pipeline(quantization), AssignLayouts()]).run(graph)
     golden("passes_tiny_bert_int8", print_graph(graph))
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "relu", "gelu", "silu"])
+def test_a_gated_value_has_both_signs(gate):
+    """Its activation is that of the gate alone."""
+    graph = Graph("gated")
+    x = graph.add_input("x", DType.F32, (symbol("batch"), symbol("seq"), 8))
+    attrs = {"activation": gate, "channels": 4, "offset": 0, "gate_offset": 4}
+    assert token_zero_point(graph.add("gated", [x], attrs)) == CENTRE
