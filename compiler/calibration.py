@@ -101,7 +101,6 @@ def _watch(
 
     def watch(batch: Mapping[str, Array]) -> None:
         real = _real_tokens(graph, batch)
-        bind(graph, batch)
 
         def observe(value: Value, data: Array) -> None:
             for name in wanted.get(value.name, []):
@@ -110,8 +109,6 @@ def _watch(
                 with locks[value.name]:
                     include(str(name), kept)
 
-        for value in graph.inputs:
-            observe(value, np.asarray(batch[value.name]))
         run(graph, batch, observe)
 
     threads = min(MOST_THREADS, len(os.sched_getaffinity(0)))

@@ -21,7 +21,7 @@ from sparsec import __version__
 from sparsec.cli_compile import add_commands as add_compile_commands
 from sparsec.cli_compress import add_commands as add_compress_commands
 from sparsec.cli_timing import add_commands as add_timing_commands
-from sparsec.cli_timing import add_isa
+from sparsec.cli_timing import add_isa, at_least
 from sparsec.cli_tuning import add_commands as add_tuning_commands
 from sparsec.errors import CompilerError, InvalidInput, MissingPackage
 from sparsec.files import json_text
@@ -116,12 +116,6 @@ def _verify(args: argparse.Namespace) -> int:
     return 0 if result["passed"] else 1
 
 
-def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"wanted 0 or more, got {text!r}")
-    return int(text)
-
-
 def _shapes(text: str) -> list[tuple[int, int]]:
     return [_batch_seq(part) for part in text.split(",")]
 
@@ -180,7 +174,7 @@ def _add_verify(commands: Any) -> None:
     )
     p.add_argument("--tolerance", type=float, default=1e-4, help="largest absolute error allowed")
     p.add_argument("--threads", type=int, default=0)
-    p.add_argument("--seed", type=_seed, default=0)
+    p.add_argument("--seed", type=at_least(0), default=0)
     p.add_argument("--json", action="store_true")
     p.add_argument("-q", "--quiet", action="store_true")
     add_isa(p)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsec.errors import InvalidInput
-from sparsec.options import PRECISIONS, Calibration, parse_shapes
-from sparsec.ranges import METHODS
-from sparsec.target import LEVELS, Isa
+from sparsec.target import LEVELS
 
+if TYPE_CHECKING:
+    from sparsec.options import Calibration
+
+# As sparsec.options and sparsec.ranges have them, which import NumPy: too slow for every command.
+PRECISIONS, METHODS = ("fp32", "bf16", "int8"), ("minmax", "percentile", "entropy", "mse")
 # Options that compile_model takes as they are given.
 SAME = (
-    "target", "precision", "dynamic", "keep_fp32", "rest", "attention", "balance", "max_error",
-    "all_roundings", "keep_padding", "threads", "log", "dump_ir", "report", "cc",
+    "target", "isa", "precision", "dynamic", "keep_fp32", "rest", "attention", "balance",
+    "max_error", "all_roundings", "keep_padding", "threads", "log", "dump_ir", "report", "cc",
 )  # fmt: skip
 
 
@@ -80,7 +83,7 @@ def _add_samples(p: Any) -> None:
                    "tokens, for benchmarks only")  # fmt: skip
     p.add_argument("--calibration-text", type=Path, metavar="FILE", help="int8: lines of text")
     p.add_argument("--tokenizer", type=Path, metavar="FILE", help="the model's tokenizer.json")
-    p.add_argument("--calibration-method", choices=list(METHODS),
+    p.add_argument("--calibration-method", choices=METHODS,
                    help="how ranges are found in the samples (default: minmax)")  # fmt: skip
     p.add_argument("--balance", type=float, metavar="ALPHA",
                    help="int8: move outlier channels of activations into the weights, as "
@@ -89,6 +92,7 @@ def _add_samples(p: Any) -> None:
 
 def _compile(args: argparse.Namespace) -> int:
     from sparsec.driver import compile_model
+    from sparsec.options import parse_shapes
     from sparsec.tools.console import progress
     from sparsec.tuning.rates_file import cache_folder
 
@@ -96,7 +100,6 @@ def _compile(args: argparse.Namespace) -> int:
         result = compile_model(
             args.model,
             args.output,
-            isa=Isa(args.isa) if args.isa else None,
             shapes=parse_shapes(args.shape),
             calibration=_calibration(args),
             **{name: getattr(args, name) for name in SAME},
@@ -112,6 +115,8 @@ def _compile(args: argparse.Namespace) -> int:
 
 def _calibration(args: argparse.Namespace) -> Calibration | None:
     """What the command line says about calibration; None when it says nothing."""
+    from sparsec.options import Calibration
+
     given = args.calibration
     if given is None and args.calibration_text is None:
         for name in ("calibration_method", "tokenizer"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from sparsec.files import json_text
 from sparsec.target import LEVELS
 
 AUTO = 0  # what `auto` is read as
+# USUAL_BATCH and USUAL_SEQ of tools/inputs.py, which imports NumPy.
 BATCH, SEQ = (f"default: what the library is compiled for, else {n}" for n in (1, 128))
 
 
@@ -121,7 +123,7 @@ def _add_bench(commands: Any) -> None:
     )
     p.add_argument("--instances", type=_auto, help="with --latency-ms: a number or auto (default)")
     p.add_argument("--batch", type=_auto, help=f"{BATCH}; auto with --latency-ms")
-    p.add_argument("--seq", type=_positive, help=SEQ)
+    p.add_argument("--seq", type=at_least(1), help=SEQ)
     p.add_argument("--threads", type=_auto, help="default: 1; auto with --latency-ms")
     p.add_argument("--onnx", type=Path, help="the ONNX file, for the peer")
     p.add_argument(
@@ -142,10 +144,10 @@ def _add_bench(commands: Any) -> None:
 def _add_profile(commands: Any) -> None:
     p = commands.add_parser("profile", help="where the time of a compiled model goes")
     p.add_argument("model", type=Path)
-    p.add_argument("--batch", type=_positive, help=BATCH)
-    p.add_argument("--seq", type=_positive, help=SEQ)
-    p.add_argument("--threads", type=_positive, default=1)
-    p.add_argument("--runs", type=_positive, default=50)
+    p.add_argument("--batch", type=at_least(1), help=BATCH)
+    p.add_argument("--seq", type=at_least(1), help=SEQ)
+    p.add_argument("--threads", type=at_least(1), default=1)
+    p.add_argument("--runs", type=at_least(1), default=50)
     p.add_argument("--steps", action="store_true", help="every kernel call instead of every op")
     p.add_argument("--trace", type=Path, metavar="FILE", help="write a Chrome trace (JSON)")
     p.add_argument("--json", action="store_true")
@@ -154,14 +156,19 @@ def _add_profile(commands: Any) -> None:
     p.set_defaults(command=_profile)
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"wanted 1 or more, got {text!r}")
-    return int(text)
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"wanted {least} or more, got {text!r}")
+        return int(text)
+
+    return parse
 
 
 def _auto(text: str) -> int:
-    return AUTO if text == "auto" else _positive(text)
+    return AUTO if text == "auto" else at_least(1)(text)
 
 
 def _positive_number(text: str) -> float:

@@ -172,20 +172,16 @@ class _Trial:
         products = int8_candidates(self.graph, quantization.keep_fp32)
         found = {n for n in products if n.input(0).name in self.ranges}
         for node in _named(self.graph, "attention") if attention else []:
-            sources = {product_behind(node.input(i)) for i in range(len(OPERANDS))}
             known = all(str(p) in self.ranges for p in attention_parts(node))
             by_name = kept(node, quantization.keep_fp32)
-            found |= {node} if known and sources <= found and not by_name else set()
+            found |= {node} if known and _sources(node) <= found and not by_name else set()
         found |= {n for n in _named(self.graph, "embedding") if self.tables[n.name]}
         return [n for n in self.graph.nodes if n in found]
 
     def made(self, int8: set[str]) -> set[str]:
         """What is int8 if these layers may be: an attention, where its products are."""
-        return {n for n in int8 if self.nodes[n].op != "attention" or int8 >= self._products(n)}
-
-    def _products(self, name: str) -> set[str]:
-        sources = (product_behind(self.nodes[name].input(i)) for i in range(len(OPERANDS)))
-        return {p.name for p in sources if p is not None}
+        nodes = {self.nodes[name] for name in int8}
+        return {n.name for n in nodes if n.op != "attention" or _sources(n) <= nodes}
 
     def error(self, int8: set[str]) -> float:
         """Of the outputs, with these layers in int8."""
@@ -248,6 +244,11 @@ def _difference(y: Array, exact: Array) -> Array:
     same = (y == exact) | (np.isnan(y) & np.isnan(exact))
     off = np.subtract(y, exact, out=np.zeros_like(exact), where=~same)
     return np.where(np.isnan(off), np.inf, off)
+
+
+def _sources(attention: Node) -> set[Node | None]:
+    """The products that make its operands; None where there is none behind one."""
+    return {product_behind(attention.input(i)) for i in range(len(OPERANDS))}
 
 
 def _named(graph: Graph, op: str) -> list[Node]:

@@ -24,7 +24,7 @@ def run(
     observe: Observer | None = None,
     compute: Compute | None = None,
 ) -> dict[str, Array]:
-    """The outputs of `graph` by name. `observe` sees every result of a node.
+    """The outputs of `graph` by name. `observe` sees the inputs and every result of a node.
 
     `compute` gives the results of a node in place of `run_node`.
 
@@ -32,6 +32,9 @@ def run(
     """
     env = bind(graph, inputs)
     values: dict[Value, Array] = {v: np.asarray(inputs[v.name]) for v in graph.inputs}
+    if observe is not None:
+        for given in values.items():
+            observe(*given)
     made = [v for n in graph.nodes for v in n.outputs]
     left: dict[Value | None, int] = {v: len(v.uses) + graph.outputs.count(v) for v in made}
     for node in graph.nodes:

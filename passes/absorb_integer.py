@@ -17,10 +17,10 @@ import numpy as np
 from sparsec.ir.graph import Graph, Node, Value
 from sparsec.ir.op_spec import Array
 from sparsec.ir.types import DType
-from sparsec.passes.absorb_qdq import VIEWS
 from sparsec.passes.base import PassResult
 from sparsec.passes.integer_weights import has_scale_per_column, real_weight
 from sparsec.passes.rewrite import (
+    VIEWS,
     Builder,
     Match,
     Pattern,

@@ -20,9 +20,8 @@ from sparsec.ir.ops_int8 import dequantize_array
 from sparsec.ir.types import DType, QuantParams
 from sparsec.passes.base import PassResult
 from sparsec.passes.cut_off import without_rounding
+from sparsec.passes.rewrite import VIEWS
 
-# They move elements of their first operand and round with it or without it alike.
-VIEWS = frozenset({"reshape", "transpose", "broadcast_to", "slice", "gather"})
 SHIFT = 128  # from i8 to u8
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sparsec.ir.graph import Value
-from sparsec.passes.rewrite import Reject
+from sparsec.passes.rewrite import VIEWS, Reject
 
 # exp(fill - score) is 0 in fp32 when score - fill > 104, so any real score above -9896 hides
 # a fill of -1e4 or less.
@@ -23,7 +23,6 @@ FILL_LIMIT, FAR = -9999.0, 104.0
 # is masked throughout keeps equal scores, as if they had been replaced.
 LOWEST = float(np.finfo(np.float32).min)
 ABSORBING = -(2.0**103)
-_VIEWS = ("reshape", "transpose", "broadcast_to", "slice", "gather")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +84,7 @@ def check_fills(steps: tuple[Step, ...]) -> Reject | None:
 
 def _size(mask: Value) -> float:
     """A bound of the magnitudes: known of constants and of rows of constant tables."""
-    while mask.data is None and mask.producer is not None and mask.producer.op in _VIEWS:
+    while mask.data is None and mask.producer is not None and mask.producer.op in VIEWS:
         mask = mask.producer.input(0)
     return math.inf if mask.data is None else float(np.abs(mask.data).max(initial=0.0))
 

@@ -13,10 +13,9 @@ from __future__ import annotations
 import numpy as np
 
 from sparsec.ir.graph import Graph, Node, Value
+from sparsec.passes.rewrite import VIEWS
 
-_VIEWS = frozenset({"reshape", "transpose", "broadcast_to", "slice", "gather", "dequantize",
-                    "quantize"})  # fmt: skip
-_AFFINE = frozenset({"linear", "linear_int8", "conv", "layer_norm"})
+_KEEPS_SIGNS = VIEWS | {"quantize", "dequantize"}
 
 
 def without_rounding(graph: Graph, quantize: Node) -> Value:
@@ -44,7 +43,7 @@ def _has_both_signs(x: Value) -> bool:
         seen.add(node)
         if _is_affine(node):
             return True
-        if node.op in _VIEWS:
+        if node.op in _KEEPS_SIGNS:
             waiting.append(node.input(0))
         elif node.op == "add" or (node.op in ("mul", "div") and _constants(node)):
             waiting += node.inputs[:2]  # type: ignore[arg-type]  # both are there
@@ -60,7 +59,7 @@ def _is_affine(node: Node) -> bool:
         return any(v.type.elements != 1 for v in constants)
     if node.op in ("linear", "linear_int8"):
         return bool(node.attrs["activation"] == "none")
-    return node.op in _AFFINE
+    return node.op in ("conv", "layer_norm")
 
 
 def _constants(node: Node) -> list[Value]:

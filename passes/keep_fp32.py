@@ -8,12 +8,15 @@ from fnmatch import fnmatchcase
 from sparsec.errors import InvalidInput
 from sparsec.ir.graph import Node
 
+NAMED = ("linear", "attention", "embedding", "embedding_int8")  # what a pattern may name
+
 
 def check_patterns(nodes: Sequence[Node], patterns: Sequence[str]) -> None:
-    """Raises InvalidInput for a pattern that fits none of the `nodes`, which could be lowered."""
+    """Raises InvalidInput for a pattern that fits none of the nodes of NAMED."""
+    named = [n.name for n in nodes if n.op in NAMED]
     for pattern in patterns:
-        if not any(fnmatchcase(n.name, pattern) for n in nodes):
-            names = ", ".join(n.name for n in nodes) or "none"
+        if not any(fnmatchcase(name, pattern) for name in named):
+            names = ", ".join(named) or "none"
             raise InvalidInput(
                 f"no product, attention or embedding is named like {pattern!r}; there are {names}"
             )

@@ -35,7 +35,6 @@ CENTRE = 128  # the zero point of tokens with either sign
 # One-sided values, by what made them. GELU and SiLU are above -0.17 and -0.28: 16 levels below
 # zero hold that at a step of 0.01 to 0.02, and finer steps are needed by no token that matters.
 ZERO_POINTS = {"relu": 0, "sigmoid": 0, "gelu": 16, "gelu_tanh": 16, "silu": 16}
-NAMED = ("linear", "attention", "embedding")  # what a pattern of keep_fp32 may name
 SMALLEST = 1e-30  # a range or a row of weights below this is all zero: its scale would underflow
 
 
@@ -204,7 +203,7 @@ def _candidates(graph: Graph, keep_fp32: tuple[str, ...]) -> tuple[list[Node], l
     """The products that int8 kernels compute, and why the others are none."""
     tokens = {n.input(0).type.tokens for n in graph.nodes if n.op == "attention"}
     products = [n for n in graph.nodes if n.op == "linear"]
-    check_patterns([n for n in graph.nodes if n.op in NAMED], keep_fp32)
+    check_patterns(graph.nodes, keep_fp32)
     found: list[Node] = []
     notes: list[str] = []
     for node in products:

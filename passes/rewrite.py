@@ -203,6 +203,10 @@ def read_once(value: Value, graph_outputs: Sequence[Value] = ()) -> bool:
     return len(value.uses) == 1 and value not in graph_outputs
 
 
+# They move elements of their first operand, and leave each as it is.
+VIEWS = frozenset({"reshape", "transpose", "broadcast_to", "slice", "gather"})
+
+
 def is_row(constant: Value, channels: Dim) -> bool:
     """Whether a constant has one value per channel: its last axis, the others being of size 1."""
     shape = constant.type.shape

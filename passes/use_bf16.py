@@ -19,7 +19,6 @@ from sparsec.passes.rewrite import replace_node
 
 OPERANDS = "qkv"
 _STORED = ("out_scale", "out_zero_point")
-_NAMED = ("linear", "attention", "embedding", "embedding_int8")  # what a name pattern may fit
 _ATTENTION = ("heads", "head_size", "scale", "q_offset", "k_offset", "v_offset")
 
 
@@ -38,7 +37,7 @@ class UseBf16:
 
     def run(self, graph: Graph) -> PassResult:
         """Raises InvalidInput for a pattern of `keep_fp32` that fits nothing."""
-        check_patterns([n for n in graph.nodes if n.op in _NAMED], self.keep_fp32)
+        check_patterns(graph.nodes, self.keep_fp32)
         rewriting = _Rewriting(graph, self.supported)
         done, notes = 0, []
         for node in list(graph.nodes):
