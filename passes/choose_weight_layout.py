@@ -27,7 +27,7 @@ TOLERANCE = 0.1
 NO_ZEROS = 0.98  # a greater share of values that are not zero is rounding, not pruning
 DENSE_ABOVE = 0.6  # share of non-zero blocks from which dense kernels are faster
 PRODUCTS = ("linear", "linear_int8", "linear_bf16")
-KERNEL_TYPES = (DType.F32, DType.I8, DType.BF16)
+KERNEL_TYPES = (DType.F32, DType.I8, DType.I16, DType.BF16)
 SMALLEST_BLOCK = 4  # values; whether smaller ones pay, only costs can say
 
 

@@ -21,7 +21,7 @@ from sparsec.errors import InvalidInput
 from sparsec.ir.dims import Dim
 from sparsec.ir.graph import Graph, Node, Value
 from sparsec.ir.op_spec import Array
-from sparsec.ir.ops_int8 import MAX_DEPTH
+from sparsec.ir.ops_int8 import MAX_DEPTHS
 from sparsec.ir.types import DType
 from sparsec.passes.base import PassResult
 from sparsec.passes.cut_off import without_rounding
@@ -177,26 +177,23 @@ def quantize_weight(w: Array) -> tuple[Array, Array]:
     return np.clip(steps, -WEIGHT_LEVELS, WEIGHT_LEVELS).astype(np.int8), scale
 
 
-def stored_weight(w: Value) -> tuple[Array, Array] | str:
-    """The i8 numbers and the scale per row that make up a quantised `w[m, k]`, or why not.
+def stored_weight(w: Value) -> tuple[Array, Array] | None:
+    """The numbers and the scale per row that make up a quantised `w[m, k]`; None for a scale per
+    column.
 
-    They are found again exactly: w was computed as number * scale with one rounding to fp32, which
-    is off by less than half a number.
+    The numbers are i8, or i16 where the zero point of the file's bytes is so far from their middle
+    that a difference from it is none. They are found again exactly: w was computed as
+    number * scale with one rounding to fp32, which is off by less than half a number.
     """
     quant = w.type.quant
     assert quant is not None, w
     assert w.data is not None, w
     if quant.axis == 1:
-        return "its weight has a scale per input channel"
+        return None
     scale = np.broadcast_to(np.asarray(quant.scale, np.float32), w.data.shape[:1])
     numbers = np.rint(w.data / scale[:, None])
-    low, high = numbers.min(initial=0), numbers.max(initial=0)
-    if low < -128 or high > 127:
-        return (
-            f"its weight is {low:.0f} to {high:.0f} steps from its zero point, which is no i8: "
-            "quantise the model with symmetric weights"
-        )
-    return numbers.astype(np.int8), np.ascontiguousarray(scale)
+    fits = numbers.min(initial=0) >= -128 and numbers.max(initial=0) <= 127
+    return numbers.astype(np.int8 if fits else np.int16), np.ascontiguousarray(scale)
 
 
 def _candidates(graph: Graph, keep_fp32: tuple[str, ...]) -> tuple[list[Node], list[str]]:
@@ -224,11 +221,15 @@ def _refusal(node: Node, tokens: set[Dim]) -> str | None:
     given = is_given(node)
     if (x.type.tokens not in tokens) if tokens else x.type.rank < 3 and not given:
         return f"its input {x.type} is not over all tokens"
-    if x.type.channels > MAX_DEPTH:
+    if not np.isfinite(w.data).all():
+        return "its weight is not finite"
+    own = None if w.type.quant is None else stored_weight(w)
+    if given and own is None:
+        return "its weight has a scale per input channel"
+    dtype = DType.I8 if own is None else DType.of(own[0].dtype)
+    if x.type.channels > MAX_DEPTHS[dtype]:
         return f"{x.type.channels} input channels could overflow an int32 sum"
-    if given and isinstance(reason := stored_weight(w), str):
-        return reason
-    return None if np.isfinite(w.data).all() else "its weight is not finite"
+    return None
 
 
 @dataclass(slots=True)
@@ -288,7 +289,7 @@ class _Quantizing:
         if w not in self.weights:
             assert w.data is not None
             data, scale = _numbers(w, w.data)
-            stored = self.graph.add_constant(data, f"{w.name}.i8")
+            stored = self.graph.add_constant(data, f"{w.name}.{DType.of(data.dtype)}")
             self.weights[w] = stored, self.graph.add_constant(scale, f"{w.name}.scale")
         return self.weights[w]
 
@@ -300,7 +301,7 @@ def _stored(quantize: Node) -> tuple[Value, float, int]:
 def _numbers(w: Value, data: Array) -> tuple[Array, Array]:
     """A weight's own numbers where it has some, else new ones."""
     own = None if w.type.quant is None else stored_weight(w)
-    return quantize_weight(data) if own is None or isinstance(own, str) else own
+    return quantize_weight(data) if own is None else own
 
 
 def _checked(name: str, limits: tuple[float, float]) -> tuple[float, float]:

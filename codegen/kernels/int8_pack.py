@@ -2,12 +2,15 @@
 
 A *step* is four input channels for one block of rows. The weights of a block of rows are
 `[strip][step][row of the strip][word]`, a strip being the rows of one register block.
+
+Wide weights, i16 of up to 255 on either side, are the sum of i8 parts: the blocks of a list may
+read the same channels twice. All channels in turn they can not be.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -121,9 +124,10 @@ def pack_rows(values: Array, rows: int) -> Array:
 
 
 def _whole_blocks(w: Array, rows: int, cols: int) -> Array:
-    """`w` with zeros on its lower and right edge."""
+    """`w` of i8 with zeros on its lower and right edge."""
+    assert w.dtype == np.int8, w.dtype
     m, k = w.shape
-    return np.pad(w.astype(np.int8), ((0, -m % rows), (0, -k % cols)))
+    return np.pad(w, ((0, -m % rows), (0, -k % cols)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,12 +143,30 @@ class _Quads:
 
 
 def _quads_of(w: Array, rows: int) -> _Quads:
-    bsr = BsrMatrix.from_dense(_whole_blocks(w, rows, QUAD), rows, QUAD)
+    bsr = _stored_blocks(w, rows, QUAD)
     return _Quads(bsr.data, bsr.indptr, bsr.indices[:, None])
 
 
+def _stored_blocks(w: Array, rows: int, cols: int) -> BsrMatrix:
+    """The blocks that are not zero, of wide weights those of each part; columns are those of `w`,
+    and may come twice."""
+    below, right = -w.shape[0] % rows, -w.shape[1] % cols
+    parts = _parts(np.pad(w, ((0, below), (0, right))))
+    bsr = BsrMatrix.from_dense(np.concatenate(parts, axis=1), rows, cols)
+    return replace(bsr, indices=bsr.indices % (parts[0].shape[1] // cols))
+
+
+def _parts(w: Array) -> list[Array]:
+    """Matrices of i8 whose sum is `w`: most of wide weights is in the first."""
+    rest, found = w.astype(np.int16), list[Array]()
+    while rest.any() or not found:
+        found.append(rest.clip(-128, 127).astype(np.int8))
+        rest = rest - found[-1]
+    return found
+
+
 def _channels_of(w: Array, rows: int) -> _Quads:
-    bsr = BsrMatrix.from_dense(_whole_blocks(w, rows, 1), rows, 1)
+    bsr = _stored_blocks(w, rows, 1)
     steps = -(-bsr.row_lengths // QUAD)
     starts = np.concatenate([[0], np.cumsum(steps)]).astype(np.int32)
     row = np.repeat(np.arange(len(steps)), bsr.row_lengths)

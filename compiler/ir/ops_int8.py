@@ -30,7 +30,9 @@ from sparsec.ir.ops_elementwise import ACTIVATIONS
 from sparsec.ir.ops_shape import check_indices
 from sparsec.ir.types import DType, QuantParams, TensorType
 
-MAX_DEPTH = 65536  # 255 * 128 * 65536 < 2**31: an int32 accumulator never overflows
+# Columns of a weight by its type: 255 * 128 * 65536 < 2**31, so that an int32 sum never overflows.
+# Numbers of i16 are those of bytes less their own zero point: at most 255 on either side.
+MAX_DEPTHS = {DType.I8: 65536, DType.I16: 32768}
 _CHUNK = 1 << 22  # accumulators at a time: 32 MB of float64
 _STORED = (DType.U8, DType.I8)
 _SHIFT = 256  # greatest zero point of a table, on either side: numbers of u8 less their own, as i8
@@ -161,12 +163,12 @@ def _infer_linear_int8(types: Types, attrs: Attrs) -> list[TensorType]:
     bias, residual, token_scale = (optional(types, i) for i in (3, 4, 5))
     if attrs["activation"] not in ACTIVATIONS:
         raise InvalidGraph(f"there is no activation {attrs['activation']!r}")
-    if (x.dtype, w.dtype) != (DType.U8, DType.I8):
-        raise InvalidGraph(f"needs x in u8 and w in i8, got {x} and {w}")
+    if x.dtype is not DType.U8 or w.dtype not in MAX_DEPTHS:
+        raise InvalidGraph(f"needs x in u8 and w in i8 or i16, got {x} and {w}")
     if x.rank == 0 or w.rank != 2 or x.shape[-1] != w.shape[1]:
         raise InvalidGraph(f"{x} does not end in the columns of the weight {w}")
-    if x.channels > MAX_DEPTH:
-        raise InvalidGraph(f"{x.channels} columns overflow int32; at most {MAX_DEPTH}")
+    if x.channels > MAX_DEPTHS[w.dtype]:
+        raise InvalidGraph(f"{x.channels} columns overflow int32; at most {MAX_DEPTHS[w.dtype]}")
     for name, row in (("w_scale", w_scale), ("bias", bias)):
         if row is not None and (row.dtype, row.shape) != (DType.F32, (w.shape[0],)):
             raise InvalidGraph(f"{name} {row} is not one f32 per row of the weight {w}")

@@ -19,7 +19,7 @@ from sparsec.tuning.record import Machine, Outcome, TuningRecord
 FORMATS = (".png", ".svg", ".pdf")
 MOST_IN_LEGEND = 8
 SIZE_INCHES = (13.0, 5.5)
-_BYTES = {"u8s8": 1, "bf16": 2, "f32": 4}
+_BYTES = {"u8s8": 1, "u8s9": 1, "bf16": 2, "f32": 4}
 _RESULT_BYTES = {"u8": 1, "bf16": 2}
 
 

@@ -388,14 +388,16 @@ def test_a_network_of_products_agrees_with_onnx_runtime(tmp_path, rng):
     assert (np.abs(ours - theirs) <= step).mean() > 0.999
 
 
-@pytest.mark.parametrize("keep_fp32", [(), ("product*",)], ids=["its weight", "asked for"])
-def test_all_roundings_are_kept_in_front_of_products_that_stay_fp32(keep_fp32, tmp_path, rng):
-    """A weight 133 steps from its zero point fits no int8 kernel."""
+@pytest.mark.parametrize("keep_fp32", [False, True], ids=["i16", "fp32"])
+def test_weights_that_are_further_from_their_zero_point_than_a_byte_holds(
+    keep_fp32, tmp_path, rng
+):
+    """In int8 to the rounding of a sum, and in fp32, in front of which roundings are kept."""
     w = rng.integers(-128, 128, (33, 17)).astype(np.int8)
-    w[0, 0] = 127 if keep_fp32 else -128
+    w[0, :2] = -128, 127
     initializers = {
         "s": np.float32(0.02), "z": np.uint8(128), "w": w,
-        "ws": np.float32(0.01), "wz": np.int8(0 if keep_fp32 else 5),
+        "ws": np.float32(0.01), "wz": np.int8(5),
     }  # fmt: skip
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
@@ -412,9 +414,10 @@ def test_all_roundings_are_kept_in_front_of_products_that_stay_fp32(keep_fp32, t
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     onnx.save(model, tmp_path / "m.onnx")
     result = sparsec.compile_model(
-        tmp_path / "m.onnx", tmp_path / "m.so", all_roundings=True, keep_fp32=keep_fp32
-    )
-    assert "linear_int8" not in ops(dict(result.report))
+        tmp_path / "m.onnx", tmp_path / "m.so", all_roundings=True,
+        keep_fp32=("product*",) if keep_fp32 else (),
+    )  # fmt: skip
+    assert ("linear_int8" in ops(dict(result.report))) is not keep_fp32
     x = rng.standard_normal((2, 5, 33)).astype(np.float32)
     (theirs,) = ReferenceEvaluator(model).run(None, {"x": x})
     (ours,) = load(result.library)({"x": x}).values()

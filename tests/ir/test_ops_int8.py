@@ -125,15 +125,16 @@ def test_linear_int8_is_an_exact_sum_and_one_fma(rng: np.random.Generator):
     np.testing.assert_array_equal(got, again)
 
 
-def test_the_deepest_product_does_not_overflow():
+@pytest.mark.parametrize(("dtype", "least"), [(I8, -128), (DType.I16, -255)], ids=str)
+def test_the_deepest_product_does_not_overflow(dtype: DType, least: int):
     """The largest sum at the greatest depth fits int32; one column more is refused."""
-    k = ops_int8.MAX_DEPTH
-    assert 255 * 128 * k < 2**31
-    x, w = np.full((1, k), 255, np.uint8), np.full((1, k), -128, np.int8)
+    k = ops_int8.MAX_DEPTHS[dtype]
+    assert 255 * -least * k < 2**31
+    x, w = np.full((1, k), 255, np.uint8), np.full((1, k), least, dtype.numpy)
     attrs = {**PLAIN, "x_scale": 1.0, "x_zero_point": 0}
     (got,) = evaluate("linear_int8", x, w, np.float32([1]), None, None, **attrs)
-    assert got.tolist() == [[-255 * 128 * k]]
-    types = [TensorType(U8, (B, k + 1)), TensorType(I8, (1, k + 1)), TensorType(F32, (1,))]
+    assert got.tolist() == [[255 * least * k]]
+    types = [TensorType(U8, (B, k + 1)), TensorType(dtype, (1, k + 1)), TensorType(F32, (1,))]
     with pytest.raises(InvalidGraph, match="overflow int32"):
         OPS["linear_int8"].infer([*types, None, None], attrs)
 

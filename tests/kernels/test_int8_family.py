@@ -55,17 +55,23 @@ class ArrayBinder:
 
 
 def example(
-    layout: Layout, *, m: int = 24, k: int = 40, full: bool = True, out_scale: float | None = 0.11
-) -> Node:
-    """A node with all operands, and u8 result unless its scale is None, or the bare one."""
+    layout: Layout, *, m: int = 24, k: int = 40, full: bool = True, out_scale: float | None = 0.11,
+    wide: bool = False,
+) -> Node:  # fmt: skip
+    """A node with all operands, and u8 result unless its scale is None, or the bare one.
+
+    A `wide` weight has numbers of three parts: 255 is 127 + 127 + 1.
+    """
     rng = np.random.default_rng(3)
     rows, cols = (layout.rows, layout.cols) if isinstance(layout, Bsr) else (1, 1)
     kept = rng.random((-(-m // rows), -(-k // cols))) < (0.3 if isinstance(layout, Bsr) else 1)
-    w = rng.integers(-128, 128, (m, k)) * np.repeat(np.repeat(kept, rows, 0), cols, 1)[:m, :k]
+    numbers = rng.choice([-255, -129, 128, 255, 3], (m, k)) if wide else (
+        rng.integers(-128, 128, (m, k)))  # fmt: skip
+    w = numbers * np.repeat(np.repeat(kept, rows, 0), cols, 1)[:m, :k]
     g = Graph("g")
     x = g.add_input("x", DType.U8, (BATCH, SEQ, k))
     g.set_type(x, x.type.with_layout(Panels()))
-    weight = g.add_constant(w.astype(np.int8), "weight")
+    weight = g.add_constant(w.astype(np.int16 if wide else np.int8), "weight")
     g.set_type(weight, weight.type.with_layout(layout))
     operands: list[Value | None] = [
         x, weight, g.add_constant(rng.uniform(0.01, 0.02, m).astype(np.float32), "scale")
@@ -104,6 +110,24 @@ def test_every_schedule_of_a_node_computes_it(
     schedules = family.schedules(family.workload(node), TARGETS[level])
     assert schedules[0] == schedule_for(node, TARGETS[level])
     assert {s.isa for s in schedules} == ({level, "avx512vnni"} if level == "amx" else {level})
+    check(node, [s for s in schedules if s.isa == level], ENV, run)
+
+
+@pytest.mark.parametrize("layout", [ROW_MAJOR, Bsr(1, 1), Bsr(16, 4)], ids=str)
+@pytest.mark.parametrize(
+    "level", [pytest.param(i.name, marks=pytest.mark.isa(i.name)) for i in INT8_ISAS]
+)
+def test_every_schedule_of_a_wide_weight_computes_it(level: str, layout: Layout, run: Any) -> None:
+    """Lists of blocks take it, dense kernels and bitmaps do not."""
+    node = example(layout, full=False, wide=True)
+    family = family_for(node)
+    assert family is not None
+    workload = family.workload(node)
+    assert workload.dtype == "u8s9"
+    few = family.schedules(replace(workload, bucket=Bucket(most=4)), TARGETS[level])
+    schedules = family.schedules(workload, TARGETS[level])
+    assert schedules
+    assert all(s.family == "int8_gemm" and s.param("cols") for s in (*schedules, *few))
     check(node, [s for s in schedules if s.isa == level], ENV, run)
 
 

@@ -216,11 +216,23 @@ def test_one_scale_for_the_whole_weight(x32, numbers):
     assert node.input(2).data.tolist() == [0.5] * 4
 
 
+def test_numbers_of_bytes_less_their_zero_point_may_be_wider_than_a_byte(x32, numbers):
+    """u8 of ONNX Runtime's quantiser with a zero point of 0, and i8 with one of -1."""
+    graph, x = x32
+    for i, shift in enumerate((128, 1)):
+        y = graph.add("matmul", [pair(graph, x), quantised(graph, numbers + shift)])
+        graph.add_output(f"y{i}", y)
+    compiled(graph)
+    products = [n for n in graph.nodes if n.op == "linear_int8"]
+    assert [str(n.input(1).type.dtype) for n in products] == ["i16", "i16"]
+    for node, shift in zip(products, (128, 1), strict=True):
+        np.testing.assert_array_equal(node.input(1).data, (numbers + shift).T)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"axis": 0, "scale": (0.5,) * 8}, "scale per input channel"),
-        ({"numbers": 1}, "-127 to 128 steps from its zero point"),
         ({"keep_fp32": ("matmul*",)}, "its name matches"),
     ],
 )
