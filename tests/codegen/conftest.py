@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparsec.codegen import tir
+from sparsec.codegen import tir, toolchain
 from sparsec.codegen.generic_op import GenericOp
 from sparsec.codegen.isa import FEATURES
 from sparsec.ir.dims import evaluate
@@ -27,14 +25,9 @@ class Kernels:
 
     def __init__(self, kernels: Sequence[GenericOp], isa: Isa, folder: Path):
         functions = [k.build() for k in {k.name: k for k in kernels}.values()]
-        objects = []
-        for part in range(2):
-            path = folder / f"part{part}.o"
-            path.write_bytes(tir.build_object(functions[part::2], FEATURES[isa]))
-            objects.append(str(path))
+        halves = (functions[0::2], functions[1::2])
         library = folder / "kernels.so"
-        link = [sys.executable, "-m", "ziglang", "ld.lld", "-shared", *objects]
-        subprocess.run([*link, "-o", str(library)], check=True)
+        toolchain.link_kernels([tir.build_object(h, FEATURES[isa]) for h in halves], library)
         ctypes.CDLL("libm.so.6", mode=ctypes.RTLD_GLOBAL)
         self.library = ctypes.CDLL(str(library))
         self.items = {k.name: k.plan().items for k in kernels}

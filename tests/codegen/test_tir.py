@@ -18,6 +18,7 @@ from sparsec.codegen import tir
 from sparsec.codegen.generic_op import GenericOp, generic_op
 from sparsec.codegen.isa import FEATURES
 from sparsec.codegen.program import Kind, Parameter
+from sparsec.codegen.toolchain import link_kernels
 from sparsec.ir.dims import symbol
 from sparsec.ir.ops import OPS
 from sparsec.ir.types import DType, TensorType
@@ -125,15 +126,11 @@ def test_hundreds_of_kernels_fit_into_an_object() -> None:
 
 
 def test_fail_leaves_with_its_status(tmp_path: Path) -> None:
-    objects = []
-    for name in ("scale", "again"):
-        path = tmp_path / f"{name}.o"
-        path.write_bytes(tir.build_object([scale_function(name)], FEATURES[Isa.AVX2]))
-        objects.append(str(path))
+    names = ("scale", "again")
+    objects = [tir.build_object([scale_function(n)], FEATURES[Isa.AVX2]) for n in names]
     library = tmp_path / "kernels.so"
-    link = [sys.executable, "-m", "ziglang", "ld.lld", "-shared", *objects, "-o", str(library)]
-    subprocess.run(link, check=True)
-    for name in ("scale", "again"):
+    link_kernels(objects, library)
+    for name in names:
         function = getattr(ctypes.CDLL(str(library)), name)
         for value, status, written in ((3.0, 0, 3), (-1.0, 7, 1), (101.0, 8, 1)):
             x = np.array([1, value, 2], np.float32)

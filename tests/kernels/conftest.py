@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +17,7 @@ import pytest
 from sparsec.codegen import tir
 from sparsec.codegen.isa import FEATURES
 from sparsec.codegen.program import Kernel, Kind
+from sparsec.codegen.toolchain import link_kernels
 from sparsec.target import Isa
 
 WIDTH = 64
@@ -97,20 +96,8 @@ class Runner:
     def _load(self, kernel: Kernel) -> Any:
         if kernel.isa == Isa.AMX.value:
             self.enable_amx()
-        path = self.folder / f"{kernel.name}.o"
-        path.write_bytes(tir.build_object([kernel.build()], FEATURES[Isa(kernel.isa)]))
-        library = path.with_suffix(".so")
-        link = [
-            sys.executable,
-            "-m",
-            "ziglang",
-            "ld.lld",
-            "-shared",
-            str(path),
-            "-o",
-            str(library),
-        ]
-        subprocess.run(link, check=True)
+        library = self.folder / f"{kernel.name}.so"
+        link_kernels([tir.build_object([kernel.build()], FEATURES[Isa(kernel.isa)])], library)
         function = getattr(ctypes.CDLL(str(library)), kernel.name)
         function.restype = ctypes.c_int32
         scratch = [ctypes.c_void_p] if kernel.has_scratch else []
