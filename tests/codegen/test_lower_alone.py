@@ -20,7 +20,7 @@ from sparsec.target import Target
 
 
 @pytest.mark.parametrize("bucket", [Bucket(0, 8), Bucket(384)], ids=str)
-def test_every_schedule_of_a_layer_runs_alone(bucket: Bucket, tmp_path: Path) -> None:
+def test_a_layer_runs_alone(bucket: Bucket, tmp_path: Path) -> None:
     graph = Graph("g")
     x = graph.add_input("x", DType.F32, (symbol("batch"), symbol("seq"), 40))
     graph.set_type(x, x.type.with_layout(Panels()))

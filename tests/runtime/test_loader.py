@@ -325,12 +325,15 @@ for line in open("/proc/self/smaps"):
         resident += int(line.split()[1])
 print(seconds, resident)
 """
-    shown = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
-    assert float(shown[0]) < 0.05
+    command = [sys.executable, "-c", code]
+    # A process each, since a library stays mapped; of the times the best: others may be at work.
+    shown = [
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        for _ in range(3)
+    ]
+    assert min(float(seconds) for seconds, _ in shown) < 0.05
     # Code, tables and the pages that the system maps around each page that is touched.
-    assert 0 < int(shown[1]) < 1024
+    assert all(0 < int(resident) < 1024 for _, resident in shown)
 
 
 def test_structs_are_those_of_the_header() -> None:
