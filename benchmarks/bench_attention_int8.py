@@ -17,7 +17,8 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from bench_kernels import ATTENTION_SHAPES, Candidate, Library, aligned, measure, peak, peak_of
+from bench_kernels import ATTENTION_SHAPES, peak, peak_of
+from single_kernels import Candidate, Library, floats, measure
 
 from sparsec.codegen.isa import AVX2, AVX512, amx
 from sparsec.codegen.isa.int8 import AMX_INT8, AVX2_INT8, AVX512_VNNI
@@ -40,11 +41,11 @@ def candidate(library: Library, kernel: Any, shape: tuple[int, int, int, int]) -
     tokens, channels = batch * seq, heads * head_size
     panels = -(-tokens // WIDTH)
     is_int8 = isinstance(kernel, AttentionInt8)
-    merged = aligned(panels, 3 * channels, WIDTH)
+    merged = floats(panels, 3 * channels, WIDTH)
     if is_int8:
-        merged = aligned(panels * 3 * channels * WIDTH // 4).view(np.uint8)
+        merged = floats(panels * 3 * channels * WIDTH // 4).view(np.uint8)
         merged[...] = np.random.default_rng(0).integers(0, 256, merged.shape)
-    y = aligned(panels * channels * WIDTH // 4).view(np.uint8)
+    y = floats(panels * channels * WIDTH // 4).view(np.uint8)
     offsets = [n for i in range(3) for n in (3 * channels, i * channels)]
     # Scores of about 3 for bytes that are spread evenly, as for the floats.
     scales = [3 / (74 * 74 * head_size**0.5), 0.013] if is_int8 else [head_size**-0.5]
@@ -57,10 +58,10 @@ def candidate(library: Library, kernel: Any, shape: tuple[int, int, int, int]) -
     if is_int8 and kernel.has_tiles:
         args.append(amx.ALL_FULL)
     block = kernel.block if is_int8 else Block  # which needs more than fp32 does
-    scratch = aligned(evaluate(block.scratch_bytes(seq, head_size, kernel.mask), {}) // 4)
+    scratch = evaluate(block.scratch_bytes(seq, head_size, kernel.mask), {})
     call = library.bind(kernel, args, panels * heads, scratch)
     name = f"{'int8' if is_int8 else 'fp32'} {kernel.isa}"
-    return Candidate(name.ljust(15), call, 2 * batch * heads * seq * seq * head_size, [])
+    return Candidate(name.ljust(15), call, 2 * batch * heads * seq * seq * head_size)
 
 
 def main() -> None:
@@ -77,7 +78,7 @@ def main() -> None:
         if tiles or isa is not AMX_INT8
     ]
     with tempfile.TemporaryDirectory() as folder:
-        library = Library([peak(vector.name), *kernels], kernels[-1].isa, Path(folder))
+        library = Library([peak(vector.name), *kernels], Isa(kernels[-1].isa), Path(folder))
         for shape in SHAPES:
             candidates = [candidate(library, k, shape) for k in kernels]
             measure(candidates, ROUNDS)

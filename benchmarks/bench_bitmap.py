@@ -19,7 +19,8 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from bench_int8 import Library, Shape, aligned
+from bench_int8 import Shape
+from single_kernels import Library, aligned
 
 from sparsec.codegen.isa.int8 import AVX512_VNNI
 from sparsec.codegen.kernels.int8_bitmap import ROWS, BitmapGemm, pack_bitmap

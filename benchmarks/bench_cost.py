@@ -23,6 +23,7 @@ import bench_attention_int8
 import bench_int8
 import bench_kernels
 import numpy as np
+from single_kernels import Library
 
 from sparsec.codegen.isa import VECTOR_ISAS
 from sparsec.codegen.isa.int8 import INT8_ISAS
@@ -34,7 +35,7 @@ from sparsec.codegen.kernels.int8_family import Int8GemmFamily
 from sparsec.codegen.kernels.layer_norm import RESULTS, LayerNorm
 from sparsec.ir.schedule import Schedule, Workload
 from sparsec.models.compress.metrics import spearman
-from sparsec.target import Target
+from sparsec.target import Isa, Target
 from sparsec.tuning.cost import expected_seconds
 from sparsec.tuning.machine import measure as measure_machine
 
@@ -72,9 +73,9 @@ def int8_samples(target: Target, isa: Any, folder: Path) -> Iterator[list[Sample
         end = bench_int8.u8_epilogue(activation, isa)
         kernels = [k for k in Int8GemmFamily().variants()
                    if (k.isa, getattr(k, "epilogue", None)) == (isa.name, end)]  # fmt: skip
-        place = folder / activation  # a path of its own: the loader knows libraries by path
+        place = folder / activation
         place.mkdir()
-        library = bench_int8.Library(kernels, isa.isa, place)
+        library = Library(kernels, isa.isa, place)
         for m, k in INT8_SHAPES if activation == "none" else INT8_SHAPES[:2]:
             for tokens in INT8_TOKENS:
                 shape = bench_int8.Shape(m, k, tokens, end)
@@ -100,7 +101,7 @@ def int8_layer(
 def f32_samples(target: Target, isa: str, folder: Path) -> Iterator[list[Sample]]:
     kernels = [k for k in bench_kernels.kernels_of(isa)
                if isinstance(k, DenseGemm | Attention | LayerNorm)]  # fmt: skip
-    library = bench_kernels.Library(kernels, isa, folder)
+    library = Library(kernels, Isa(isa), folder)
     for m, k, tokens in bench_kernels.GEMM_SHAPES:
         work = Workload("linear", (("m", m), ("k", k)), "f32", epilogue="none")
         found = []
@@ -155,7 +156,7 @@ def norm_sample(
 
 def int8_attention_samples(target: Target, isa: Any, folder: Path) -> Iterator[list[Sample]]:
     kernel = AttentionInt8(isa, "key", "u8")
-    library = bench_kernels.Library([kernel], isa.name, folder)
+    library = Library([kernel], isa.isa, folder)
     for size in bench_attention_int8.SHAPES:
         batch, seq, heads, head_size = size
         sizes = (("heads", heads), ("head_size", head_size))
@@ -209,9 +210,9 @@ def main() -> None:
     parser.add_argument("--dump", type=Path, help="a JSON file for all of them")
     options = parser.parse_args()
     host = Target.host()
-    levels = [i for i in host.isas if options.isa is None or i.value <= options.isa]
     rates = measure_machine(host, lambda stage: None)
-    target = replace(host, isas=tuple(levels), rates=rates)
+    limit = Isa(options.isa) if options.isa else None
+    target = replace(host.limited(limit), rates=rates)
     print(f"{rates.hertz / 1e9:.2f} GHz, {dict(rates.products)}, GB/s "
           f"{[round(b / 1e9) for b in rates.bandwidth]}")  # fmt: skip
     for bits, ports in rates.ports:

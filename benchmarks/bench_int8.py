@@ -10,12 +10,8 @@ best, as in a model; the activations are shared. Printed are the best and the me
 from __future__ import annotations
 
 import argparse
-import ctypes
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -23,9 +19,8 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from single_kernels import Candidate, Library, aligned, measure, peak_rate
 
-from sparsec.codegen import tir
-from sparsec.codegen.isa import FEATURES
 from sparsec.codegen.isa.amx import ALL_FULL
 from sparsec.codegen.isa.coarse import COARSE
 from sparsec.codegen.isa.int8 import AMX_INT8, INT8_ISAS, Int8Isa, int8_isa
@@ -37,7 +32,7 @@ from sparsec.codegen.kernels.int8_gemm import Int8Gemm
 from sparsec.codegen.kernels.int8_pack import pack_rows
 from sparsec.codegen.kernels.panels import WIDTH
 from sparsec.codegen.probes import Probe, product_probes
-from sparsec.codegen.program import Kernel, Kind
+from sparsec.codegen.program import Kernel
 from sparsec.ir.schedule import Schedule, Workload, buckets
 from sparsec.sparse.bsr import block_zeros
 from sparsec.target import Isa, Target, required_flags
@@ -50,48 +45,10 @@ SPARSE = [  # block, share of zero blocks
     ((4, 1), 0.8), ((4, 1), 0.9), ((16, 1), 0.8), ((16, 1), 0.9), ((32, 1), 0.8), ((32, 1), 0.9),
     ((1, 4), 0.8), ((4, 4), 0.8), ((4, 4), 0.9), ((16, 4), 0.8), ((16, 4), 0.9),
 ]  # fmt: skip
-C_TYPES = {Kind.POINTER: ctypes.c_void_p, Kind.INT: ctypes.c_int64, Kind.FLOAT: ctypes.c_float}
 OUT_SCALE = 1.0
 LEVELS = {
     Isa.AVX2: "haswell", Isa.AVX512_VNNI: "icelake-server", Isa.AMX: "sapphirerapids"
 }  # fmt: skip
-
-
-@dataclass
-class Candidate:
-    """One call to time: `work` multiply-accumulates that its blocks need."""
-
-    title: str
-    call: Callable[[], Any]
-    work: float
-    seconds: list[float] = field(default_factory=list)
-
-
-class Library:
-    """Kernels in one shared library."""
-
-    def __init__(self, kernels: list[Kernel], isa: Isa, folder: Path):
-        path = folder / "kernels.o"
-        path.write_bytes(tir.build_object([k.build() for k in kernels], FEATURES[isa]))
-        linker = [sys.executable, "-m", "ziglang", "ld.lld", "-shared"]
-        subprocess.run([*linker, str(path), "-o", str(path.with_suffix(".so"))], check=True)
-        self.library = ctypes.CDLL(str(path.with_suffix(".so")))
-
-    def bind(
-        self, kernel: Kernel, args: list[Any], items: int, scratch_bytes: int = 0
-    ) -> Callable[[], int]:
-        function = getattr(self.library, kernel.name)
-        types = [C_TYPES[p.kind] for p in kernel.parameters]
-        function.argtypes = types + [ctypes.c_void_p] * kernel.has_scratch + [ctypes.c_int64] * 2
-        scratch = aligned(np.zeros(scratch_bytes, np.uint8))
-        values = [a.ctypes.data if isinstance(a, np.ndarray) else a for a in args]
-        values += [scratch.ctypes.data] if kernel.has_scratch else []
-
-        def call(kept: Any = (args, scratch)) -> int:
-            """`kept` lets the arrays live as long as the call."""
-            return int(function(*values, 0, items))
-
-        return call
 
 
 def u8_epilogue(activation: str, isa: Int8Isa) -> Epilogue:
@@ -104,15 +61,6 @@ def u8_epilogue(activation: str, isa: Int8Isa) -> Epilogue:
     }
     form = next(form for form, fits in forms.items() if fits)
     return Epilogue(activation, to_u8=True, form=form, is_bounded=True)
-
-
-def aligned(array: Array) -> Array:
-    """A copy at a multiple of 64 bytes."""
-    raw = np.zeros(array.nbytes + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    copy = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy
 
 
 @dataclass
@@ -190,26 +138,10 @@ def of_weight(
         yield work, schedule, shape.candidate(library, kernel, form, w, group, title)
 
 
-def measure(found: list[Candidate], rounds: int) -> None:
-    """Fills in `seconds`, in turns."""
-    for c in found:
-        c.call()
-    for _ in range(rounds):
-        for c in found:
-            start = time.perf_counter()
-            c.call()
-            c.seconds.append(time.perf_counter() - start)
-
-
 def peak_of(library: Library, isa: Int8Isa) -> float:
     """Multiply-accumulates per second."""
-    probe, items = peak_probe(isa), 200_000
-    x, y = (aligned(np.ones(1024, np.float32)) for _ in range(2))
-    if isa is AMX_INT8:
-        x = aligned(ALL_FULL)
-    peak = Candidate("peak", library.bind(probe, [x, y, 0], items), probe.work * items)
-    measure([peak], 10)
-    return peak.work / min(peak.seconds)
+    x = aligned(ALL_FULL) if isa is AMX_INT8 else aligned(np.ones(1024, np.float32))
+    return peak_rate(library, peak_probe(isa), x)
 
 
 def peak_probe(isa: Int8Isa) -> Probe:
@@ -252,7 +184,7 @@ def main() -> None:
                 useful, middle = c.work / min(c.seconds), c.work / median(c.seconds)
                 equivalent = m * k * options.tokens / min(c.seconds)
                 print(
-                    f"{text:9} {c.title:36} useful {useful / 1e9:6.1f} GMAC/s"
+                    f"{text:9} {c.name:36} useful {useful / 1e9:6.1f} GMAC/s"
                     f" ({useful / peak:4.0%} of peak, median {middle / peak:4.0%})"
                     f"  dense-equivalent {equivalent / 1e9:7.1f}  {min(c.seconds) * 1e6:8.1f} us"
                 )

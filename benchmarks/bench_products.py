@@ -25,9 +25,10 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from bench_int8 import Library, aligned, peak_of, peak_probe
+from bench_int8 import peak_of, peak_probe
 from onednn import OneDnn, find_onednn
 from rich.table import Table
+from single_kernels import Library, aligned
 
 from sparsec.codegen.isa.int8 import AMX_INT8, INT8_ISAS
 from sparsec.codegen.lower import family_of, schedule_of
