@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_files import build, peers, progress
-from bench_models import CPUINFO, integers, parse_shape
+from bench_models import integers, parse_shape
 from remote_instances import RemoteEngine
 from rich.table import Table
 from sparse_peers import SPARSE_ENGINES, add_python_options, installed_version, sparse_files
@@ -29,6 +29,7 @@ from sparse_peers import SPARSE_ENGINES, add_python_options, installed_version, 
 from sparsec.errors import CompilerError, InvalidInput
 from sparsec.models.registry import ModelSpec, find_model
 from sparsec.models.weights import Pruning
+from sparsec.target import cpu_fields
 from sparsec.tools.console import console
 from sparsec.tools.instances import Engine
 from sparsec.tools.peer_instances import PEER_ENGINES, is_installed, peer_engines
@@ -167,8 +168,7 @@ def print_per_core(results: list[dict[str, Any]], options: argparse.Namespace) -
         published = f"{known / PUBLISHED_CORES:.1f}" if known else "-"
         table.add_row(str(result["seq"]), *cells, published)
     console().print(table)
-    lines = [s for s in CPUINFO.read_text().splitlines() if s.startswith("model name")]
-    here = lines[0].partition(":")[2].strip() if lines else "a CPU without a name"
+    here = cpu_fields().get("model name", "a CPU without a name")
     print(f"Here: {results[0]['cores']} cores of a {here}. Published: {PUBLISHED_MACHINE}.")
 
 

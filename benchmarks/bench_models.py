@@ -50,7 +50,7 @@ import sparsec
 from sparsec.errors import CompilerError, InvalidInput
 from sparsec.models.registry import MODELS, ModelSpec, find_model
 from sparsec.models.weights import Pruning
-from sparsec.target import Target, core_cpus
+from sparsec.target import Target, core_cpus, cpu_fields
 from sparsec.tools.inputs import random_inputs
 from sparsec.tools.peers import PEERS, onnxruntime_runner, openvino_runner
 from sparsec.tools.turns import Function, Timed, in_turns, summary
@@ -66,7 +66,6 @@ ALL_SHAPES = "1x32,1x128,1x384,8x128"
 WITHOUT_AMX = ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 IDENTITY = ("model", "precision", "batch", "seq", "threads", "block", "sparsity")
 Identity = tuple[Any, ...]
-CPUINFO = Path("/proc/cpuinfo")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -371,10 +370,8 @@ def rows(cell: Cell, outcomes: list[Outcome]) -> Iterator[dict[str, Any]]:
 
 def machine(options: argparse.Namespace, installed: dict[str, str]) -> dict[str, Any]:
     """What the numbers were taken on, and what was compared."""
-    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
     return {
-        "cpu": names[0] if names else platform.machine(),
+        "cpu": cpu_fields().get("model name", platform.machine()),
         "cpu_isa": Target.host().isas[-1].value,
         "clock": options.clock,
         "seconds": options.seconds,

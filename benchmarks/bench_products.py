@@ -39,7 +39,7 @@ from sparsec.ir.graph import Graph, Node, Value
 from sparsec.ir.layouts import Panels
 from sparsec.ir.types import DType
 from sparsec.passes.choose_weight_layout import ChooseWeightLayout
-from sparsec.target import Isa, Target
+from sparsec.target import Isa, Target, cpu_fields
 from sparsec.tools.console import console
 from sparsec.tools.turns import Function, in_turns
 
@@ -235,7 +235,7 @@ def measure_all(
     kernels = Kernels(target, folder)
     peak = peak_of(Library([peak_probe(isa)], isa.isa, folder), isa)
     about = {
-        "cpu": cpu_name(),
+        "cpu": cpu_fields().get("model name", "this CPU"),
         "isa": target.isas[-1].value,
         "peak_isa": isa.name,
         "onednn": None if peer is None else peer.version,
@@ -303,13 +303,6 @@ def numbers(text: str, separator: str, what: str, count: int | None = None) -> l
         wanted = "AxB" if count else "numbers from 1 with commas between them"
         raise InvalidInput(f"--{what} {text!r}: wanted {wanted}")
     return [int(part) for part in parts]
-
-
-def cpu_name() -> str:
-    """What the kernel calls this CPU."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((x.partition(": ")[2] for x in lines if x.startswith("model name")), "this CPU")
 
 
 def print_tables(records: list[dict[str, Any]], about: dict[str, Any]) -> None:
