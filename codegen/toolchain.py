@@ -59,7 +59,7 @@ LINK_FLAGS = (
 _MATH = "acos asin atan atan2 cbrt ceil cos cosh erf erfc exp exp2 expm1 fabs floor fma fmax fmin"
 _MATH += " fmod ldexp log log10 log1p log2 lrint modf nearbyint pow remainder rint round sin sinh"
 _MATH += " sqrt tan tanh trunc acosh asinh atanh tgamma lgamma"
-_C_LIBRARY = "abort calloc close free getpid madvise memcmp memmove memset open"
+_C_LIBRARY = "calloc close free getpid madvise memcmp memmove memset open"
 _C_LIBRARY += " posix_memalign read sched_yield sigdelset sigfillset snprintf strcmp"
 _C_LIBRARY += " strlen strtol syscall vsnprintf"
 _THREADS = "pthread_create pthread_join pthread_sigmask"
@@ -75,7 +75,6 @@ GLIBC: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "libc.so.6": {
         "GLIBC_2.2.5": tuple(_C_LIBRARY.split()),
         "GLIBC_2.3.4": ("sched_getaffinity",),
-        "GLIBC_2.6": ("__sched_cpucount",),
         "GLIBC_2.14": ("memcpy",),
         "GLIBC_2.17": ("clock_gettime",),
     },

@@ -90,6 +90,7 @@ static int run_model(const sparsec_model_v1 *model, sparsec_context *context,
   for (uint32_t i = 0; status == SPARSEC_OK && i < model->output_count; i++) {
     int64_t shape[SPARSEC_MAX_RANK];
     status = model->output_shape(context, i, shape);
+    if (status != SPARSEC_OK) break;
     outputs[i] = allocate(product(shape, model->outputs[i].rank), model->outputs[i].dtype);
   }
   if (status == SPARSEC_OK) status = model->run(context, (const void *const *)inputs, outputs);

@@ -176,7 +176,8 @@ typedef struct sparsec_model_v1 {
 } sparsec_model_v1;
 
 /* The table of the first target whose required_isa this machine has; of several with the same one,
- * of the first whose target_isa it has. None has it: the last, see its missing_feature. NULL when the library does not speak `abi_version`. */
+ * of the first whose target_isa it has. Where it has none of them, the last table: see its
+ * missing_feature. NULL when the library does not speak `abi_version`. */
 const sparsec_model_v1 *sparsec_query(uint32_t abi_version);
 
 /* The layout is the same for every compiler on x86-64 Linux. */

@@ -19,7 +19,7 @@ from sparsec.codegen.isa import FEATURES
 from sparsec.runtime import describe, load, loader
 from sparsec.target import Isa, Target, required_flags
 
-ROOT = Path(loader.__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 INCLUDE = Path(loader.__file__).parent / "include"
 SOURCES = Path(loader.__file__).parent / "src"
 EXAMPLE = ROOT / "examples" / "run_from_c" / "main.c"
