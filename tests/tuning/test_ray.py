@@ -24,7 +24,7 @@ from sparsec.tuning.tuner import TRIALS_OF_CONFIRMED
 
 ray = pytest.importorskip("ray", reason="Ray (the extra `scale`) is not installed")
 STORE_BYTES = 80 << 20
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 300.0
 
 
 @pytest.fixture

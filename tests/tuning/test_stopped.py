@@ -19,7 +19,7 @@ from sparsec.models.tiny import tiny_spec
 from sparsec.tuning.log import TuningLog
 from sparsec.tuning.tuner import TRIALS_OF_CONFIRMED
 
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 300.0
 
 
 @pytest.fixture
