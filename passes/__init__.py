@@ -8,6 +8,7 @@ from sparsec.ir.graph import Node
 from sparsec.passes.absorb_dynamic import AbsorbDynamic
 from sparsec.passes.absorb_integer import AbsorbInteger
 from sparsec.passes.absorb_qdq import AbsorbQdq, DropQdq, Roundings
+from sparsec.passes.absorb_wide import AbsorbWide
 from sparsec.passes.assign_layouts import AssignLayouts
 from sparsec.passes.assign_schedules import AssignSchedules, ScheduleLookup
 from sparsec.passes.balance import Balance, Unbalance, balanced_values
@@ -93,6 +94,7 @@ def graph_pipeline(
     return [
         InferTypes(fixed_dims or {}),  # first: what is fixed can be folded
         AbsorbInteger(),
+        AbsorbWide(roundings),
         AbsorbQdq(roundings),  # before all patterns: they have no roundings inside
         AbsorbDynamic(roundings),
         Canonicalize(),

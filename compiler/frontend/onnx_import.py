@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 from onnx import (
     AttributeProto,
@@ -29,7 +30,7 @@ from sparsec.frontend.call import Call
 from sparsec.frontend.inputs import Overrides, add_inputs
 from sparsec.frontend.onnx_load import load, ordered_nodes, reads_of, title
 from sparsec.frontend.onnx_ops import DOMAINS
-from sparsec.frontend.tensors import ONNX_TYPES, array_of, attribute
+from sparsec.frontend.tensors import NIBBLES, ONNX_TYPES, array_of, attribute, nibbles_of
 from sparsec.ir.dims import Expr
 from sparsec.ir.graph import Graph
 from sparsec.ir.types import DType, TensorType
@@ -37,6 +38,8 @@ from sparsec.ir.types import DType, TensorType
 Names = dict[str, Operand | None]
 Opsets = dict[str, int]
 FunctionId = tuple[str, str, str]  # domain, name, overload
+
+_OF_NIBBLES = {"DequantizeLinear", "GatherBlockQuantized"}
 
 # What reading a node that is not as the standard says can raise, here or inside of onnx.
 _MALFORMED = (
@@ -119,9 +122,22 @@ class _Importer:
                 )
         for tensor in proto.initializer:
             if tensor.name in used:
-                data = array_of(tensor, self.folder, f"initialiser {tensor.name!r}")
+                data = self._data(tensor, proto)
                 names[tensor.name] = self.graph.add_constant(data, tensor.name)
         return names
+
+    def _data(self, tensor: TensorProto, proto: GraphProto) -> np.ndarray[Any, Any]:
+        """The numbers of an initialiser; of 4 bits only for ops that want nothing but numbers.
+
+        Others would take the wider type for that of the file.
+        """
+        place = f"initialiser {tensor.name!r}"
+        if tensor.data_type not in NIBBLES:
+            return array_of(tensor, self.folder, place)
+        readers = {n.op_type for n in proto.node if tensor.name in reads_of(n)}
+        is_output = any(o.name == tensor.name for o in proto.output)
+        read = array_of if is_output or readers - _OF_NIBBLES else nibbles_of
+        return read(tensor, self.folder, place)
 
     def _nodes(
         self,
@@ -298,6 +314,11 @@ def _op_name(node: NodeProto) -> str:
 
 
 def _no_converter(node: NodeProto, opset: int) -> UnsupportedOp:
+    if node.domain == "com.microsoft.nchwc":
+        return UnsupportedOp(
+            f"{_op_name(node)} has the layout of one kind of CPU; let ONNX Runtime save the "
+            "model with ORT_ENABLE_EXTENDED, not ORT_ENABLE_ALL"
+        )
     if node.domain not in ("", "ai.onnx"):
         return UnsupportedOp(
             f"{_op_name(node)} is not an ONNX standard op; export the model without "

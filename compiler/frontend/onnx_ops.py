@@ -12,6 +12,7 @@ from sparsec.frontend.onnx_ops_microsoft import MICROSOFT
 from sparsec.frontend.onnx_ops_nn import NN
 from sparsec.frontend.onnx_ops_quant import QUANT
 from sparsec.frontend.onnx_ops_reduce import REDUCE
+from sparsec.frontend.onnx_ops_rotary import ROTARY
 from sparsec.frontend.onnx_ops_shape import SHAPE
 
 CONVERTERS: dict[str, Converter] = {
@@ -23,6 +24,7 @@ CONVERTERS: dict[str, Converter] = {
     **NN,
     **QUANT,
     **REDUCE,
+    **ROTARY,
     **SHAPE,
 }
 DOMAINS: dict[str, dict[str, Converter]] = {

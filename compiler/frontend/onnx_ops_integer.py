@@ -17,13 +17,11 @@ from sparsec.frontend.builder import Operand
 from sparsec.frontend.call import Call, Converter
 from sparsec.frontend.onnx_ops_math import MATH
 from sparsec.frontend.onnx_ops_nn import gemm
-from sparsec.frontend.onnx_ops_quant import dequantize_linear, quantize_linear
+from sparsec.frontend.onnx_ops_quant import BYTES, dequantize_linear, quantize_linear
 from sparsec.frontend.onnx_ops_reduce import REDUCE
 from sparsec.frontend.onnx_ops_shape import SHAPE
 from sparsec.ir.graph import Value
 from sparsec.ir.types import DType
-
-BYTES = (DType.U8, DType.I8)
 
 
 def dequantized(

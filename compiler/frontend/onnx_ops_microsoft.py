@@ -1,7 +1,7 @@
 """Operators of the domain com.microsoft that ONNX Runtime's transformer optimiser writes.
 
-Attention(x, w, b, mask)   ->   attention of slices of matmul(x, w) + b
-Meanings: docs/ContribOperators.md of ONNX Runtime.
+SkipLayerNormalization(x, skip, ...)   ->   layer_norm(x + skip)
+Meanings: docs/ContribOperators.md of ONNX Runtime. Attention is in onnx_ops_attention.py.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from sparsec.errors import InvalidModel, UnsupportedOp
+from sparsec.errors import InvalidModel
 from sparsec.frontend.builder import Operand
 from sparsec.frontend.call import Call, Converter
-from sparsec.frontend.onnx_ops_integer import MICROSOFT_INTEGER, dequantized, integer_product
-from sparsec.frontend.onnx_ops_nn import gemm
+from sparsec.frontend.onnx_ops_attention import ATTENTION
+from sparsec.frontend.onnx_ops_blocks import BLOCKS
+from sparsec.frontend.onnx_ops_integer import MICROSOFT_INTEGER, dequantized
+from sparsec.frontend.onnx_ops_nn import gemm, root_mean_square
 from sparsec.frontend.onnx_ops_quant import QUANT
+from sparsec.frontend.onnx_ops_rotary import MICROSOFT_ROTARY
+from sparsec.ir.graph import Value
 from sparsec.ir.types import DType
-
-MASKED = -10000.0  # what ONNX Runtime adds to masked scores unless the node says otherwise
 
 
 def gelu(approximate: str) -> Converter:
@@ -67,10 +69,32 @@ def _turned(call: Call, index: int, name: str) -> Operand:
 
 def skip_layer_norm(call: Call) -> list[Operand | None]:
     """layer_norm(x + skip + bias); the fourth result is the sum."""
-    total = call.g.add("add", [call.input(0), call.input(1)])
-    bias = call.optional(4)
-    total = total if bias is None else call.g.add("add", [total, bias])
+    total = _sum(call, call.optional(4))
     return [_normal(call, total, call.input(2), call.optional(3)), None, None, total]
+
+
+def skip_simplified_layer_norm(call: Call) -> list[Operand | None]:
+    """The same by the root mean square, without beta."""
+    total = _sum(call, call.optional(3))
+    axes, epsilon = (total.type.rank - 1,), call.attr("epsilon", 1e-12)
+    y, _ = root_mean_square(call.g, total, call.input(2), axes, epsilon)
+    return [y, None, None, total]
+
+
+def _sum(call: Call, bias: Operand | None) -> Operand:
+    """x + skip + bias; the bias goes to the one that is a product, which computes it itself."""
+    g, terms = call.g, [call.input(0), call.input(1)]
+    if bias is None:
+        return g.add("add", terms)
+    product = next((i for i, x in enumerate(terms) if _is_product(x)), None)
+    if product is None:
+        return g.add("add", [g.add("add", terms), bias])
+    terms[product] = g.add("add", [terms[product], bias])
+    return g.add("add", terms)
+
+
+def _is_product(x: Operand) -> bool:
+    return isinstance(x, Value) and x.producer is not None and x.producer.op == "matmul"
 
 
 def _normal(call: Call, x: Operand, gamma: Operand, beta: Operand | None) -> Operand:
@@ -132,92 +156,20 @@ def _lengths(call: Call, ids: Operand, mask: Operand | None) -> Operand | None:
     return call.g.broadcast_to(zeros, (ids.type.shape[0],))
 
 
-def attention(call: Call) -> Operand:
-    """x, weights [k, 3 m], bias [3 m]?, mask?"""
-    _refuse_other_inputs(call, 4)
-    y = call.g.add("matmul", [call.input(0), call.input(1)])
-    return _attention(call, y, call.optional(2), call.optional(3))
-
-
-def q_attention(call: Call) -> Operand:
-    """x, weights, bias, scale of x, of the weights, mask?, zero point of x?, of the weights?"""
-    _refuse_other_inputs(call, 8)
-    g, scale, zero = call.g, call.g.value(call.input(3)), call.optional(6)
-    if scale.is_constant and (zero is None or g.value(zero).is_constant):
-        x = dequantized(call, 0, scale=3, zero_point=6)
-        y = g.add("matmul", [x, dequantized(call, 1, 1, scale=4, zero_point=7)])
-        return _attention(call, y, call.optional(2), call.optional(5))
-    operands = [call.input(0), call.input(1), zero, call.optional(7)]
-    scales = [scale, g.value(call.input(4))]
-    y = integer_product(call, operands, scales, len(call.inputs))
-    return _attention(call, y, call.optional(2), call.optional(5))
-
-
-def _refuse_other_inputs(call: Call, count: int) -> None:
-    flags = [n for n in ("unidirectional", "do_rotary", "past_present_share_buffer")
-             if call.attr(n, 0)]  # fmt: skip
-    if flags or any(x is not None for x in call.inputs[count:]) or any(call.outputs[1:]):
-        what = ", ".join(flags) or "past, attention bias or present"
-        raise UnsupportedOp(f"{call.op_type} with {what} is not supported; optimise as an encoder")
-
-
-def _attention(call: Call, y: Operand, bias: Operand | None, mask: Operand | None) -> Operand:
-    """`y` [batch, seq, 3 m] holds queries, keys and values, m channels each."""
-    g, heads = call.g, call.required("num_heads")
-    y = y if bias is None else g.add("add", [y, bias])
-    width = y.type.shape[-1]
-    sizes = call.attr("qkv_hidden_sizes", ())
-    if (
-        y.type.rank != 3
-        or not isinstance(width, int)
-        or width % (3 * heads)
-        or len(set(sizes)) > 1
-    ):
-        raise UnsupportedOp(
-            f"queries, keys and values {y.type} are not alike for {heads} heads: "
-            "[batch, seq, 3 * heads * size] is wanted"
-        )
-    size = width // (3 * heads)
-    offsets = {f"{n}_offset": i * heads * size for i, n in enumerate("qkv")}
-    scale = call.attr("scale", 0.0) or float(np.float32(1 / np.sqrt(size)))
-    attrs = {"heads": heads, "head_size": size, "scale": scale, **offsets}
-    added = None if mask is None else _added_mask(call, mask, y)
-    return g.add("attention", [y, y, y, added], **attrs)
-
-
-def _added_mask(call: Call, mask: Operand, y: Operand) -> Operand:
-    """What is added to the scores: 0 or less, [batch, 1, 1 or seq, seq]."""
-    g, (batch, seq, _) = call.g, y.type.shape
-    shape = mask.type.shape
-    if len(shape) == 1:
-        g.equal(shape[0], batch)
-        places = g.add("iota", [], start=0, step=1, length=seq, dtype=mask.type.dtype)
-        kept = g.add("less", [places, g.reshape(mask, (shape[0], 1, 1, 1))])
-        kept = g.cast(kept, DType.F32)
-    elif len(shape) in (2, 3):
-        kept = g.cast(
-            g.reshape(mask, (shape[0], 1, *((1,) * (3 - len(shape))), *shape[1:])), DType.F32
-        )
-    else:
-        raise UnsupportedOp(
-            f"a mask {mask.type}; [batch], [batch, seq] or [batch, seq, seq] is wanted"
-        )
-    lowest = g.scalar(call.attr("mask_filter_value", MASKED), DType.F32)
-    return g.add("mul", [g.add("sub", [g.scalar(1.0, DType.F32), kept]), lowest])
-
-
 MICROSOFT: dict[str, Converter] = {
+    **ATTENTION,
+    **BLOCKS,
     **MICROSOFT_INTEGER,
+    **MICROSOFT_ROTARY,
     **QUANT,
-    "Attention": attention,
     "BiasGelu": gelu("none"),
     "EmbedLayerNormalization": embed_layer_norm,
     "FastGelu": gelu("tanh"),
     "FusedGemm": fused_gemm,
     "FusedMatMul": fused_matmul,
     "Gelu": gelu("none"),
-    "QAttention": q_attention,
     "QEmbedLayerNormalization": q_embed_layer_norm,
     "QuickGelu": quick_gelu,
     "SkipLayerNormalization": skip_layer_norm,
+    "SkipSimplifiedLayerNormalization": skip_simplified_layer_norm,
 }

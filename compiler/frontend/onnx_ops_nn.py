@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sparsec.errors import UnsupportedOp
 from sparsec.frontend import einsum as einsum_terms
-from sparsec.frontend.builder import Operand
+from sparsec.frontend.builder import Builder, Operand
 from sparsec.frontend.call import Call, Converter
 from sparsec.frontend.onnx_ops_math import quantised
 
@@ -60,12 +60,20 @@ def _spelled_out(call: Call, x: Operand, axis: int, epsilon: float) -> list[Oper
 
 def simplified_layer_norm(call: Call) -> list[Operand | None]:
     """What ONNX Runtime makes of an RMS norm, in the standard's domain; 1 / rms is its second."""
-    g, x = call.g, call.input(0)
+    x = call.input(0)
     axes = tuple(range(call.axis(-1), x.type.rank))
+    epsilon = call.attr("epsilon", 1e-5)
+    return list(root_mean_square(call.g, x, call.input(1), axes, epsilon))
+
+
+def root_mean_square(
+    g: Builder, x: Operand, gamma: Operand, axes: tuple[int, ...], epsilon: float
+) -> tuple[Operand, Operand]:
+    """gamma * x / rms(x), and 1 / rms(x)"""
     mean = g.add("reduce_mean", [g.add("mul", [x, x])], axes=axes, keepdims=True)
-    shifted = g.add("add", [mean, g.scalar(call.attr("epsilon", 1e-5), x.type.dtype)])
+    shifted = g.add("add", [mean, g.scalar(epsilon, x.type.dtype)])
     inverse = g.add("reciprocal", [g.add("sqrt", [shifted])])
-    return [g.add("mul", [g.add("mul", [x, inverse]), call.input(1)]), inverse]
+    return g.add("mul", [g.add("mul", [x, inverse]), gamma]), inverse
 
 
 def batch_norm(call: Call) -> Operand:

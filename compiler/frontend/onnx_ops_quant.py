@@ -1,6 +1,6 @@
 """ONNX quantisation: constants become fp32 that remembers its scales, the rest ops.
 
-DequantizeLinear(constant)         ->   fp32 constant with QuantParams in its type
+DequantizeLinear(constant)         ->   fp32 constant, with QuantParams in its type if of bytes
 QuantizeLinear(x)                  ->   quantize(x)
 DequantizeLinear(q)                ->   dequantize(q)
 """
@@ -14,12 +14,15 @@ import numpy as np
 from sparsec.errors import InvalidModel, UnsupportedOp
 from sparsec.frontend.builder import Operand
 from sparsec.frontend.call import Call, Converter, wrap_axis
+from sparsec.frontend.onnx_ops_blocks import dequantize_blocks
 from sparsec.frontend.tensors import dtype_of
 from sparsec.ir.graph import Value
 from sparsec.ir.op_helpers import text
 from sparsec.ir.op_spec import Array
 from sparsec.ir.types import DType, QuantParams
 
+BYTES = (DType.U8, DType.I8)
+STORED = (*BYTES, DType.U16, DType.I16)
 # Their reciprocals are normal numbers of fp32 too, so that dividing and multiplying agree.
 SMALLEST_SCALE, LARGEST_SCALE = 1e-37, 1e37
 
@@ -53,7 +56,7 @@ def quantize_linear(call: Call) -> Operand:
     if call.dtype() is not DType.F32:
         raise UnsupportedOp(f"only float32 is quantised, not {call.dtype().value}")
     affine = _affine(call, _stored_dtype(call))
-    if affine.dtype not in (DType.U8, DType.I8):
+    if affine.dtype not in STORED:
         raise _unsupported(affine.dtype)
     x = call.g.value(call.input(0))
     if x.data is not None:
@@ -66,11 +69,13 @@ def dequantize_linear(call: Call) -> Operand:
     """Constants are computed; those of bytes keep their scales in their type."""
     if call.attr("output_dtype", 0) and dtype_of(call.attr("output_dtype", 0), "") != DType.F32:
         raise UnsupportedOp("only float32 is made of quantised numbers; set no output_dtype")
+    if call.attr("block_size", 0):
+        return dequantize_blocks(call)
     affine = _affine(call, call.dtype())
     x = call.g.value(call.input(0))
     if x.data is not None:
         return _dequantised(call, x, affine)
-    if affine.dtype not in (DType.U8, DType.I8):
+    if affine.dtype not in STORED:
         raise _unsupported(affine.dtype)
     _require_one_scale(affine)
     return call.g.add("dequantize", [x], **affine.attrs)
@@ -149,7 +154,9 @@ def _require_one_scale(affine: Affine) -> None:
 
 
 def _unsupported(dtype: DType) -> UnsupportedOp:
-    return UnsupportedOp(f"activations are quantised to uint8 or int8, not to {dtype.value}")
+    return UnsupportedOp(
+        f"activations are quantised to integers of 8 or 16 bits, not to {dtype.value}"
+    )
 
 
 def _quantised(x: Array, affine: Affine) -> Array:
@@ -161,8 +168,10 @@ def _quantised(x: Array, affine: Affine) -> Array:
 
 def _dequantised(call: Call, x: Value, affine: Affine) -> Value:
     assert x.data is not None
-    if affine.dtype not in (DType.U8, DType.I8, DType.I32):
-        raise UnsupportedOp(f"constants are stored as uint8, int8 or int32, not {x.type}")
+    if affine.dtype not in (*STORED, DType.I32):
+        raise UnsupportedOp(
+            f"constants are stored as integers of 8 or 16 bits or as int32, not {x.type}"
+        )
     centred = x.data.astype(np.int64) - affine.along(affine.zero_point, x.data.ndim)
     with np.errstate(over="ignore"):
         data = centred.astype(np.float32) * affine.along(affine.scale, x.data.ndim)
@@ -170,7 +179,7 @@ def _dequantised(call: Call, x: Value, affine: Affine) -> Value:
     largest = np.finfo(np.float32).max
     data = np.clip(data, -largest, largest)
     value = call.g.graph.add_constant(np.asarray(data, np.float32), _name(call, x))
-    if affine.dtype is not DType.I32:
+    if affine.dtype in BYTES:
         call.g.graph.set_type(value, replace(value.type, quant=affine.params))
     return value
 

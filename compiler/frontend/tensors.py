@@ -42,6 +42,7 @@ _HALVES: dict[int, np.dtype[Any]] = {
     TensorProto.FLOAT16: np.dtype(np.float16),
     TensorProto.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
 }
+NIBBLES = (TensorProto.INT4, TensorProto.UINT4)
 ONNX_TYPES = {dtype: number for number, dtype in DTYPES.items()}
 
 
@@ -82,6 +83,20 @@ def array_of(tensor: TensorProto, folder: Path | None, place: str) -> Array:
     data = data.astype(wide, copy=False)
     _check_finite(data, place)
     return data
+
+
+def nibbles_of(tensor: TensorProto, folder: Path | None, place: str) -> Array:
+    """Integers of 4 bits widened to i8; two lie in a byte, the lower one first."""
+    count = math.prod(tensor.dims)
+    packed = TensorProto()
+    packed.CopyFrom(tensor)
+    packed.data_type = TensorProto.UINT8
+    packed.dims[:] = [(count + 1) // 2]
+    data = array_of(packed, folder, place)
+    halves = np.stack([data & 15, data >> 4], axis=-1).reshape(-1)[:count].astype(np.int8)
+    if tensor.data_type == TensorProto.INT4:
+        halves = (halves ^ 8) - 8  # of two's complement
+    return np.asarray(halves.reshape(tuple(tensor.dims)), np.int8)
 
 
 def _raw(raw: bytes | Array, tensor: TensorProto, dtype: np.dtype[Any], place: str) -> Array:

@@ -268,9 +268,9 @@ def test_a_dynamic_attention(x: np.ndarray):
             ["the_Attention"],
         ),
         (
-            [node("Attention", "x w b", "y", MS, num_heads=2, unidirectional=1)],
+            [node("Attention", "x w b", "y", MS, num_heads=2, do_rotary=1)],
             {"w": ROWS, "b": np.zeros(24, np.float32)},
-            ["the_Attention", "unidirectional"],
+            ["the_Attention", "do_rotary"],
         ),
         ([node("NoSuchOp", "x", "y", MS)], {}, ["the_NoSuchOp", "not an ONNX standard op"]),
     ],

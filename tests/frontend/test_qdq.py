@@ -67,7 +67,9 @@ def the_weight(graph: Graph) -> tuple[np.ndarray, QuantParams | None]:
 
 
 @pytest.mark.parametrize("opset", [11, 13, 19, 21, NEWEST])
-@pytest.mark.parametrize("zero_point", [None, np.uint8(7), np.int8(-3)], ids=str)
+@pytest.mark.parametrize(
+    "zero_point", [None, np.uint8(7), np.int8(-3), np.uint16(999), np.int16(-3)], ids=str
+)
 def test_activations_become_ops_that_round_as_the_standard_says(opset, zero_point, rng):
     graph = import_model(activation(opset, zero_point=zero_point))
     assert [n.op for n in graph.nodes] == ["quantize", "dequantize"]
@@ -94,6 +96,25 @@ def test_weights_per_channel_remember_their_scales():
     data, quant = the_weight(import_model(weight()))
     np.testing.assert_array_equal(data, WEIGHT * SCALES)
     assert quant == QuantParams(tuple(SCALES.tolist()), (0, 0), 1)
+
+
+def test_weights_of_16_bits_are_numbers():
+    """Of which no int8 product is made as they are."""
+    w = WEIGHT.astype(np.int16) * 250
+    nodes = [node("DequantizeLinear", "w s z", "d", axis=1), node("MatMul", "x d", "y")]
+    zeros = np.array([0, -30000], np.int16)
+    data, quant = the_weight(import_model(model(nodes, w=w, s=SCALES, z=zeros)))
+    np.testing.assert_array_equal(data, (w.astype(np.float32) - zeros) * SCALES)
+    assert quant is None
+
+
+def test_weights_in_blocks_are_numbers():
+    scales = np.array([[0.5, 0.1], [2.0, 3.0]], np.float32)
+    changes = {"s": scales, "z": np.array([[1, 2], [3, -4]], np.int8)}
+    data, quant = the_weight(import_model(weight(attrs={"block_size": 2, "axis": 0}, **changes)))
+    rows = [0, 0, 1]
+    np.testing.assert_array_equal(data, (WEIGHT - changes["z"][rows]) * scales[rows])
+    assert quant is None
 
 
 def test_a_negative_axis_counts_from_the_end():
@@ -176,6 +197,11 @@ def test_wrong_scales_of_activations(scale, message):
         ({"z": np.zeros(1, np.int8)}, "1 zero points do not go with 2 scales"),
         ({"z": np.array([300, 0], np.int32)}, "zero point is int32, its tensor int8"),
         ({"z": np.zeros(2, np.uint8)}, "zero point is uint8, its tensor int8"),
+        ({"attrs": {"block_size": 3}}, r"DequantizeLinear_d.*blocks of 3, scales \[2\]"),
+        (
+            {"attrs": {"block_size": 2, "axis": 0}, "s": np.ones((3, 2), np.float32)},
+            r"DequantizeLinear_d.*\[2, 2\] are wanted",
+        ),
     ],
 )
 def test_wrong_parameters_of_weights(changes, message):
@@ -187,16 +213,32 @@ def test_wrong_parameters_of_weights(changes, message):
     ("broken", "message"),
     [
         (lambda: activation(scale=np.full(3, 0.1, np.float32)), "QuantizeLinear_q.*per tensor"),
-        (lambda: activation(zero_point=np.uint16(1)), "QuantizeLinear_q.*not to uint16"),
+        (lambda: activation(zero_point=np.int32(1)), "QuantizeLinear_q.*not to int32"),
         (lambda: activation(zero_point=_tensor("INT4")), "'z'.*INT4"),
         (lambda: activation(zero_point=_tensor("FLOAT8E4M3FN")), "'z'.*FLOAT8E4M3FN"),
-        (lambda: weight(w=WEIGHT.astype(np.int16)), "DequantizeLinear_d.*int8 or int32"),
-        (lambda: weight(attrs={"block_size": 3}), "DequantizeLinear_d.*per block"),
+        (
+            lambda: weight(w=WEIGHT.astype(np.int64)),
+            "DequantizeLinear_d.*8 or 16 bits or as int32",
+        ),
+        (
+            lambda: activation(scale=np.full((1, 1), 0.1, np.float32)),
+            "QuantizeLinear_q.*per block",
+        ),
+        (lambda: blocks_of_activations(), "DequantizeLinear_d.*operand 0 depends on the inputs"),
     ],
 )
 def test_what_has_no_lowering(broken, message):
     with pytest.raises(UnsupportedOp, match=message):
         import_model(broken())
+
+
+def blocks_of_activations() -> onnx.ModelProto:
+    nodes = [
+        node("QuantizeLinear", "x t", "q"),
+        node("DequantizeLinear", "q s", "d", axis=1, block_size=2),
+        node("Neg", "d", "y"),
+    ]
+    return model(nodes, t=np.float32(0.1), s=np.ones((2, 2), np.float32))
 
 
 def _tensor(kind: str) -> TensorProto:
