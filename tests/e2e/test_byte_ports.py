@@ -15,14 +15,15 @@ from sparsec.interpreter import run
 
 INPUTS, OUTPUTS = 32, 72
 ZEROS = {TensorProto.UINT8: np.uint8(121), TensorProto.INT8: np.int8(3)}
+WIDE_ZEROS = {TensorProto.UINT16: np.uint16(30000), TensorProto.INT16: np.int16(-5)}
 
 
 def model(kind: int, bytes_in: bool) -> onnx.ModelProto:
     """x -> [quantise] -> dequantise -> MatMul -> quantise -> y."""
     weights = np.random.default_rng(0).integers(-127, 128, (INPUTS, OUTPUTS)).astype(np.int8)
     constants = {
-        "zero": ZEROS[kind], "w": weights, "w_zero": np.int8(0), "x_scale": np.float32(0.05),
-        "w_scale": np.float32(0.01), "y_scale": np.float32(0.0371),
+        "zero": (ZEROS | WIDE_ZEROS)[kind], "w": weights, "w_zero": np.int8(0),
+        "x_scale": np.float32(0.05), "w_scale": np.float32(0.01), "y_scale": np.float32(0.0371),
     }  # fmt: skip
     nodes = [
         helper.make_node("DequantizeLinear", ["stored", "x_scale", "zero"], ["real"]),
@@ -41,7 +42,7 @@ def model(kind: int, bytes_in: bool) -> onnx.ModelProto:
         [helper.make_tensor_value_info("y", kind, ["batch", "seq", OUTPUTS])],
         [numpy_helper.from_array(np.asarray(v), n) for n, v in constants.items()],
     )
-    opsets = [helper.make_opsetid("", 17)]
+    opsets = [helper.make_opsetid("", 21)]  # from there on 16 bits are
     return helper.make_model(graph, opset_imports=opsets)
 
 
@@ -66,6 +67,29 @@ def test_bytes_come_and_go(kind: int, bytes_in: bool, all_roundings: bool, tmp_p
             assert got.dtype == ZEROS[kind].dtype
             # Sums are whole numbers below 2**24, so exact in fp32 too: only the last product may
             # round apart, and the scales are such that hardly a result is near a tie.
+            off = np.abs(got.astype(int) - wanted.astype(int))
+            assert off.max() <= 1
+            assert np.count_nonzero(off) <= 0.001 * off.size
+
+
+@pytest.mark.parametrize("bytes_in", [False, True])
+@pytest.mark.parametrize("kind", list(WIDE_ZEROS), ids=["u16", "i16"])
+def test_16_bits_come_and_go(kind: int, bytes_in: bool, tmp_path: Path) -> None:
+    """With all roundings where the input is to be rounded, which else is dropped."""
+    proto = model(kind, bytes_in)
+    onnx.save(proto, tmp_path / "m.onnx")
+    library = tmp_path / "m.so"
+    sparsec.compile_model(tmp_path / "m.onnx", library, all_roundings=not bytes_in)
+    rng = np.random.default_rng(1)
+    with sparsec.load(library) as loaded:
+        for batch, seq in ((1, 1), (2, 9), (3, 33)):
+            x = rng.standard_normal((batch, seq, INPUTS)).astype(np.float32)
+            if bytes_in:
+                x = (np.rint(x * 40) + WIDE_ZEROS[kind]).astype(WIDE_ZEROS[kind].dtype)
+            feed = {"stored" if bytes_in else "x": x}
+            got, wanted = loaded(feed)["y"], run(import_model(proto), feed)["y"]
+            assert got.dtype == WIDE_ZEROS[kind].dtype
+            # A product is some hundred steps of 0.0371, and its sum in fp32 off by 1e-6 of that.
             off = np.abs(got.astype(int) - wanted.astype(int))
             assert off.max() <= 1
             assert np.count_nonzero(off) <= 0.001 * off.size
