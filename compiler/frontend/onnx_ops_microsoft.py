@@ -15,6 +15,7 @@ from sparsec.frontend.builder import Operand
 from sparsec.frontend.call import Call, Converter
 from sparsec.frontend.onnx_ops_attention import ATTENTION
 from sparsec.frontend.onnx_ops_blocks import BLOCKS
+from sparsec.frontend.onnx_ops_conv import conv
 from sparsec.frontend.onnx_ops_integer import MICROSOFT_INTEGER, dequantized
 from sparsec.frontend.onnx_ops_nn import gemm, root_mean_square
 from sparsec.frontend.onnx_ops_quant import QUANT
@@ -42,28 +43,41 @@ def quick_gelu(call: Call) -> Operand:
 
 
 def fused_matmul(call: Call) -> Operand:
-    """alpha a b, the last two axes of either transposed."""
-    if call.attr("transBatchA", 0) or call.attr("transBatchB", 0):
-        raise call.refuse("FusedMatMul with transBatchA or transBatchB")
-    a, b = (_turned(call, i, name) for i, name in enumerate(("transA", "transB")))
+    """alpha a b, the axes of either turned."""
+    a, b = (_turned(call, i, name) for i, name in enumerate("AB"))
     alpha = call.attr("alpha", 1.0)
     y = call.g.add("matmul", [a, b])
     return y if alpha == 1.0 else call.g.add("mul", [y, call.g.scalar(alpha, y.type.dtype)])
 
 
 def fused_gemm(call: Call) -> Operand:
-    """Gemm and then an activation without attributes."""
+    return _activated(call, gemm(replace(call, inputs=call.inputs[:3])))
+
+
+def fused_conv(call: Call) -> Operand:
+    """Conv; then the fourth operand is added."""
+    y = conv(replace(call, inputs=call.inputs[:3]))
+    z = call.optional(3)
+    return _activated(call, y if z is None else call.g.add("add", [y, z]))
+
+
+def _activated(call: Call, y: Operand) -> Operand:
+    """By an activation without attributes."""
     kind = call.attr("activation", "")
     if kind not in ("Relu", "Tanh", "Sigmoid"):
-        raise call.refuse(f"FusedGemm with the activation {kind!r}")
-    return call.g.add(kind.lower(), [gemm(replace(call, inputs=call.inputs[:3]))])
+        raise call.refuse(f"{call.op_type} with the activation {kind!r}")
+    return call.g.add(kind.lower(), [y])
 
 
 def _turned(call: Call, index: int, name: str) -> Operand:
+    """transBatch: the first axis goes behind those of the batch; trans: then the last two change
+    places."""
     x = call.input(index)
-    if not call.attr(name, 0):
-        return x
-    order = [*range(x.type.rank - 2), x.type.rank - 1, x.type.rank - 2]
+    order = list(range(x.type.rank))
+    if call.attr(f"transBatch{name}", 0):
+        order.insert(x.type.rank - 2, order.pop(0))
+    if call.attr(f"trans{name}", 0):
+        order[-2:] = order[:-3:-1]
     return call.g.transpose(x, order)
 
 
@@ -165,6 +179,7 @@ MICROSOFT: dict[str, Converter] = {
     "BiasGelu": gelu("none"),
     "EmbedLayerNormalization": embed_layer_norm,
     "FastGelu": gelu("tanh"),
+    "FusedConv": fused_conv,
     "FusedGemm": fused_gemm,
     "FusedMatMul": fused_matmul,
     "Gelu": gelu("none"),
@@ -172,4 +187,5 @@ MICROSOFT: dict[str, Converter] = {
     "QuickGelu": quick_gelu,
     "SkipLayerNormalization": skip_layer_norm,
     "SkipSimplifiedLayerNormalization": skip_simplified_layer_norm,
+    "TransposeMatMul": fused_matmul,
 }

@@ -337,6 +337,32 @@ def test_the_standard_rotary_embedding(case: str, rng: np.random.Generator):
     assert ops(graph)["rotary"] == (0 if case == "interleaved" else 1)
 
 
+@pytest.mark.parametrize("turns", [(0, 0), (0, 1), (1, 0), (1, 1)])
+@pytest.mark.parametrize("batches", [(0, 0), (0, 1), (1, 0), (1, 1)])
+@pytest.mark.parametrize("rank", [3, 4])
+def test_products_of_turned_operands(
+    turns: tuple[int, int], batches: tuple[int, int], rank: int, rng: np.random.Generator
+):
+    front = [2, 3][: rank - 2]
+    arrays = {}
+    for name, sizes, turn, moved in zip("ab", ([4, 5], [5, 6]), turns, batches, strict=True):
+        *batch, rows, columns = [*front, *(sizes[::-1] if turn else sizes)]
+        shape = [rows, *batch, columns] if moved else [*batch, rows, columns]
+        arrays[name] = rng.standard_normal(shape).astype(np.float32)
+    attrs = {"transA": turns[0], "transB": turns[1], "alpha": 0.5}
+    attrs |= {"transBatchA": batches[0], "transBatchB": batches[1]}
+    assert_same(model([node("FusedMatMul", "a b", **attrs)], arrays), rng, [SIZES[0]])
+
+
+@pytest.mark.parametrize("more", ["", "bias", "bias z"])
+@pytest.mark.parametrize("activation", ["Relu", "Tanh", "Sigmoid"])
+def test_fused_convolutions(more: str, activation: str, rng: np.random.Generator):
+    shapes = {"image": (2, 3, 8, 8), "w": (4, 3, 4, 4), "bias": (4,), "z": (2, 4, 2, 2)}
+    arrays = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+    nodes = [node("FusedConv", f"image w {more}", activation=activation, strides=[4, 4])]
+    assert_same(model(nodes, arrays), rng, [SIZES[0]])
+
+
 def packed(numbers: Any, bits: int) -> Any:
     """Along the last axis, the lowest bits first; a row begins with a new byte."""
     per = 8 // bits
