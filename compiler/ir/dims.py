@@ -210,36 +210,29 @@ def evaluate(dim: Dim, env: Mapping[str, int]) -> int:
 
 def substitute(dim: Dim, env: Mapping[str, Dim]) -> Dim:
     """`dim` with the symbols in `env` replaced; other symbols stay."""
-    if isinstance(dim, int):
-        return dim
-    result: Dim = 0
-    for monomial, coefficient in dim.terms:
-        term: Dim = coefficient
-        for atom in monomial:
-            term = term * _atom_substitute(atom, env)
-        result = result + term
-    return result
+    return _replaced(dim, {Symbol(name): value for name, value in env.items()})
 
 
 def replace_atom(dim: Dim, old: Atom, new: Dim) -> Dim:
     """`dim` with every occurrence of `old`, inside of calls too, replaced by `new`."""
+    return _replaced(dim, {old: new})
+
+
+def _replaced(dim: Dim, by: Mapping[Atom, Dim]) -> Dim:
     if isinstance(dim, int):
         return dim
     result: Dim = 0
     for monomial, coefficient in dim.terms:
-        term: Dim = coefficient
-        for atom in monomial:
-            term = term * _atom_replaced(atom, old, new)
-        result = result + term
+        result = result + coefficient * product(_replaced_atom(atom, by) for atom in monomial)
     return result
 
 
-def _atom_replaced(atom: Atom, old: Atom, new: Dim) -> Dim:
-    if atom == old:
-        return new
+def _replaced_atom(atom: Atom, by: Mapping[Atom, Dim]) -> Dim:
+    if atom in by:
+        return by[atom]
     match atom:
         case Call(function, args):
-            a, b = (replace_atom(x, old, new) for x in args)
+            a, b = (_replaced(x, by) for x in args)
             return _FUNCTIONS[function](a, b)
     return Expr((((atom,), 1),))
 
@@ -314,16 +307,6 @@ def _atom_value(atom: Atom, env: Mapping[str, int]) -> int:
             return max(evaluate(a, env) for a in args)
         case Call("min", args):
             return min(evaluate(a, env) for a in args)
-    raise AssertionError(atom)
-
-
-def _atom_substitute(atom: Atom, env: Mapping[str, Dim]) -> Dim:
-    match atom:
-        case Symbol(name):
-            return env.get(name, symbol(name))
-        case Call(function, args):
-            a, b = (substitute(x, env) for x in args)
-            return _FUNCTIONS[function](a, b)
     raise AssertionError(atom)
 
 
