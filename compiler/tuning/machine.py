@@ -21,7 +21,7 @@ from sparsec.ir.dims import symbol
 from sparsec.ir.types import DType, TensorType
 from sparsec.rates import Ports, Rates, default_rates
 from sparsec.runtime import load
-from sparsec.target import Isa, Target, cpu_fields
+from sparsec.target import Isa, Target, cpu_flags
 from sparsec.tuning.rates_file import Known, check_folder, keep_rates, known_rates
 
 Progress = Callable[[str], None]
@@ -53,7 +53,7 @@ def measure(target: Target, progress: Progress) -> Rates:
     widest = best_vector_isa(target)
     assert widest is not None, target
     ports = {v: probes.port_probes(v) for v in vectors}
-    products = {n: p for n, p in probes.product_probes(_flags()).items() if _runs(p, target)}
+    products = {n: p for n, p in probes.product_probes(cpu_flags()).items() if _runs(p, target)}
     cycle = probes.cycle_probe()
     progress("building probes")
     with _Bench([cycle, *(p for group in ports.values() for p in group), *products.values()]) as b:
@@ -85,10 +85,6 @@ def _runs(probe: Probe, target: Target) -> bool:
     if "amx" in probe.kind and not may_use_tiles():
         return False
     return target.has(Isa(probe.isa))
-
-
-def _flags() -> frozenset[str]:
-    return frozenset(cpu_fields().get("flags", "").split())
 
 
 def may_use_tiles() -> bool:

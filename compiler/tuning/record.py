@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from sparsec.ir.schedule import Schedule, Workload
-from sparsec.target import LEVELS, Target
+from sparsec.target import LEVELS, Target, cpu_fields
 
 FORMAT = 1
-_CPUINFO = Path("/proc/cpuinfo")
 _CPU_FIELDS = ("vendor_id", "cpu family", "model", "stepping")
 
 
@@ -47,21 +44,18 @@ class Machine:
     l3_bytes: int
 
     @staticmethod
-    def of(target: Target, cpuinfo: Path = _CPUINFO) -> Machine:
+    def of(target: Target) -> Machine:
         """The target as a record holds it; the CPU's numbers are read when it is this machine."""
-        cpu = cpu_numbers(cpuinfo) if target.name == "native" else target.name
+        cpu = cpu_numbers(cpu_fields()) if target.name == "native" else target.name
         isas = tuple(isa.value for isa in target.isas)
         return Machine(cpu, isas, target.cores, target.l1d_bytes, target.l2_bytes, target.l3_bytes)
 
 
-def cpu_numbers(cpuinfo: Path = _CPUINFO) -> str:
-    """`GenuineIntel 6-143-8`: vendor, family, model and stepping; "unknown" when unreadable."""
-    try:
-        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
-    except OSError:
+def cpu_numbers(fields: Mapping[str, str]) -> str:
+    """`GenuineIntel 6-143-8`: vendor, family, model and stepping; "unknown" without any field."""
+    if not fields:
         return "unknown"
-    found = [re.search(rf"^{name}\s*:\s*(\S+)$", text, re.MULTILINE) for name in _CPU_FIELDS]
-    vendor, *numbers = [match[1] if match else "?" for match in found]
+    vendor, *numbers = (fields.get(name, "?") for name in _CPU_FIELDS)
     return f"{vendor} {'-'.join(numbers)}"
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from sparsec.errors import InvalidInput
 from sparsec.ir.schedule import Schedule, Workload
-from sparsec.target import Target
+from sparsec.target import Target, cpu_fields
 from sparsec.tuning.log import BrokenLine, Query, TuningLog, append
 from sparsec.tuning.log_files import best, merge, prune, write
 from sparsec.tuning.record import Machine, Outcome, TuningRecord, cpu_numbers
@@ -268,7 +268,7 @@ def test_a_machine_is_named_by_its_numbers(tmp_path: Path) -> None:
         "vendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 143\n"
         "model name\t: Some Name\nstepping\t: 8\n"
     )
-    assert cpu_numbers(cpuinfo) == "GenuineIntel 6-143-8"
-    assert cpu_numbers(tmp_path / "none") == "unknown"
+    assert cpu_numbers(cpu_fields(cpuinfo)) == "GenuineIntel 6-143-8"
+    assert cpu_numbers(cpu_fields(tmp_path / "none")) == "unknown"
     assert Machine.of(Target.named("icelake-server")).cpu == "icelake-server"
     assert json.loads(record().to_json())["machine"]["isas"][-1] == "avx512vnni"
