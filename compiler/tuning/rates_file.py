@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsec.errors import InvalidInput
-from sparsec.files import replacing
+from sparsec.files import make_folder, replacing
 from sparsec.rates import LEVELS, Ports, Rates
 from sparsec.target import Target
 from sparsec.tuning.record import Machine
@@ -91,11 +91,12 @@ def keep_rates(folder: Path, target: Target, rates: Rates) -> Known:
 def check_folder(folder: Path) -> None:
     """Makes the folder if need be; raises InvalidInput when that cannot be, or it is read-only."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _not_writable(folder, error) from None
-    if not os.access(folder, os.W_OK):
-        raise _not_writable(folder, PermissionError(13, "it is read-only"))
+        make_folder(folder)
+    except InvalidInput as error:
+        raise InvalidInput(
+            f"{error}; what is measured is kept there: set XDG_CACHE_HOME to a folder that can be "
+            "written to"
+        ) from None
 
 
 def _from_json(found: Mapping[str, Any]) -> Rates:
@@ -133,13 +134,6 @@ def _not_negative(value: Any) -> float:
 
 def _unusable(path: Path, why: str) -> str:
     return f"{path} is not used, {why}: run `sparsec calibrate --force`"
-
-
-def _not_writable(folder: Path, error: OSError) -> InvalidInput:
-    return InvalidInput(
-        f"{folder}: cannot keep what was measured there ({error.strerror}); set XDG_CACHE_HOME to "
-        "a folder that can be written to"
-    )
 
 
 def cache_folder() -> Path:
