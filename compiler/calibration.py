@@ -26,20 +26,7 @@ from sparsec.ir import dims
 from sparsec.ir.dims import Symbol, only_atom
 from sparsec.ir.graph import Graph, Value
 from sparsec.ir.types import DType
-from sparsec.ranges import METHODS, Channels, Observation, choose_range
-
-__all__ = [
-    "METHODS",
-    "Observation",
-    "batch_size",
-    "calibrate",
-    "channel_maxima",
-    "choose_range",
-    "largest",
-    "load_calibration",
-    "random_batches",
-    "table_rows",
-]
+from sparsec.ranges import Channels, Observation
 
 BATCH = 16  # samples that are run at once: bounds memory
 MOST_THREADS = 8  # each with a batch of its own

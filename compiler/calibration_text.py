@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sparsec.calibration import BATCH, Feed, batch_size, largest
-from sparsec.errors import InvalidInput
+from sparsec.errors import InvalidInput, MissingPackage
 from sparsec.ir import dims
 from sparsec.ir.graph import Graph
 
@@ -70,10 +70,8 @@ def _tokenizer(path: Path, graph: Graph) -> Any:
     """What makes a batch of lines a batch of rows that the graph can run."""
     try:
         from tokenizers import Tokenizer
-    except ImportError:
-        raise InvalidInput(
-            "the package tokenizers is not installed; pip install 'sparsec[compiler]'"
-        ) from None
+    except ModuleNotFoundError:
+        raise MissingPackage("tokenizers") from None
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception

@@ -13,7 +13,6 @@ from sparsec.calibration import (
     Feed,
     calibrate,
     channel_maxima,
-    choose_range,
     load_calibration,
     random_batches,
     table_rows,
@@ -52,7 +51,7 @@ from sparsec.passes.pack_tokens import NAME as PACK_TOKENS
 from sparsec.passes.pack_tokens import padded_ports
 from sparsec.passes.plan_memory import plan_memory
 from sparsec.passes.quantize_tables import QuantizeTables
-from sparsec.ranges import Channels
+from sparsec.ranges import Channels, choose_range
 from sparsec.target import Isa, Target
 from sparsec.tuning.cost import CheapestLayout, expected_layers, fp32_is_faster, usual_shape
 from sparsec.tuning.log import TuningLog

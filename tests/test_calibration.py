@@ -13,14 +13,7 @@ import onnx
 import pytest
 
 import sparsec
-from sparsec.calibration import (
-    METHODS,
-    Observation,
-    calibrate,
-    choose_range,
-    load_calibration,
-    random_batches,
-)
+from sparsec.calibration import calibrate, load_calibration, random_batches
 from sparsec.calibration_text import FIELDS, text_batches
 from sparsec.errors import InvalidInput
 from sparsec.frontend.onnx_import import import_model
@@ -33,7 +26,7 @@ from sparsec.options import Calibration
 from sparsec.passes import graph_pipeline, quantized_values
 from sparsec.passes.manager import PassManager
 from sparsec.passes.quantize import affine_u8
-from sparsec.ranges import BINS
+from sparsec.ranges import BINS, METHODS, Observation, choose_range
 
 B, S = symbol("batch"), symbol("seq")
 

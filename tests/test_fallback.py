@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 import sparsec
-from sparsec.calibration import calibrate, choose_range
+from sparsec.calibration import calibrate
 from sparsec.errors import InvalidInput
 from sparsec.fallback import SAMPLES, Accuracy, _difference, fall_back
 from sparsec.frontend.onnx_import import import_model
@@ -29,6 +29,7 @@ from sparsec.passes import (
 )
 from sparsec.passes.manager import PassManager
 from sparsec.passes.quantize_tables import QuantizeTables
+from sparsec.ranges import choose_range
 from sparsec.target import Target
 
 ALL_SMALL = QuantizeTables()  # tiny BERT has no table that is worth int8

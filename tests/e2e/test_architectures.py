@@ -15,7 +15,7 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 import sparsec
-from sparsec.calibration import calibrate, choose_range, load_calibration
+from sparsec.calibration import calibrate, load_calibration
 from sparsec.errors import InvalidInput
 from sparsec.frontend.onnx_import import import_model
 from sparsec.interpreter import run
@@ -29,6 +29,7 @@ from sparsec.passes import (
     quantized_values,
 )
 from sparsec.passes.manager import PassManager
+from sparsec.ranges import choose_range
 from sparsec.target import Isa
 
 # Sums of up to 48 fp32 products of order 1, in another order, through one layer.

@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 import sparsec
-from sparsec.calibration import calibrate, choose_range, load_calibration
+from sparsec.calibration import calibrate, load_calibration
 from sparsec.cli import main
 from sparsec.codegen.isa import pieces
 from sparsec.frontend.onnx_import import import_model
@@ -28,6 +28,7 @@ from sparsec.passes import (
     quantized_values,
 )
 from sparsec.passes.manager import PassManager
+from sparsec.ranges import choose_range
 from sparsec.target import Isa
 from sparsec.tools.inputs import random_inputs
 from sparsec.tools.verify import without_padding

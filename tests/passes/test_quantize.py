@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from sparsec.calibration import calibrate, choose_range
+from sparsec.calibration import calibrate
 from sparsec.errors import InvalidInput
 from sparsec.frontend.onnx_import import import_model
 from sparsec.interpreter import run
@@ -37,6 +37,7 @@ from sparsec.passes.quantize import (
     quantize_weight,
     token_zero_point,
 )
+from sparsec.ranges import choose_range
 
 BATCH, SEQ = symbol("batch"), symbol("seq")
 Feed = dict[str, np.ndarray]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sparsec.calibration import calibrate, choose_range
+from sparsec.calibration import calibrate
 from sparsec.frontend.onnx_import import import_model
 from sparsec.interpreter import run
 from sparsec.ir.graph import Graph, Node
@@ -15,6 +15,7 @@ from sparsec.passes.fold_quantize import FoldQuantize
 from sparsec.passes.manager import PassManager
 from sparsec.passes.quantize import Quantize
 from sparsec.passes.quantize_attention import QuantizeAttention
+from sparsec.ranges import choose_range
 
 
 def feed(rng: np.random.Generator) -> dict[str, np.ndarray]:
