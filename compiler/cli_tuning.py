@@ -7,10 +7,13 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsec.files import json_text
 from sparsec.target import LEVELS
+
+if TYPE_CHECKING:
+    from sparsec.options import CompileOptions
 
 
 def add_commands(commands: Any) -> None:
@@ -37,21 +40,9 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from sparsec.options import Calibration, CompileOptions
-    from sparsec.target import Isa, Target
     from sparsec.tools.tune import TuneOptions, print_results, tune
-    from sparsec.tuning.rates_file import cache_folder
 
-    is_int8 = args.precision == "int8"
-    compile_options = CompileOptions(
-        target=Target.host(),
-        isa=Isa(args.isa) if args.isa else None,
-        precision=args.precision,
-        # Ranges have no influence on speed, so any will do.
-        calibration=Calibration(random=True) if is_int8 else None,
-        threads=args.threads,
-        rates=cache_folder(),
-    )
+    compile_options = _compile_options(args, "native")
     options = TuneOptions(
         args.log, _numbers(args.tokens), args.threads, args.trials, args.minutes, args.layers,
         args.ray,
@@ -71,6 +62,26 @@ def _tune(args: argparse.Namespace) -> int:
     return 0
 
 
+def _compile_options(
+    args: argparse.Namespace, target: str, log: str | None = None
+) -> CompileOptions:
+    """For what asks how fast a model is, and makes no library of it."""
+    from sparsec.options import Calibration, CompileOptions
+    from sparsec.target import Isa, Target
+    from sparsec.tuning.rates_file import cache_folder
+
+    return CompileOptions(
+        target=Target.named(target),
+        isa=Isa(args.isa) if args.isa else None,
+        precision=args.precision,
+        # Ranges have no influence on speed, so any will do.
+        calibration=Calibration(random=True) if args.precision == "int8" else None,
+        threads=args.threads,
+        log="none" if log == "none" else Path(log) if log else None,
+        rates=cache_folder(),
+    )
+
+
 def _numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
@@ -79,21 +90,9 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _advise(args: argparse.Namespace) -> int:
-    from sparsec.options import Calibration, CompileOptions
-    from sparsec.target import Isa, Target
     from sparsec.tools.advise import AdviseOptions, advise, print_advice
-    from sparsec.tuning.rates_file import cache_folder
 
-    compile_options = CompileOptions(
-        target=Target.named(args.target),
-        isa=Isa(args.isa) if args.isa else None,
-        precision=args.precision,
-        # Ranges have no influence on speed, so any will do.
-        calibration=Calibration(random=True) if args.precision == "int8" else None,
-        threads=args.threads,
-        log="none" if args.log == "none" else Path(args.log) if args.log else None,
-        rates=cache_folder(),
-    )
+    compile_options = _compile_options(args, args.target, args.log)
     options = AdviseOptions(
         args.tokens, args.threads, _blocks(args.blocks), _shares(args.sparsities), args.latency_ms
     )
