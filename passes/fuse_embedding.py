@@ -6,6 +6,7 @@ gather(words, ids) + gather(types, type_ids) + positions[0:seq]
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -131,27 +132,23 @@ def read_parts(value: Value) -> list[Part] | Reject:
     if value.data is not None:
         return _read_constant(value)
     node = value.producer
-    match node.op if node is not None else None:
-        case "embedding":
-            assert node is not None
-            return _read_embedding(node)
-        case "gather":
-            assert node is not None
-            if _is_constant_table(node.input(0)) and node.attrs["axis"] == 0:
-                return [Part(node.input(0), node.input(1).type.shape, node.input(1))]
-        case "slice":
-            assert node is not None
-            return _read_slice(node)
-        case "reshape":
-            assert node is not None
-            return _read_reshape(node)
-    return Reject(f"%{value.name} is not rows of a constant table")
+    read = None if node is None else _READERS.get(node.op)
+    if node is None or read is None:
+        return Reject(f"%{value.name} is not rows of a constant table")
+    return read(node)
 
 
-def _read_embedding(node: Node) -> list[Part]:
+def _read_embedding(node: Node) -> list[Part] | Reject:
     values = [node.input(i) for i in range(len(node.inputs))]
     pairs = zip(values[::2], values[1::2], strict=True)
     return [Part(table, ids.type.shape, ids) for ids, table in pairs]
+
+
+def _read_gather(node: Node) -> list[Part] | Reject:
+    table, ids = node.input(0), node.input(1)
+    if not _is_constant_table(table) or node.attrs["axis"] != 0:
+        return Reject(f"{node.name} is not rows of a constant table")
+    return [Part(table, ids.type.shape, ids)]
 
 
 def _read_constant(value: Value) -> list[Part] | Reject:
@@ -186,3 +183,11 @@ def _is_table(data: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> bool:
 
 def _is_constant_table(value: Value) -> bool:
     return value.data is not None and _is_table(value.data)
+
+
+_READERS: Mapping[str, Callable[[Node], list[Part] | Reject]] = {
+    "embedding": _read_embedding,
+    "gather": _read_gather,
+    "slice": _read_slice,
+    "reshape": _read_reshape,
+}
