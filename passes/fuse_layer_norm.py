@@ -22,6 +22,7 @@ from sparsec.passes.rewrite import (
     RewriteRule,
     Term,
     apply_rules,
+    as_row,
     is_row,
     read_once,
 )
@@ -44,15 +45,15 @@ class FuseLayerNorm:
         return apply_rules(graph, rules)
 
 
-def _deviation(p: Pattern) -> Term:
-    """The variance of x plus epsilon; `d` must be bound before."""
-    variance = p.reduce_mean(p.mul("d", "d"), bind="variance")
+def _spread(p: Pattern, d: Term = "d") -> Term:
+    """The variance of x plus epsilon. `d` is x less its mean, as it is met first: later "d"."""
+    variance = p.reduce_mean(p.mul(d, "d"), bind="variance")
     return p.add(variance, p.scalar(bind="epsilon"))
 
 
-def _inverse(p: Pattern) -> Term:
-    """1 / standard deviation."""
-    spread = _deviation(p)
+def _inverse(p: Pattern, d: Term = "d") -> Term:
+    """1 / standard deviation, of such a `d`."""
+    spread = _spread(p, d)
     return p.one_of(p.reciprocal(p.sqrt(spread)), p.pow(spread, p.scalar(-0.5)))
 
 
@@ -75,7 +76,7 @@ class LayerNorm(RewriteRule):
 
     def pattern(self, p: Pattern) -> Term:
         d = p.sub("x", p.reduce_mean("x", bind="mean"), bind="d")
-        return p.one_of(p.div(d, p.sqrt(_deviation(p))), p.mul(d, _inverse(p)))
+        return p.one_of(p.div(d, p.sqrt(_spread(p))), p.mul(d, _inverse(p)))
 
     def check(self, m: Match) -> Reject | None:
         return _check_means(m)
@@ -96,10 +97,7 @@ class LayerNormFolded(RewriteRule):
         mean = p.reduce_mean("x", bind="mean")
         # `d` is reached through the variance here, so it is bound there.
         d = p.sub("x", mean, bind="d")
-        variance = p.reduce_mean(p.mul(d, "d"), bind="variance")
-        spread = p.add(variance, p.scalar(bind="epsilon"))
-        inverse = p.one_of(p.reciprocal(p.sqrt(spread)), p.pow(spread, p.scalar(-0.5)))
-        scale = p.mul(inverse, p.constant(bind="gamma"), bind="scale")
+        scale = p.mul(_inverse(p, d), p.constant(bind="gamma"), bind="scale")
         shift = p.sub(p.constant(bind="beta"), p.mul("mean", "scale"))
         return p.add(p.mul("x", scale), shift)
 
@@ -124,14 +122,6 @@ def _check_affine(graph: Graph, m: Match, factor: str) -> Reject | None:
     return None
 
 
-def _row(value: Value, g: Builder) -> Value:
-    """A constant without its leading axes of size 1."""
-    if value.type.rank == 1:
-        return value
-    assert value.data is not None
-    return g.constant(value.data.reshape(-1), g.graph.base_name(value.name))
-
-
 @dataclass(frozen=True, slots=True)
 class AbsorbScale(RewriteRule):
     """layer_norm(x, ones) * gamma  ->  layer_norm(x, gamma)"""
@@ -148,7 +138,7 @@ class AbsorbScale(RewriteRule):
     def rewrite(self, m: Match, g: Builder) -> Value:
         norm = m.node("norm")
         residual, epsilon = norm.optional_input(3), norm.attrs["epsilon"]
-        return g.layer_norm(m["x"], _row(m["gamma"], g), None, residual, epsilon=epsilon)
+        return g.layer_norm(m["x"], as_row(m["gamma"], g), None, residual, epsilon=epsilon)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +154,7 @@ class AbsorbShift(RewriteRule):
         return _check_affine(self.graph, m, "beta")
 
     def rewrite(self, m: Match, g: Builder) -> Value:
-        norm, beta = m.node("norm"), _row(m["beta"], g)
+        norm, beta = m.node("norm"), as_row(m["beta"], g)
         residual, epsilon = norm.optional_input(3), norm.attrs["epsilon"]
         return g.layer_norm(m["x"], m["gamma"], beta, residual, epsilon=epsilon)
 

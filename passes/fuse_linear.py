@@ -25,6 +25,7 @@ from sparsec.passes.rewrite import (
     RewriteRule,
     Term,
     apply_rules,
+    as_row,
     is_row,
     read_once,
 )
@@ -88,8 +89,4 @@ class FuseBias(RewriteRule):
         return None
 
     def rewrite(self, m: Match, g: Builder) -> Value:
-        b = m["b"]
-        if b.type.rank != 1:
-            assert b.data is not None
-            b = g.constant(b.data.reshape(-1), g.graph.base_name(b.name))
-        return g.linear(m["x"], m["w"], b, None, activation="none")
+        return g.linear(m["x"], m["w"], as_row(m["b"], g), None, activation="none")

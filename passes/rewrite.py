@@ -213,6 +213,14 @@ def is_row(constant: Value, channels: Dim) -> bool:
     return constant.type.elements == channels and (not shape or shape[-1] == channels)
 
 
+def as_row(constant: Value, g: Builder) -> Value:
+    """A constant of `is_row` without its leading axes of size 1."""
+    if constant.type.rank == 1:
+        return constant
+    assert constant.data is not None, constant
+    return g.constant(constant.data.reshape(-1), g.graph.base_name(constant.name))
+
+
 def replace_node(
     graph: Graph,
     old: Node,
