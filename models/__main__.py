@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from sparsec.errors import CompilerError, InvalidInput
+from sparsec.files import check_writable
 from sparsec.models.build import DEFAULT_OPSET, build_file
 from sparsec.models.export import EXPORTERS, export_file
-from sparsec.models.files import check_writable
 from sparsec.models.registry import HEADS, MODELS, find_model
 from sparsec.models.weights import Pruning
 

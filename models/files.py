@@ -10,19 +10,10 @@ import onnx
 from onnx import external_data_helper
 
 from sparsec.errors import InvalidInput
+from sparsec.files import check_writable
 
 # A protobuf message must stay below 2 GiB; above this the weights go to FILE.data.
 EXTERNAL_ABOVE_BYTES = 1_500_000_000
-
-
-def check_writable(path: Path) -> None:
-    """Refuse an output path that cannot be written, before any work is done for it."""
-    if path.is_dir():
-        raise InvalidInput(f"{path}: is a folder, not a file to write")
-    if not path.parent.is_dir():
-        raise InvalidInput(f"{path}: the folder {path.parent} does not exist")
-    if not os.access(path.parent, os.W_OK):
-        raise InvalidInput(f"{path}: no permission to write in {path.parent}")
 
 
 def write_model(

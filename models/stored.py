@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsec.errors import InvalidInput
+from sparsec.files import replacing
 
 FOLDER = Path(__file__).parent / "trained"
 FILES = ("model.onnx", "tokenizer.json")
@@ -75,10 +76,5 @@ def _without_folders(value: Any) -> Any:
 
 
 def _write(path: Path, data: bytes) -> None:
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with replacing(path) as part:
         part.write_bytes(data)
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise InvalidInput(f"{path}: cannot be written: {error.strerror or error}") from error

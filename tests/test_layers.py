@@ -45,7 +45,7 @@ RANKS = {
     "cli": 10,
     "__main__": 11,
 }
-MODELS_MAY_USE = {"errors", "sparse", "ranges"}
+MODELS_MAY_USE = {"errors", "files", "sparse", "ranges"}
 COMPRESS = "sparsec.models.compress"
 MODELS_USERS = {"sparsec.tools.compress"}
 ONNX_HOMES = {"frontend", "tools", "models"}  # tools read ONNX for `inspect` and `verify`

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparsec.errors import CompilerError, InvalidInput
+from sparsec.files import check_writable
 from sparsec.models.compress.plain import make_plain
 from sparsec.models.compress.quantise import (
     enabled,
@@ -48,7 +49,7 @@ from sparsec.models.export import (
     trace_model,
     wrap_model,
 )
-from sparsec.models.files import check_writable, write_model
+from sparsec.models.files import write_model
 from sparsec.models.registry import Head
 
 Array = NDArray[Any]

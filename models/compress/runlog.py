@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sparsec.files import replacing
+
 
 class RunLog:
     """Appends to `path`; a line holds at least "stage" and "step"."""
@@ -21,9 +23,8 @@ class RunLog:
     def rewind(self, stage: str, step: int) -> None:
         """Forget what `stage` logged after `step`: it will happen again."""
         kept = [line for line in self.lines() if line["stage"] != stage or line["step"] <= step]
-        part = self._path.with_name(self._path.name + ".part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        part.replace(self._path)
+        with replacing(self._path) as part:
+            part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def lines(self) -> list[dict[str, Any]]:
         """Return every whole line."""
