@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from sparsec.ir.attention_types import ATTENTION_ATTRS
 from sparsec.ir.graph import Graph, Node, Value
 from sparsec.ir.types import DType
 from sparsec.passes.base import PassResult
@@ -19,7 +20,6 @@ from sparsec.passes.rewrite import replace_node
 
 OPERANDS = "qkv"
 _STORED = ("out_scale", "out_zero_point")
-_ATTENTION = ("heads", "head_size", "scale", "q_offset", "k_offset", "v_offset")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class _Rewriting:
             return "bf16 lies in pairs of channels, and its channels are odd in number"
         if any(v.type.shape[1] != sources[0].type.shape[1] for v in sources):
             return "its keys are not those of its queries' sequence"
-        attrs = {n: node.attrs[n] for n in (*_ATTENTION, *_STORED) if n in node.attrs}
+        attrs = {n: node.attrs[n] for n in (*ATTENTION_ATTRS, *_STORED) if n in node.attrs}
         operands = [*map(self._value, sources), node.optional_input(3)]
         return self._replace(node, "attention_bf16", operands, attrs)
 

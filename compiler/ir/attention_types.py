@@ -1,6 +1,8 @@
-"""The type of an attention's result, whatever it is computed in."""
+"""What attentions share, whatever they are computed in: attributes, types, heads."""
 
 from __future__ import annotations
+
+import numpy as np
 
 from sparsec.errors import InvalidGraph
 from sparsec.ir.dims import product
@@ -14,9 +16,11 @@ from sparsec.ir.op_helpers import (
     require_float,
     text,
 )
-from sparsec.ir.op_spec import Attrs, Types
-from sparsec.ir.ops_int8 import stored_type
+from sparsec.ir.op_spec import Array, Attrs, Types
+from sparsec.ir.ops_int8 import is_stored, stored_result, stored_type
 from sparsec.ir.types import DType, TensorType
+
+ATTENTION_ATTRS = ("heads", "head_size", "scale", "q_offset", "k_offset", "v_offset")
 
 
 def infer_attention(
@@ -49,6 +53,21 @@ def infer_attention(
     shape = (*q.shape[:2], width)
     result = TensorType(q.dtype if dtype is None else DType.F32, shape, panel_layout(operands))
     return [stored_type(result, attrs) or result]
+
+
+def split_heads(x: Array, attrs: Attrs, name: str) -> Array:
+    """What is "q", "k" or "v" of `x`: [batch, seq, channels] -> [batch, heads, seq, head_size]"""
+    heads, size, offset = attrs["heads"], attrs["head_size"], attrs[f"{name}_offset"]
+    part = x[:, :, offset : offset + heads * size]
+    # A copy: NumPy multiplies strided matrices without BLAS, a hundred times slower.
+    return np.ascontiguousarray(part.reshape(*x.shape[:2], heads, size).transpose(0, 2, 1, 3))
+
+
+def join_heads(context: Array, attrs: Attrs) -> Array:
+    """[batch, heads, seq, head_size] -> [batch, seq, channels], stored as the node says."""
+    batch, heads, seq, size = context.shape
+    result = context.transpose(0, 2, 1, 3).reshape(batch, seq, heads * size)
+    return stored_result(result, attrs) if is_stored(attrs) else result
 
 
 def _check_mask(types: Types, scores: Shape) -> None:

@@ -9,7 +9,12 @@ from __future__ import annotations
 import numpy as np
 
 from sparsec.errors import InvalidGraph
-from sparsec.ir.attention_types import infer_attention
+from sparsec.ir.attention_types import (
+    ATTENTION_ATTRS,
+    infer_attention,
+    join_heads,
+    split_heads,
+)
 from sparsec.ir.op_helpers import (
     Env,
     array,
@@ -72,7 +77,8 @@ def _infer_attention(types: Types, attrs: Attrs) -> list[TensorType]:
 
 def _evaluate_attention(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
     """The sum of the probabilities is one of fp32; rounded to bf16 they weigh the values."""
-    q, k, v = (_heads(array(arrays, i), attrs, n) for i, n in enumerate("qkv"))
+    parts = (split_heads(array(arrays, i), attrs, n) for i, n in enumerate("qkv"))
+    q, k, v = (part.astype(np.float32) for part in parts)
     mask = optional_array(arrays, 3)
     scores = np.matmul(q, k.swapaxes(-1, -2)) * np.float32(attrs["scale"])
     if mask is not None:
@@ -82,20 +88,9 @@ def _evaluate_attention(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
     p = np.exp(scores - np.where(dead, np.float32(0), highest))
     total = np.where(dead, np.float32(1), p.sum(axis=-1, keepdims=True))
     rounded = p.astype(DType.BF16.numpy).astype(np.float32)
-    context = (np.matmul(rounded, v) / total).transpose(0, 2, 1, 3)
-    batch, seq, heads, size = context.shape
-    result = context.reshape(batch, seq, heads * size)
-    return [stored_result(result, attrs) if is_stored(attrs) else result]
+    return [join_heads(np.matmul(rounded, v) / total, attrs)]
 
 
-def _heads(x: Array, attrs: Attrs, name: str) -> Array:
-    """bf16[batch, seq, channels] -> f32[batch, heads, seq, head_size]"""
-    heads, size, offset = attrs["heads"], attrs["head_size"], attrs[f"{name}_offset"]
-    part = x[:, :, offset : offset + heads * size].astype(np.float32)
-    return np.ascontiguousarray(part.reshape(*x.shape[:2], heads, size).transpose(0, 2, 1, 3))
-
-
-_ATTENTION = ("heads", "head_size", "scale", "q_offset", "k_offset", "v_offset")
 _ROWS = [
     OpSpec("to_bf16", _infer_to_bf16, _evaluate_to_bf16),
     OpSpec(
@@ -110,7 +105,7 @@ _ROWS = [
         "attention_bf16",
         _infer_attention,
         by_sequence(_evaluate_attention),
-        _ATTENTION,
+        ATTENTION_ATTRS,
         panels=PanelRule((0, 1, 2)),
         optional_attrs=("out_scale", "out_zero_point", "out_bf16", "longest"),
     ),

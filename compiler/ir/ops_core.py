@@ -5,7 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from sparsec.errors import InvalidGraph
-from sparsec.ir.attention_types import infer_attention
+from sparsec.ir.attention_types import (
+    ATTENTION_ATTRS,
+    infer_attention,
+    join_heads,
+    split_heads,
+)
 from sparsec.ir.layouts import ROW_MAJOR, Panels
 from sparsec.ir.op_helpers import (
     Env,
@@ -81,7 +86,7 @@ def _evaluate_linear(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
 
 
 def _evaluate_attention(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
-    q, k, v = (_heads(array(arrays, i), attrs, n) for i, n in enumerate("qkv"))
+    q, k, v = (split_heads(array(arrays, i), attrs, n) for i, n in enumerate("qkv"))
     mask = optional_array(arrays, 3)
     scores = np.matmul(q, k.swapaxes(-1, -2)) * q.dtype.type(attrs["scale"])
     if mask is not None:
@@ -89,18 +94,8 @@ def _evaluate_attention(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
     # A query whose keys are all masked with -inf gets zeros, where softmax alone gives NaN.
     dead = np.isneginf(scores).all(axis=-1, keepdims=True)
     weights = np.where(dead, scores.dtype.type(0), softmax(np.where(dead, 0, scores), -1))
-    context = np.matmul(weights.astype(v.dtype, copy=False), v).transpose(0, 2, 1, 3)
-    batch, seq, heads, size = context.shape
-    result = context.reshape(batch, seq, heads * size)
-    return [stored_result(result, attrs) if is_stored(attrs) else result]
-
-
-def _heads(x: Array, attrs: Attrs, name: str) -> Array:
-    """[batch, seq, channels] -> [batch, heads, seq, head_size]"""
-    heads, size, offset = attrs["heads"], attrs["head_size"], attrs[f"{name}_offset"]
-    part = x[:, :, offset : offset + heads * size]
-    # A copy: NumPy multiplies strided matrices without BLAS, a hundred times slower.
-    return np.ascontiguousarray(part.reshape(*x.shape[:2], heads, size).transpose(0, 2, 1, 3))
+    context = np.matmul(weights.astype(v.dtype, copy=False), v)
+    return [join_heads(context, attrs)]
 
 
 def _infer_layer_norm(types: Types, attrs: Attrs) -> list[TensorType]:
@@ -174,8 +169,6 @@ def _evaluate_same(arrays: Arrays, attrs: Attrs, env: Env) -> list[Array]:
     return [array(arrays, 0)]
 
 
-_ATTENTION = ("heads", "head_size", "scale", "q_offset", "k_offset", "v_offset")
-
 # With `out_scale` an attention's result is u8, and a layer_norm has a u8 copy of its result as a
 # second one; with `out_bf16` that copy is bf16. A layer_norm's operand 4 multiplies, per channel,
 # what the u8 copy is made of: y * factor, rounded to fp32, then quantised.
@@ -193,7 +186,7 @@ _ROWS = [
         "attention",
         infer_attention,
         by_sequence(_evaluate_attention),
-        _ATTENTION,
+        ATTENTION_ATTRS,
         panels=PanelRule((0, 1, 2)),
         optional_attrs=(*_QUANTIZED, *_STEPS, "longest"),
     ),
