@@ -13,7 +13,7 @@ from sparsec.passes.absorb_qdq import quantize_of
 from sparsec.passes.attention_steps import Add, Fill, Scale, Step, check_fills
 from sparsec.passes.rewrite import Builder, Match, Reject
 
-VIEWS = ("reshape", "transpose")
+HEAD_VIEWS = ("reshape", "transpose")  # that make heads of channels
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +223,7 @@ def _unscaled(value: Value, *, factors: bool = True) -> Operand:
             source = rounding.input(0)
             step = step or _step(rounding) * abs(scale)
             deepest = Operand(source, tuple(views), scale, step / abs(scale))
-        elif node.op in VIEWS:
+        elif node.op in HEAD_VIEWS:
             views.append(node)
             source = node.input(0)
         else:

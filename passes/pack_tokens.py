@@ -19,7 +19,7 @@ from sparsec.passes.base import PassResult
 from sparsec.passes.padding_proof import (
     ATTENTIONS,
     EMBEDDINGS,
-    VIEWS,
+    SHAPED_VIEWS,
     Proof,
     Role,
     prove,
@@ -110,7 +110,7 @@ def _on_tokens(graph: Graph, value: Value, known: dict[Value, Value]) -> Value:
         assert node is not None, value
         operands = [None if v is None else _on_tokens(graph, v, known) for v in node.inputs]
         made = operands[0]
-        if node.op not in VIEWS:
+        if node.op not in SHAPED_VIEWS:
             made = graph.add(node.op, operands, node.attrs, name=node.name)
         assert made is not None, node
         known[value] = made
@@ -175,7 +175,7 @@ class _Packing:
             attrs["longest"] = tokens.seq
         else:
             inputs = [None if v is None else self._packed(node, v) for v in node.inputs]
-        if op in VIEWS:
+        if op in SHAPED_VIEWS:
             attrs["shape"] = (1, tokens.count, *attrs["shape"][2:])
         made = self.graph.add_node(op, inputs, attrs, name=node.name)
         self.named[made] = node.name

@@ -25,7 +25,7 @@ from sparsec.passes.rewrite import Reject
 # have to lie further apart than half of this to notice.
 HIDDEN = -1e4
 
-VIEWS = ("reshape", "broadcast_to")
+SHAPED_VIEWS = ("reshape", "broadcast_to")  # their attribute is the shape of the result
 ATTENTIONS = ("attention", "attention_int8", "attention_bf16")
 EMBEDDINGS = ("embedding", "embedding_int8")
 # Operands that hold tokens, of ops whose others are constants.
@@ -207,7 +207,7 @@ def _keeps_rows(node: Node) -> bool:
     attrs = node.attrs
     if OPS[node.op].elementwise:
         return True
-    if node.op == "reshape" or node.op == "broadcast_to":
+    if node.op in SHAPED_VIEWS:
         return node.input(0).type.shape[:2] == node.output.type.shape[:2]
     axes = attrs.get("axes", (attrs["axis"],) if "axis" in attrs else ())
     within = bool(axes) and all(axis >= 2 for axis in axes)
@@ -260,7 +260,7 @@ def _trace(value: Value) -> tuple[Value | None, _Axes] | Reject:
             return Reject(f"the input {value.name} is {value.type}, not one value per token")
         batch, seq = value.type.shape
         return value, (None if batch == 1 else -2, None if seq == 1 else -1)
-    if node.op in VIEWS:
+    if node.op in SHAPED_VIEWS:
         return _trace_view(node)
     if not OPS[node.op].elementwise and node.op not in ("quantize", "dequantize"):
         return Reject(
@@ -313,7 +313,7 @@ def _at_zero(value: Value, known: dict[Value, Array]) -> Array:
         return np.zeros((), value.type.dtype.numpy)
     if value not in known:
         operands = [None if v is None else _at_zero(v, known) for v in node.inputs]
-        views = node.op in VIEWS
+        views = node.op in SHAPED_VIEWS
         made = operands if views else OPS[node.op].evaluate(operands, node.attrs, {})
         assert made[0] is not None
         known[value] = made[0]
