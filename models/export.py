@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from sparsec.errors import CompilerError, InvalidInput
 from sparsec.models.evaluate import Evaluator, evaluator
 from sparsec.models.files import write_model
-from sparsec.models.registry import Head
+from sparsec.models.registry import Head, output_names
 
 Array = NDArray[Any]
 Exporter = Literal["torchscript", "dynamo"]
@@ -40,11 +40,6 @@ AUTO_CLASSES: dict[Head, str] = {
     "none": "AutoModel",
     "classify": "AutoModelForSequenceClassification",
     "qa": "AutoModelForQuestionAnswering",
-}
-OUTPUTS: dict[Head, tuple[str, ...]] = {
-    "none": ("last_hidden_state", "pooler_output"),
-    "classify": ("logits",),
-    "qa": ("start_logits", "end_logits"),
 }
 
 
@@ -171,7 +166,7 @@ def wrap_model(model: Any, head: Head, *, with_pooler: bool) -> Loaded:
     if "token_type_ids" in accepted and getattr(config, "type_vocab_size", 0) > 1:
         inputs.append("token_type_ids")
     with_pooler = with_pooler and getattr(model, "pooler", None) is not None
-    outputs = [name for name in OUTPUTS[head] if with_pooler or name != "pooler_output"]
+    outputs = output_names(head, with_pooler=with_pooler)
 
     class Plain(torch.nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -185,7 +180,7 @@ def wrap_model(model: Any, head: Head, *, with_pooler: bool) -> Loaded:
     # RoBERTa counts positions from the padding id on.
     offset = 2 if "roberta" in config.model_type else 0
     positions = config.max_position_embeddings - offset
-    return Loaded(Plain().eval(), tuple(inputs), tuple(outputs), config.vocab_size, positions)
+    return Loaded(Plain().eval(), tuple(inputs), outputs, config.vocab_size, positions)
 
 
 def trace_model(loaded: Loaded, opset: int, exporter: Exporter) -> onnx.ModelProto:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,12 @@ Family = Literal["bert", "distilbert"]
 Head = Literal["none", "classify", "qa"]
 
 HEADS: tuple[Head, ...] = ("none", "classify", "qa")
+# What a model gives, in order; the pooler's where it has one.
+OUTPUTS: Mapping[Head, tuple[str, ...]] = {
+    "none": ("last_hidden_state", "pooler_output"),
+    "classify": ("logits",),
+    "qa": ("start_logits", "end_logits"),
+}
 CLASSES = 2  # outputs of the classify head
 TOKEN_TYPES = 2  # rows of the token type table
 
@@ -58,13 +65,12 @@ class ModelSpec:
 
     def output_names(self, head: Head = "none") -> tuple[str, ...]:
         """Outputs in order for a head."""
-        match head:
-            case "classify":
-                return ("logits",)
-            case "qa":
-                return ("start_logits", "end_logits")
-        pooled = ("pooler_output",) if self.has_pooler else ()
-        return ("last_hidden_state", *pooled)
+        return output_names(head, with_pooler=self.has_pooler)
+
+
+def output_names(head: Head, *, with_pooler: bool) -> tuple[str, ...]:
+    """What a model with this head gives, in order, with the pooler's output or without."""
+    return tuple(name for name in OUTPUTS[head] if with_pooler or name != "pooler_output")
 
 
 MODELS: dict[str, ModelSpec] = {

@@ -24,16 +24,11 @@ from sparsec.models.compress.readers import (
     read_sentences,
 )
 from sparsec.models.compress.squad import predict_spans, read_squad, score_spans, span_loss
-from sparsec.models.registry import Head
+from sparsec.models.registry import Head, output_names
 
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]
 
-OUTPUTS: dict[Head, tuple[str, ...]] = {
-    "none": ("last_hidden_state",),
-    "classify": ("logits",),
-    "qa": ("start_logits", "end_logits"),
-}
 EVALUATION_TOKENS = 4096  # of a batch
 LEAST_NORM = 1e-12  # of an embedding, so that one of zeros has the cosine 0
 
@@ -71,7 +66,7 @@ class Task:
     @property
     def outputs(self) -> tuple[str, ...]:
         """What a model has to give for this task."""
-        return OUTPUTS[self.head]
+        return output_names(self.head, with_pooler=False)
 
 
 def find_task(name: str) -> Task:
