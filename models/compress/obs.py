@@ -59,31 +59,6 @@ class Problem:
         return Problem(a, g + amount * w)
 
 
-def obs_prune(
-    weight: torch.Tensor,
-    hessian: torch.Tensor,
-    cross: torch.Tensor | None,
-    rows: int,
-    cols: int,
-    sparsity: float,
-    *,
-    kept: torch.Tensor | None = None,
-    damping: float = DAMPING,
-    step_share: float = STEP_SHARE,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prune `weight [out, in]` to `sparsity` of its `rows x cols` blocks, and refit the rest.
-
-    `hessian [in, in]` is `sum x x^T`, `cross [out, in]` is `sum t x^T` (None: `t = weight x`).
-    `kept`, bool `[out / rows, in / cols]`, marks the blocks that are left to choose from.
-    Returns the weight, float64, and the blocks that it keeps. Raises `InvalidInput` when blocks
-    do not divide the weight or more blocks are to be kept than `kept` has.
-    """
-    problem = Problem.of(weight, hessian, cross, damping)
-    scores = obs_scores(problem, rows, cols, kept=kept, step_share=step_share)
-    chosen = keep_best(scores, sparsity)
-    return refit(problem, chosen), chosen
-
-
 def obs_scores(
     problem: Problem,
     rows: int,

@@ -22,8 +22,6 @@ from torch.nn.utils import parametrize
 
 from sparsec.errors import InvalidInput
 from sparsec.models.compress.obs import (
-    DAMPING,
-    STEP_SHARE,
     Problem,
     block_grid,
     keep_best,
@@ -66,8 +64,6 @@ class _Plan:
     pattern: BlockPattern
     sparsity: Mapping[str, float]
     kept: Mapping[str, torch.Tensor]
-    damping: float
-    step_share: float
     progress: Callable[[PrunedSite], None]
 
 
@@ -79,8 +75,6 @@ def prune_one_shot(
     *,
     reference: nn.Module | None = None,
     kept: Mapping[str, torch.Tensor] | None = None,
-    damping: float = DAMPING,
-    step_share: float = STEP_SHARE,
     progress: Callable[[PrunedSite], None] = lambda site: None,
 ) -> dict[str, torch.Tensor]:
     """Prune the encoder linears of `model` in place; return the blocks that each keeps, by name.
@@ -97,7 +91,7 @@ def prune_one_shot(
     shares = dict(sparsity) if isinstance(sparsity, Mapping) else dict.fromkeys(linears, sparsity)
     _check(linears, pattern, shares)
     names = {id(linear): name for name, linear in linears.items()}
-    plan = _Plan(names, pattern, shares, kept or {}, damping, step_share, progress)
+    plan = _Plan(names, pattern, shares, kept or {}, progress)
     teacher = copy.deepcopy(model) if reference is None else reference
     masks: dict[str, torch.Tensor] = {}
     with torch.no_grad(), _quiet(model), _quiet(teacher):
@@ -223,14 +217,8 @@ def _prune_linear(
     t_mean = target.double().mean(0) * centred
     x, target = x - x_mean.float(), target - t_mean.float()
     hessian, cross = _products(x, x), _products(target, x)
-    problem = Problem.of(linear.weight, hessian, cross, plan.damping)
-    scores = obs_scores(
-        problem,
-        plan.pattern.rows,
-        plan.pattern.cols,
-        kept=plan.kept.get(name),
-        step_share=plan.step_share,
-    )
+    problem = Problem.of(linear.weight, hessian, cross)
+    scores = obs_scores(problem, plan.pattern.rows, plan.pattern.cols, kept=plan.kept.get(name))
     kept = keep_best(scores, plan.sparsity[name])
     weight = refit(problem, kept)
     _set_weight(linear, weight)

@@ -13,10 +13,18 @@ from sparsec.errors import InvalidInput  # noqa: E402
 from sparsec.models.compress.obs import (  # noqa: E402
     Problem,
     keep_best,
-    obs_prune,
     obs_scores,
     refit,
 )
+
+
+def obs_prune(
+    weight: Any, hessian: Any, rows: int, sparsity: float, kept: Any = None
+) -> tuple[Any, Any]:
+    """The weight without its cheapest blocks of one column, refitted, and what it keeps."""
+    problem = Problem.of(weight, hessian)
+    chosen = keep_best(obs_scores(problem, rows, 1, kept=kept), sparsity)
+    return refit(problem, chosen), chosen
 
 
 def example(out: int, depth: int, tokens: int = 200, seed: int = 0) -> tuple[Any, Any, Any]:
@@ -71,9 +79,9 @@ def test_cost_of_one_block_is_what_leaving_it_out_costs(rows: int, cols: int) ->
 
 def test_pruning_is_near_the_best_of_all_masks_and_beats_magnitude() -> None:
     w, x, t = example(4, 8)
-    hessian, cross = x.T @ x, t.T @ x
-    problem = Problem.of(w, hessian, cross, damping=1e-12)
-    pruned, kept = obs_prune(w, hessian, cross, 4, 1, 0.5, damping=1e-12)
+    problem = Problem.of(w, x.T @ x, t.T @ x, damping=1e-12)
+    kept = keep_best(obs_scores(problem, 4, 1), 0.5)
+    pruned = refit(problem, kept)
     assert int(kept.sum()) == 4
     every = []
     for chosen in itertools.combinations(range(8), 4):
@@ -130,10 +138,10 @@ def test_a_whole_start_mask_changes_nothing() -> None:
 def test_inputs_that_are_always_zero_are_dropped() -> None:
     w, x, _ = example(8, 16)
     x[:, 3] = 0.0
-    pruned, kept = obs_prune(w, x.T @ x, None, 8, 1, 0.5)
+    pruned, kept = obs_prune(w, x.T @ x, 8, 0.5)
     assert not kept[:, 3].any()
     assert bool(torch.isfinite(pruned).all())
-    nothing, _ = obs_prune(w, torch.zeros(16, 16), None, 8, 1, 0.5)
+    nothing, _ = obs_prune(w, torch.zeros(16, 16), 8, 0.5)
     assert bool(torch.isfinite(nothing).all())
 
 
@@ -141,10 +149,10 @@ def test_mistakes_are_named() -> None:
     w, x, _ = example(8, 16)
     hessian = x.T @ x
     with pytest.raises(InvalidInput, match=r"16x1.*do not divide a weight of 8x16"):
-        obs_prune(w, hessian, None, 16, 1, 0.5)
+        obs_prune(w, hessian, 16, 0.5)
     few = torch.zeros(1, 16, dtype=torch.bool)
     few[0, :2] = True
     with pytest.raises(InvalidInput, match="keeps 8 blocks, but only 2 are left"):
-        obs_prune(w, hessian, None, 8, 1, 0.5, kept=few)
+        obs_prune(w, hessian, 8, 0.5, few)
     with pytest.raises(InvalidInput, match="kept blocks have shape"):
-        obs_prune(w, hessian, None, 4, 1, 0.5, kept=few)
+        obs_prune(w, hessian, 4, 0.5, few)
