@@ -46,11 +46,11 @@ class Known:
         return self.data.astype(self.dtype.numpy)
 
 
-def known_of(items: Sequence[Dim], dtype: DType = DType.I64) -> Known:
-    """A rank 1 Known."""
+def known_of(items: Sequence[Dim]) -> Known:
+    """A rank 1 Known of int64."""
     data = np.empty(len(items), object)
     data[:] = list(items)
-    return Known(data, dtype)
+    return Known(data, DType.I64)
 
 
 def from_numbers(data: Array) -> Known:

@@ -28,7 +28,14 @@ from sparsec.errors import CompilerError, InvalidGraph, InvalidModel, Unsupporte
 from sparsec.frontend.builder import Builder, Operand
 from sparsec.frontend.call import Call
 from sparsec.frontend.inputs import Overrides, add_inputs
-from sparsec.frontend.onnx_load import load, ordered_nodes, reads_of, title
+from sparsec.frontend.onnx_load import (
+    STANDARD,
+    load,
+    ordered_nodes,
+    reads_of,
+    standard_opset,
+    title,
+)
 from sparsec.frontend.onnx_ops import DOMAINS
 from sparsec.frontend.tensors import NIBBLES, ONNX_TYPES, array_of, attribute, nibbles_of
 from sparsec.ir.dims import Expr
@@ -149,7 +156,7 @@ class _Importer:
     ) -> None:
         for node in nodes:
             place = f"{prefix}{title(node)}"
-            opset = opsets.get(node.domain or "", 0) or opsets.get("ai.onnx", 0)
+            opset = standard_opset(opsets) if _is_standard(node) else opsets.get(node.domain)
             where = f"node {place!r} ({_op_name(node)}, opset {opset or 'not imported'})"
             try:
                 results = self._node(node, names, opsets, place, refs)
@@ -181,11 +188,11 @@ class _Importer:
         def subgraph(graph: GraphProto) -> list[Operand]:
             return self._subgraph(graph, names, opsets, place, refs)
 
-        standard = node.domain in ("", "ai.onnx")
-        opset = opsets.get("", 0) or opsets.get("ai.onnx", 0)
+        opset = standard_opset(opsets)
         converter = DOMAINS.get(node.domain, {}).get(node.op_type)
         if converter is None:
-            body = _standard_body(node, opset, inputs, attributes) if standard else None
+            known = _is_standard(node)
+            body = _standard_body(node, opset, inputs, attributes) if known else None
             if body is None:
                 raise _no_converter(node, opset)
             return self._function(body, inputs, [*_defaults(node, opset), *attributes], place)
@@ -309,6 +316,10 @@ def _type_proto(operand: Operand) -> TypeProto:
     return onnx.helper.make_tensor_type_proto(ONNX_TYPES[type.dtype], shape)
 
 
+def _is_standard(node: NodeProto) -> bool:
+    return node.domain in STANDARD
+
+
 def _op_name(node: NodeProto) -> str:
     return f"{node.domain}.{node.op_type}" if node.domain else node.op_type
 
@@ -319,7 +330,7 @@ def _no_converter(node: NodeProto, opset: int) -> UnsupportedOp:
             f"{_op_name(node)} has the layout of one kind of CPU; let ONNX Runtime save the "
             "model with ORT_ENABLE_EXTENDED, not ORT_ENABLE_ALL"
         )
-    if node.domain not in ("", "ai.onnx"):
+    if not _is_standard(node):
         return UnsupportedOp(
             f"{_op_name(node)} is not an ONNX standard op; export the model without "
             "runtime-specific fusions or custom ops"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import onnx
@@ -13,6 +13,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
 from sparsec.errors import InvalidModel, UnsupportedOp
 
 OLDEST_OPSET = 11
+STANDARD = ("", "ai.onnx")  # names of the domain of the standard's operators
 PROTOBUF_LIMIT = 2**31
 
 
@@ -55,7 +56,7 @@ def _check_model(model: ModelProto, place: str) -> None:
         )
     if not model.graph.output:
         raise InvalidModel(f"{place} has no outputs; export it with at least one")
-    opset = opset_of(model.opset_import, "")
+    opset = standard_opset({i.domain: i.version for i in model.opset_import})
     newest = onnx.defs.onnx_opset_version()
     if opset and not OLDEST_OPSET <= opset <= newest:
         raise UnsupportedOp(
@@ -75,10 +76,9 @@ def _names(graph: GraphProto) -> Iterable[object]:
         yield from node.output
 
 
-def opset_of(imports: Iterable[onnx.OperatorSetIdProto], domain: str) -> int:
-    """The version of a domain's operators; 0 when the model does not import it."""
-    same = ("", "ai.onnx") if domain in ("", "ai.onnx") else (domain,)
-    return max((i.version for i in imports if i.domain in same), default=0)
+def standard_opset(versions: Mapping[str, int]) -> int:
+    """The version of the standard's operators among those of domains; 0 without one."""
+    return max(versions.get(domain, 0) for domain in STANDARD)
 
 
 def title(node: NodeProto) -> str:

@@ -14,15 +14,18 @@ def reduction(op: str, before: str | None = None, after: str | None = None) -> C
 
     def convert(call: Call) -> Operand:
         x = call.input(0)
-        axes = call.ints("axes", 1) or ()
         x = x if before is None else _before(call, x, before)
-        if not axes and call.attr("noop_with_empty_axes", 0):
-            return x if after is None else call.g.add(after, [x])
-        wrapped = tuple(sorted(wrap_axes(axes, x.type.rank))) or tuple(range(x.type.rank))
-        result = _reduced(call, op, x, wrapped)
+        result = _reduced(call, op, x, _axes(call))
         return result if after is None else call.g.add(after, [result])
 
     return convert
+
+
+def _axes(call: Call) -> tuple[int, ...]:
+    """Those to reduce, in order: where none is given all, or none with `noop_with_empty_axes`."""
+    given = wrap_axes(call.ints("axes", 1) or (), call.rank())
+    is_noop = not given and call.attr("noop_with_empty_axes", 0)
+    return tuple(sorted(given)) if given or is_noop else tuple(range(call.rank()))
 
 
 def _before(call: Call, x: Operand, op: str) -> Operand:
@@ -42,10 +45,9 @@ def _reduced(call: Call, op: str, x: Operand, axes: tuple[int, ...]) -> Operand:
 def log_sum_exp(call: Call) -> Operand:
     """max + log(sum(exp(x - max))), which does not overflow."""
     x = call.input(0)
-    axes = call.ints("axes", 1) or ()
-    if not axes and call.attr("noop_with_empty_axes", 0):
+    wrapped = _axes(call)
+    if not wrapped:
         return x
-    wrapped = tuple(sorted(wrap_axes(axes, x.type.rank))) or tuple(range(x.type.rank))
     top = call.g.add("reduce_max", [x], axes=wrapped, keepdims=True)
     powers = call.g.add("exp", [call.g.add("sub", [x, top])])
     total = call.g.add("reduce_sum", [powers], axes=wrapped, keepdims=True)
