@@ -115,7 +115,7 @@ def _elu(x: Array, alpha: float) -> Any:
 
 
 def _selu(x: Array, alpha: float, gamma: float) -> Any:
-    return gamma * np.where(x < 0, alpha * np.expm1(np.minimum(x, 0)), x)
+    return gamma * _elu(x, alpha)
 
 
 def _hard_sigmoid(x: Array, alpha: float, beta: float) -> Any:
