@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize  # noqa: E402
 from sparsec.errors import CompilerError, InvalidInput  # noqa: E402
 from sparsec.frontend.onnx_import import import_model  # noqa: E402
 from sparsec.interpreter import run  # noqa: E402
-from sparsec.models.compress import export_qdq  # noqa: E402
+from sparsec.models.compress import export_qdq, quantise  # noqa: E402
 from sparsec.models.compress.export_qdq import export  # noqa: E402
 from sparsec.models.compress.quantise import (  # noqa: E402
     bake,
@@ -41,7 +41,7 @@ from sparsec.models.compress.tiny import ARCHITECTURES, tiny_config  # noqa: E40
 from sparsec.passes import Quantization, graph_pipeline, int8_pipeline  # noqa: E402
 from sparsec.passes.manager import PassManager  # noqa: E402
 from sparsec.passes.quantize import quantize_weight  # noqa: E402
-from sparsec.passes.quantize_tables import QuantizeTables  # noqa: E402
+from sparsec.passes.quantize_tables import LARGE_BYTES, QuantizeTables  # noqa: E402
 
 CHANGES: dict[str, Any] = {
     "vocab_size": 60,
@@ -93,6 +93,10 @@ def ready(name: str = "bert", **options: Any) -> Any:
 
 def relative(a: Any, b: Any) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def test_the_tables_are_rounded_that_the_compiler_stores_in_int8() -> None:
+    assert quantise.TABLE_BYTES == LARGE_BYTES
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
