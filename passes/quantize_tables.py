@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
 import numpy as np
 
 from sparsec.ir.graph import Graph, Node, Value
 from sparsec.ir.op_spec import Array
 from sparsec.passes.base import PassResult
+from sparsec.passes.keep_fp32 import kept
 from sparsec.passes.quantize import LOSES, quantize_weight
 from sparsec.passes.rewrite import replace_node
 
@@ -68,9 +68,8 @@ class QuantizeTables:
     def _refusal(self, node: Node, table: Value) -> str | None:
         if node.name in self.fallback:
             return LOSES
-        for pattern in self.keep_fp32:
-            if fnmatchcase(node.name, pattern):
-                return f"{node.name} matches {pattern!r}"
+        if (by_name := kept(node, self.keep_fp32)) is not None:
+            return f"{node.name}: {by_name}"
         if not self.supported(node):
             return f"no kernel computes {node.name} on this target"
         others = [n.name for n, _ in table.uses if n.op != "embedding"]

@@ -72,7 +72,7 @@ def test_the_large_table_is_int8_and_off_by_half_a_step(
     ("options", "note"),
     [
         ({"large_bytes": LARGE + 1}, ""),
-        ({"keep_fp32": ("look*",)}, "%words stays fp32: look_up matches 'look*'"),
+        ({"keep_fp32": ("look*",)}, "%words stays fp32: look_up: its name matches 'look*'"),
         ({"fallback": frozenset({"look_up"})}, "%words stays fp32: in int8 it loses more than"),
         ({"supported": lambda node: False}, "no kernel computes look_up"),
         ({"only_own": True}, "%words stays fp32: all roundings are those of the file"),
