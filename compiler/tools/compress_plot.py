@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsec.errors import InvalidInput
+from sparsec.files import replacing
 
 SIZE_INCHES = (12.0, 9.0)
 
@@ -48,9 +48,8 @@ def plot_run(log: Path, output: Path) -> tuple[str, ...]:
         for one in axes:
             one.axvline(begin, color="grey", linewidth=1)
     axes[2].set_xlabel("steps")
-    image = io.BytesIO()
-    figure.savefig(image, format=output.suffix[1:], dpi=120)
-    output.write_bytes(image.getvalue())
+    with replacing(output) as path:
+        figure.savefig(path, format=output.suffix[1:], dpi=120)
     return ()
 
 

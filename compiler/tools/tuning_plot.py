@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from statistics import geometric_mean
 from typing import Any
 
 from sparsec.errors import InvalidInput, MissingPackage
+from sparsec.files import replacing
 from sparsec.rates import Rates, default_rates, product_of
 from sparsec.target import Target
 from sparsec.tuning.log_files import Group, best, group_of
@@ -41,9 +41,8 @@ def plot(records: Sequence[TuningRecord], output: Path, rates_folder: Path | Non
     left, right = figure.subplots(1, 2)
     _draw_courses(left, records)
     _draw_roofline(right, records, rates_folder)
-    image = io.BytesIO()
-    figure.savefig(image, format=output.suffix[1:], dpi=120)
-    output.write_bytes(image.getvalue())
+    with replacing(output) as path:
+        figure.savefig(path, format=output.suffix[1:], dpi=120)
 
 
 def courses(records: Iterable[TuningRecord]) -> dict[Group, list[float]]:
