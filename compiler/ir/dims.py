@@ -323,6 +323,9 @@ def _atom_least(atom: Atom) -> int | None:
         return max(known, default=None)
     if len(known) < len(leasts):
         return None
+    divisor = atom.args[1]
+    if atom.function == "floordiv" and isinstance(divisor, int) and divisor:
+        return known[0] // divisor
     return min(known) if atom.function == "min" else 0
 
 

@@ -50,6 +50,15 @@ def test_an_atom_that_may_be_negative_has_no_bound():
     assert dims.bounds(minimum(SEQ, 3)) == (1, None)
 
 
+def test_every_other_of_some_is_one_at_least():
+    assert dims.bounds(ceildiv(SEQ, 2)) == (1, None)
+    assert dims.bounds(ceildiv(SEQ + 6, 4)) == (2, None)
+    assert dims.bounds(floordiv(SEQ, 2)) == (0, None)
+    assert dims.bounds(floordiv(100, SEQ)) == (0, None)
+    assert dims.bounds(ceildiv(SEQ - 2, 2)) == (0, None)
+    assert dims.bounds(floordiv(SEQ - 2, 2)) == (None, None)
+
+
 def test_equal_expressions_are_equal_and_print_alike():
     a, b = (SEQ + 1) * BATCH, BATCH + BATCH * SEQ
     assert a == b
