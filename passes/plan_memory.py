@@ -203,8 +203,8 @@ def typical(size: Dim) -> int:
 
 
 def at_least(a: Dim, b: Dim) -> bool:
-    """Whether `a >= b` is certain for all sizes."""
-    if any(at_least(part, b) for part in _maximum_parts(a)):
+    """Whether `a >= b` is certain for all sizes: at least where `maximum` takes `a` at once."""
+    if maximum(a, b) == a or any(at_least(part, b) for part in _maximum_parts(a)):
         return True
     match a, b:  # whole panels of more tokens
         case (

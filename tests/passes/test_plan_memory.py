@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sparsec.errors import PassFailed
-from sparsec.ir.dims import Dim, floordiv, maximum, symbol
+from sparsec.ir.dims import Dim, floordiv, maximum, minimum, symbol
 from sparsec.ir.graph import Graph
 from sparsec.ir.types import DType
 from sparsec.passes import graph_pipeline
@@ -144,10 +144,24 @@ PANELS = floordiv(BATCH * SEQ + 63, 64) * 64  # tokens rounded up to whole panel
         (maximum(BATCH, SEQ), SEQ, True),
         (PANELS * 4, floordiv(BATCH + 63, 64) * 256, True),  # more tokens, more panels
         (PANELS * 4, floordiv(BATCH + 63, 64) * 512, False),
+        (PANELS * 4, 256, True),  # a panel at least
+        (minimum(SEQ, 5) * BATCH, 1, True),
+        (minimum(SEQ, 5) * BATCH, 2, False),
     ],
 )
 def test_at_least(a: Dim, b: Dim, expected: bool):
     assert at_least(a, b) is expected
+
+
+def test_a_size_of_the_first_tokens_holds_one_token():
+    graph = Graph("g")
+    x = graph.add_input("x", DType.F32, (BATCH, minimum(SEQ, 5), 8))
+    y = graph.add("exp", [graph.add("exp", [x])])
+    one = {"axes": (0, 1), "keepdims": True}
+    z = graph.add("exp", [graph.add("exp", [graph.add("reduce_mean", [y], one)])])
+    graph.add_output("z", graph.add("exp", [z]))
+    plan = plan_memory(graph)
+    assert plan.slots == (BATCH * minimum(SEQ, 5) * 32,) * 2
 
 
 @pytest.fixture
