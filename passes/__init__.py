@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from sparsec.ir.graph import Node
+from sparsec.passes.absorb_16_bits import Absorb16Bits
 from sparsec.passes.absorb_dynamic import AbsorbDynamic
 from sparsec.passes.absorb_integer import AbsorbInteger
 from sparsec.passes.absorb_qdq import AbsorbQdq, DropQdq, Roundings
-from sparsec.passes.absorb_wide import AbsorbWide
 from sparsec.passes.assign_layouts import AssignLayouts
 from sparsec.passes.assign_schedules import AssignSchedules, ScheduleLookup
 from sparsec.passes.balance import Balance, Unbalance, balanced_values
@@ -94,7 +94,7 @@ def graph_pipeline(
     return [
         InferTypes(fixed_dims or {}),  # first: what is fixed can be folded
         AbsorbInteger(),
-        AbsorbWide(roundings),
+        Absorb16Bits(roundings),
         AbsorbQdq(roundings),  # before all patterns: they have no roundings inside
         AbsorbDynamic(roundings),
         Canonicalize(),

@@ -22,20 +22,20 @@ from sparsec.passes.base import PassResult
 from sparsec.passes.cut_off import without_rounding
 from sparsec.passes.rewrite import Builder
 
-WIDE = (DType.I16, DType.U16)
+OF_16_BITS = (DType.I16, DType.U16)
 
 
 @dataclass(frozen=True, slots=True)
-class AbsorbWide:
+class Absorb16Bits:
     """Before absorb_qdq, which then sees bytes alone."""
 
     keep: Roundings = Roundings.PRODUCTS
-    name: str = "absorb_wide"
+    name: str = "absorb_16_bits"
 
     def run(self, graph: Graph) -> PassResult:
         dropped = 0 if self.keep is Roundings.ALL else _drop_pairs(graph)
         graph.drop_dead_nodes()
-        left = [n for n in graph.nodes if n.op in _SPELLED and _stored(n) in WIDE]
+        left = [n for n in graph.nodes if n.op in _SPELLED and _stored(n) in OF_16_BITS]
         for node in left:
             graph.replace_uses(node.output, _SPELLED[node.op](Builder(graph, node.name), node))
             graph.erase(node)
@@ -51,7 +51,7 @@ def _stored(node: Node) -> DType:
 
 
 def _drop_pairs(graph: Graph) -> int:
-    pairs = [n for n in graph.nodes if quantize_of(n) is not None and _stored(n) in WIDE]
+    pairs = [n for n in graph.nodes if quantize_of(n) is not None and _stored(n) in OF_16_BITS]
     for pair in pairs:
         quantize = quantize_of(pair)
         assert quantize is not None, pair

@@ -10,7 +10,7 @@ from sparsec.ir.dims import symbol
 from sparsec.ir.graph import Graph, Value
 from sparsec.ir.types import DType
 from sparsec.passes import Roundings, graph_pipeline
-from sparsec.passes.absorb_wide import AbsorbWide
+from sparsec.passes.absorb_16_bits import Absorb16Bits
 from sparsec.passes.manager import PassManager
 
 WIDE = (DType.I16, DType.U16)
@@ -35,7 +35,7 @@ def rounded(dtype: DType, zero_point: int) -> Graph:
 
 def test_roundings_are_dropped():
     graph = rounded(DType.I16, 5)
-    result = AbsorbWide().run(graph)
+    result = Absorb16Bits().run(graph)
     assert not graph.nodes
     assert result.notes == ("1 roundings to 16 bits are dropped for fp32",)
 
@@ -46,7 +46,7 @@ def test_what_such_a_rounding_cuts_off_stays_cut_off():
     x = graph.add_input("x", DType.F32, (symbol("n"), 4))
     sum = graph.add("add", [x, graph.add_constant(np.ones(4, np.float32))])
     graph.add_output("y", real(graph, stored(graph, sum, DType.U16, 0), 0))
-    AbsorbWide().run(graph)
+    Absorb16Bits().run(graph)
     assert [n.op for n in graph.nodes] == ["add", "clip"]
 
 
@@ -58,7 +58,7 @@ def test_all_roundings_keep_their_numbers(dtype: DType, zero_point: int, rng: np
     x = rng.uniform(1.2 * ends.min * SCALE - 1, 1.2 * ends.max * SCALE, (500, 4))
     feed = {"x": x.astype(np.float32)}
     before = run(graph, feed)["y"]
-    AbsorbWide(Roundings.ALL).run(graph)
+    Absorb16Bits(Roundings.ALL).run(graph)
     assert not {"quantize", "dequantize"} & {n.op for n in graph.nodes}
     np.testing.assert_array_equal(run(graph, feed)["y"], before)
 
@@ -79,5 +79,5 @@ def test_inputs_and_outputs_stay_integers(dtype: DType, rng: np.random.Generator
 
 def test_roundings_to_bytes_are_left_alone():
     graph = rounded(DType.U8, 5)
-    assert AbsorbWide().run(graph).changed == 0
+    assert Absorb16Bits().run(graph).changed == 0
     assert [n.op for n in graph.nodes] == ["quantize", "dequantize"]
