@@ -36,7 +36,7 @@ from sparsec.tools.peer_instances import PEER_ENGINES, is_installed, peer_engine
 from sparsec.tools.throughput import Space, print_throughput, throughput
 
 # Intel Extension for Transformers, repository, 10 July 2022: int8, 4x1 blocks, batch up to 8, the
-# best layout of instances. Samples/s of the whole machine by (model, limit in ms, length, per cent
+# best setup of instances. Samples/s of the whole machine by (model, limit in ms, length, per cent
 # of zeros).
 PUBLISHED_MACHINE = "24 cores of a Xeon Platinum 8375C (AWS c6i.12xlarge)"
 PUBLISHED_CORES = 24

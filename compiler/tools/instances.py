@@ -30,7 +30,7 @@ Windows = list[list[float]]
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class Setup:
     """So many instances of so many threads each, every call with `batch` samples.
 
     `setting`: that of the engine, of Engine.settings.
@@ -46,7 +46,7 @@ class Layout:
 class Measurement:
     """`calls` of all instances together; the percentiles are of the time of a call."""
 
-    layout: Layout
+    setup: Setup
     samples_per_s: float
     p50_ms: float
     p99_ms: float
@@ -58,7 +58,7 @@ class EngineFailed(Exception):
 
 
 class Engine(Protocol):
-    """What is searched for its best layout.
+    """What is searched for its best setup.
 
     `settings`: the ways to run it that are all tried; one without a name where there is no choice.
     """
@@ -109,16 +109,16 @@ def sparsec_engine(library: Path) -> LocalEngine:
     return LocalEngine("sparsec", calls)
 
 
-def places_of(layout: Layout, cpus: Sequence[int]) -> Places:
+def places_of(setup: Setup, cpus: Sequence[int]) -> Places:
     """Neighbouring CPUs for each instance; no CPU is given twice."""
-    wanted = layout.instances * layout.threads
+    wanted = setup.instances * setup.threads
     if wanted > len(cpus):
         raise InvalidInput(
-            f"{layout.instances} instances of {layout.threads} threads need {wanted} cores; "
+            f"{setup.instances} instances of {setup.threads} threads need {wanted} cores; "
             f"this process may use {len(cpus)}"
         )
-    starts = range(0, wanted, layout.threads)
-    return tuple(tuple(cpus[start : start + layout.threads]) for start in starts)
+    starts = range(0, wanted, setup.threads)
+    return tuple(tuple(cpus[start : start + setup.threads]) for start in starts)
 
 
 def run_together(calls: Sequence[Call], pins: Sequence[int] | None, seconds: float) -> Windows:
@@ -160,7 +160,7 @@ def run_together(calls: Sequence[Call], pins: Sequence[int] | None, seconds: flo
     return windows
 
 
-def measurement(layout: Layout, windows: Windows) -> Measurement:
+def measurement(setup: Setup, windows: Windows) -> Measurement:
     """What the seconds of the calls say.
 
     The p99 is by nearest rank: 99 of 100 calls took no longer. Of fewer than 100 calls it is the
@@ -168,5 +168,5 @@ def measurement(layout: Layout, windows: Windows) -> Measurement:
     """
     taken = np.concatenate([np.asarray(window) for window in windows]) * 1e3
     p50, p99 = (float(v) for v in np.percentile(taken, [50, 99], method="inverted_cdf"))
-    rate = sum(layout.batch * len(window) / sum(window) for window in windows)
-    return Measurement(layout, rate, p50, p99, len(taken))
+    rate = sum(setup.batch * len(window) / sum(window) for window in windows)
+    return Measurement(setup, rate, p50, p99, len(taken))

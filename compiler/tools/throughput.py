@@ -1,8 +1,8 @@
 """The most samples per second that keep under a latency limit: `bench --latency-ms`.
 
-Engines are searched one after the other over settings x instances x threads x batch, each layout
-for a short time; then the best layout of every engine is measured for longer, in turns, so that
-noise of the machine hits all alike. A layout that misses the limit then gives way to the engine's
+Engines are searched one after the other over settings x instances x threads x batch, each setup
+for a short time; then the best setup of every engine is measured for longer, in turns, so that
+noise of the machine hits all alike. A setup that misses the limit then gives way to the engine's
 next best. A setting in which the engine fails does not count.
 """
 
@@ -23,8 +23,8 @@ from sparsec.tools.inputs import fixed_sizes, random_inputs, run_shape
 from sparsec.tools.instances import (
     Engine,
     EngineFailed,
-    Layout,
     Measurement,
+    Setup,
     Windows,
     measurement,
     places_of,
@@ -35,7 +35,7 @@ TRIAL_SHARE = 5  # a trial of the search is this many times shorter than the las
 TURNS = 5  # of the last measurement
 MOST_SAMPLES = 128  # the largest batch that is tried
 PAST_PEAK = 0.8  # of the best rate: a larger batch will not help
-LAYOUT_KEYS = ("instances", "threads", "batch", "setting")
+SETUP_KEYS = ("instances", "threads", "batch", "setting")
 
 Tell = Callable[[str], None]
 
@@ -51,7 +51,7 @@ class Space:
     def grid(self, cores: int) -> list[tuple[int, int]]:
         """(instances, threads) that fit into the cores; raises InvalidInput when none does."""
         if self.instances is not None or self.threads is not None:
-            places_of(Layout(self.instances or 1, self.threads or 1, 1), range(cores))
+            places_of(Setup(self.instances or 1, self.threads or 1, 1), range(cores))
             instances = self.instances or cores // (self.threads or 1)
             return [(instances, self.threads or cores // instances)]
         # With a thread more or an instance more, these would not fit any more.
@@ -69,13 +69,13 @@ def throughput(
     seconds: float,
     progress: Tell,
 ) -> dict[str, Any]:
-    """Per engine the layout with most samples/s whose p99 latency is at most `limit_ms`.
+    """Per engine the setup with most samples/s whose p99 latency is at most `limit_ms`.
 
     `seq` and the batch of the space are as `run_shape` says. Ours is the first of the engines;
     `peers` have names of their own.
 
     The last measurement of an engine takes `seconds`, a trial of the search a fifth of that.
-    "load_before" is the load average of the system. "met" says whether any layout kept the limit;
+    "load_before" is the load average of the system. "met" says whether any setup kept the limit;
     where none did, "best" is the one with the lowest p99. `ratio` is our rate over that of the
     best peer, where both keep the limit. "failures" says which settings of which engines do not
     count, and why; an engine without another setting is not among "engines".
@@ -104,7 +104,7 @@ def throughput(
 
 @dataclass(frozen=True, slots=True)
 class _Bench:
-    """Runs layouts of engines on inputs of one length."""
+    """Runs setups of engines on inputs of one length."""
 
     engines: Mapping[str, Engine]
     model: Model
@@ -130,30 +130,30 @@ class _Bench:
                 self._note(name, setting, error)
         return tried
 
-    def trial(self, name: str, layout: Layout) -> Measurement:
-        self.progress(f"{name}: {_layout_text(layout)}")
-        return measurement(layout, self._run(name, layout, self.seconds / TRIAL_SHARE))
+    def trial(self, name: str, setup: Setup) -> Measurement:
+        self.progress(f"{name}: {_setup_text(setup)}")
+        return measurement(setup, self._run(name, setup, self.seconds / TRIAL_SHARE))
 
-    def turn(self, name: str, layout: Layout) -> Windows | None:
+    def turn(self, name: str, setup: Setup) -> Windows | None:
         """None when the engine fails."""
-        self.progress(f"{name}: {_layout_text(layout)}, once more for longer")
+        self.progress(f"{name}: {_setup_text(setup)}, once more for longer")
         try:
-            return self._run(name, layout, self.seconds / TURNS)
+            return self._run(name, setup, self.seconds / TURNS)
         except EngineFailed as error:
-            self._note(name, layout.setting, error)
+            self._note(name, setup.setting, error)
             return None
 
-    def _run(self, name: str, layout: Layout, seconds: float) -> Windows:
-        arrays = random_inputs(self.model, layout.batch, self.seq, seed=0, padding=False)
-        places = places_of(layout, self.cpus)
-        return self.engines[name].windows(layout.setting, places, arrays, seconds)
+    def _run(self, name: str, setup: Setup, seconds: float) -> Windows:
+        arrays = random_inputs(self.model, setup.batch, self.seq, seed=0, padding=False)
+        places = places_of(setup, self.cpus)
+        return self.engines[name].windows(setup.setting, places, arrays, seconds)
 
     def _note(self, name: str, setting: str, error: EngineFailed) -> None:
         self.failures.append({"engine": name, "setting": setting, "reason": str(error)})
 
 
 def search(
-    trial: Callable[[str, Layout], Measurement],
+    trial: Callable[[str, Setup], Measurement],
     name: str,
     pair: tuple[int, int],
     batch: int | None,
@@ -166,11 +166,11 @@ def search(
     was missed the batch is narrowed down between the last two, to an eighth.
     """
     if batch is not None:
-        return [trial(name, Layout(*pair, batch, setting))]
+        return [trial(name, Setup(*pair, batch, setting))]
     tried: list[Measurement] = []
     good, bad = 0, 1
     while bad <= MOST_SAMPLES:
-        tried.append(trial(name, Layout(*pair, bad, setting)))
+        tried.append(trial(name, Setup(*pair, bad, setting)))
         if tried[-1].p99_ms > limit_ms:
             break
         if tried[-1].samples_per_s < PAST_PEAK * max(m.samples_per_s for m in tried):
@@ -180,7 +180,7 @@ def search(
         return tried
     while bad - good > max(1, good // 8):
         middle = (good + bad) // 2
-        tried.append(trial(name, Layout(*pair, middle, setting)))
+        tried.append(trial(name, Setup(*pair, middle, setting)))
         if tried[-1].p99_ms > limit_ms:
             bad = middle
         else:
@@ -190,12 +190,12 @@ def search(
 
 def confirm(
     tried: Mapping[str, Sequence[Measurement]],
-    turn: Callable[[str, Layout], Windows | None],
+    turn: Callable[[str, Setup], Windows | None],
     limit_ms: float,
 ) -> dict[str, Measurement]:
     """The best of every engine, measured again in turns with the others.
 
-    An engine whose layouts all miss the limit, in the trials or now, has the one with the lowest
+    An engine whose setups all miss the limit, in the trials or now, has the one with the lowest
     p99 of all. One whose settings all fail, in the trials or now, has none.
     """
     left = {name: list(trials) for name, trials in tried.items()}
@@ -206,40 +206,40 @@ def confirm(
     while open_names := [name for name in tried if name not in found and left[name]]:
         for name in [name for name in open_names if not queues[name]]:
             found[name] = min(missed[name] or left[name], key=lambda m: m.p99_ms)
-        for name, layout, again in _in_turns(queues, found, turn):
+        for name, setup, again in _in_turns(queues, found, turn):
             if again is None:
                 for kept in (left, queues, missed):
-                    kept[name] = [m for m in kept[name] if m.layout.setting != layout.setting]
+                    kept[name] = [m for m in kept[name] if m.setup.setting != setup.setting]
             elif again.p99_ms <= limit_ms:
                 found[name] = again
             else:
                 missed[name].append(again)
-                queues[name] = [m for m in queues[name] if not _is_beside(m.layout, layout)]
+                queues[name] = [m for m in queues[name] if not _is_beside(m.setup, setup)]
     return {name: found[name] for name in tried if name in found}
 
 
 def _in_turns(
     queues: Mapping[str, list[Measurement]],
     found: Mapping[str, Measurement],
-    turn: Callable[[str, Layout], Windows | None],
-) -> Iterator[tuple[str, Layout, Measurement | None]]:
+    turn: Callable[[str, Setup], Windows | None],
+) -> Iterator[tuple[str, Setup, Measurement | None]]:
     """The first of every queue of an engine that is not found yet, measured in turns.
 
     None of an engine that failed: it had no more turns.
     """
-    layouts = {n: queue[0].layout for n, queue in queues.items() if n not in found and queue}
+    setups = {n: queue[0].setup for n, queue in queues.items() if n not in found and queue}
     windows: dict[str, Windows | None] = {
-        name: [[] for _ in range(layout.instances)] for name, layout in layouts.items()
+        name: [[] for _ in range(setup.instances)] for name, setup in setups.items()
     }
     for _ in range(TURNS):
-        for name, layout in layouts.items():
+        for name, setup in setups.items():
             if (kept := windows[name]) is None:
                 continue
-            more = turn(name, layout)
+            more = turn(name, setup)
             windows[name] = more and [old + new for old, new in zip(kept, more, strict=True)]
-    for name, layout in layouts.items():
+    for name, setup in setups.items():
         kept = windows[name]
-        yield name, layout, None if kept is None else measurement(layout, kept)
+        yield name, setup, None if kept is None else measurement(setup, kept)
 
 
 def _candidates(trials: Sequence[Measurement], limit_ms: float) -> list[Measurement]:
@@ -247,9 +247,9 @@ def _candidates(trials: Sequence[Measurement], limit_ms: float) -> list[Measurem
     return sorted(kept, key=lambda m: -m.samples_per_s)
 
 
-def _is_beside(layout: Layout, missed: Layout) -> bool:
+def _is_beside(setup: Setup, missed: Setup) -> bool:
     """Whether it would miss as well: the same instances with more than 3/4 of the batch."""
-    return replace(layout, batch=missed.batch) == missed and 4 * layout.batch > 3 * missed.batch
+    return replace(setup, batch=missed.batch) == missed and 4 * setup.batch > 3 * missed.batch
 
 
 def _ratio(found: Sequence[Measurement], limit_ms: float) -> float | None:
@@ -270,17 +270,17 @@ def _engine_result(
 
 def _row(m: Measurement) -> dict[str, Any]:
     row = asdict(m)
-    layout = row.pop("layout")
-    return {**layout, **row, "samples_per_s_per_core": m.samples_per_s / _cores(m.layout)}
+    setup = row.pop("setup")
+    return {**setup, **row, "samples_per_s_per_core": m.samples_per_s / _cores(m.setup)}
 
 
-def _cores(layout: Layout) -> int:
-    return layout.instances * layout.threads
+def _cores(setup: Setup) -> int:
+    return setup.instances * setup.threads
 
 
-def _layout_text(layout: Layout) -> str:
-    text = f"{layout.instances} x {layout.threads} threads, batch {layout.batch}"
-    return f"{layout.setting}, {text}" if layout.setting else text
+def _setup_text(setup: Setup) -> str:
+    text = f"{setup.instances} x {setup.threads} threads, batch {setup.batch}"
+    return f"{setup.setting}, {text}" if setup.setting else text
 
 
 def _setting_text(name: str, setting: str) -> str:
@@ -300,17 +300,17 @@ def print_throughput(result: dict[str, Any]) -> None:
     missed = []
     for name, engine in result["engines"].items():
         best = engine["best"]
-        layout = Layout(*(best[k] for k in LAYOUT_KEYS))
-        numbers = [str(n) for n in (layout.instances, layout.threads, layout.batch)]
+        setup = Setup(*(best[k] for k in SETUP_KEYS))
+        numbers = [str(n) for n in (setup.instances, setup.threads, setup.batch)]
         rates = [f"{best[k]:.0f}" for k in ("samples_per_s", "samples_per_s_per_core")]
         times = [f"{best[k]:.3f}" for k in ("p50_ms", "p99_ms")]
         table.add_row(
-            _setting_text(name, layout.setting), *numbers, *rates, *times, str(best["calls"])
+            _setting_text(name, setup.setting), *numbers, *rates, *times, str(best["calls"])
         )
         if not engine["met"]:
             missed.append(
                 f"{name}: nothing keeps the limit of {limit:g} ms; the closest found is "
-                f"{_layout_text(layout)}: p99 {times[1]} ms, {rates[0]} samples/s"
+                f"{_setup_text(setup)}: p99 {times[1]} ms, {rates[0]} samples/s"
             )
     console().print(table)
     failed = [

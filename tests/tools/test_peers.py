@@ -16,7 +16,7 @@ from onnx.reference import ReferenceEvaluator
 
 from sparsec.errors import InvalidInput
 from sparsec.target import core_cpus
-from sparsec.tools.instances import Layout, LocalEngine, places_of
+from sparsec.tools.instances import LocalEngine, Setup, places_of
 from sparsec.tools.peer_instances import PEER_ENGINES, peer_engines
 from sparsec.tools.peer_models import (
     quantize_dynamic,
@@ -112,11 +112,11 @@ def test_instances_of_a_peer(
 ) -> None:
     cpus = core_cpus()
     peer = engine(model)
-    layouts = [Layout(1, 1, 3), Layout(1, 1, 1), Layout(len(cpus), 1, 1), Layout(1, len(cpus), 2)]
-    for layout in layouts:
-        places = places_of(layout, cpus)
-        windows = peer.windows("", places, feed(rng, (layout.batch, 5)), 0)
-        assert [len(window) for window in windows] == [MIN_CALLS] * layout.instances
+    setups = [Setup(1, 1, 3), Setup(1, 1, 1), Setup(len(cpus), 1, 1), Setup(1, len(cpus), 2)]
+    for setup in setups:
+        places = places_of(setup, cpus)
+        windows = peer.windows("", places, feed(rng, (setup.batch, 5)), 0)
+        assert [len(window) for window in windows] == [MIN_CALLS] * setup.instances
 
 
 def test_a_peer_needs_its_file() -> None:

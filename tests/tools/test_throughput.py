@@ -17,9 +17,9 @@ from sparsec.tools import throughput as tool
 from sparsec.tools.inputs import Arrays
 from sparsec.tools.instances import (
     EngineFailed,
-    Layout,
     Measurement,
     Places,
+    Setup,
     Windows,
     measurement,
     places_of,
@@ -36,32 +36,32 @@ class Machine:
 
     def __init__(self, per_sample_ms: float) -> None:
         self.per_sample_ms = per_sample_ms
-        self.asked: list[tuple[str, Layout]] = []
+        self.asked: list[tuple[str, Setup]] = []
 
-    def call_ms(self, layout: Layout) -> float:
-        return 1 + self.per_sample_ms * layout.batch / layout.threads
+    def call_ms(self, setup: Setup) -> float:
+        return 1 + self.per_sample_ms * setup.batch / setup.threads
 
-    def trial(self, name: str, layout: Layout) -> Measurement:
-        self.asked.append((name, layout))
-        ms = self.call_ms(layout)
-        return Measurement(layout, layout.instances * layout.batch / ms * 1e3, ms, ms, 100)
+    def trial(self, name: str, setup: Setup) -> Measurement:
+        self.asked.append((name, setup))
+        ms = self.call_ms(setup)
+        return Measurement(setup, setup.instances * setup.batch / ms * 1e3, ms, ms, 100)
 
-    def turn(self, name: str, layout: Layout) -> Windows:
-        self.asked.append((name, layout))
-        return [[self.call_ms(layout) / 1e3] for _ in range(layout.instances)]
+    def turn(self, name: str, setup: Setup) -> Windows:
+        self.asked.append((name, setup))
+        return [[self.call_ms(setup) / 1e3] for _ in range(setup.instances)]
 
     def batches(self) -> list[int]:
-        return [layout.batch for _, layout in self.asked]
+        return [setup.batch for _, setup in self.asked]
 
 
 def test_percentiles_are_of_nearest_rank() -> None:
     # 1 to 200 ms over two instances: 198 of 200 calls took at most 198 ms.
     windows = [[i / 1e3 for i in range(1, 200, 2)], [i / 1e3 for i in range(2, 201, 2)]]
-    found = measurement(Layout(2, 1, 4), windows)
+    found = measurement(Setup(2, 1, 4), windows)
     assert (found.p50_ms, found.p99_ms, found.calls) == (100, 198, 200)
     # 100 calls of 4 samples in 10.0 s and in 10.1 s; an error of adding 100 numbers.
     assert found.samples_per_s == pytest.approx(400 / 10.0 + 400 / 10.1, rel=1e-12)
-    assert measurement(Layout(1, 1, 1), [[0.001, 0.009, 0.002]]).p99_ms == 9
+    assert measurement(Setup(1, 1, 1), [[0.001, 0.009, 0.002]]).p99_ms == 9
 
 
 @pytest.mark.parametrize(
@@ -73,38 +73,38 @@ def test_percentiles_are_of_nearest_rank() -> None:
         (24, [(24, 1), (12, 2), (8, 3), (6, 4), (4, 6), (3, 8), (2, 12), (1, 24)]),
     ],
 )
-def test_layouts_of_all_cores(cores: int, pairs: list[Pair]) -> None:
+def test_setups_of_all_cores(cores: int, pairs: list[Pair]) -> None:
     assert Space().grid(cores) == pairs
 
 
-def test_layouts_of_the_given_numbers() -> None:
+def test_setups_of_the_given_numbers() -> None:
     assert Space(instances=3).grid(8) == [(3, 2)]
     assert Space(threads=3).grid(8) == [(2, 3)]
     assert Space(instances=2, threads=2).grid(8) == [(2, 2)]
 
 
 @pytest.mark.parametrize(
-    ("space", "layout"),
+    ("space", "setup"),
     [
         (Space(9), "9 instances of 1 threads"),
         (Space(None, 9), "1 instances of 9 threads"),
         (Space(3, 3), "3 instances of 3 threads"),
     ],
 )
-def test_more_than_there_are_cores(space: Space, layout: str) -> None:
-    with pytest.raises(InvalidInput, match=f"{layout} need 9 cores; this process may use 8"):
+def test_more_than_there_are_cores(space: Space, setup: str) -> None:
+    with pytest.raises(InvalidInput, match=f"{setup} need 9 cores; this process may use 8"):
         space.grid(8)
 
 
 def test_places_do_not_overlap() -> None:
-    assert places_of(Layout(2, 3, 1), [0, 2, 4, 6, 8, 10, 12]) == ((0, 2, 4), (6, 8, 10))
+    assert places_of(Setup(2, 3, 1), [0, 2, 4, 6, 8, 10, 12]) == ((0, 2, 4), (6, 8, 10))
 
 
 def test_batch_doubles_then_narrows() -> None:
     machine = Machine(per_sample_ms=1)
     tried = search(machine.trial, "ours", (2, 1), None, 12.0)
     assert machine.batches() == [1, 2, 4, 8, 16, 12, 10, 11]
-    assert max(m.layout.batch for m in tried if m.p99_ms <= 12) == 11
+    assert max(m.setup.batch for m in tried if m.p99_ms <= 12) == 11
 
 
 def test_search_ends_at_the_first_batch_when_that_misses() -> None:
@@ -115,11 +115,11 @@ def test_search_ends_at_the_first_batch_when_that_misses() -> None:
 def test_search_ends_past_the_peak() -> None:
     rates = {1: 100.0, 2: 120.0, 4: 95.0}
 
-    def trial(name: str, layout: Layout) -> Measurement:
-        return Measurement(layout, rates[layout.batch], 1, 1, 100)
+    def trial(name: str, setup: Setup) -> Measurement:
+        return Measurement(setup, rates[setup.batch], 1, 1, 100)
 
     tried = search(trial, "ours", (1, 1), None, 10.0)
-    assert [m.layout.batch for m in tried] == [1, 2, 4]
+    assert [m.setup.batch for m in tried] == [1, 2, 4]
 
 
 def test_search_ends_at_the_largest_batch() -> None:
@@ -135,7 +135,7 @@ def test_a_given_batch_is_the_only_one() -> None:
 
 
 def trials(machine: Machine, batches: list[int]) -> list[Measurement]:
-    return [machine.trial("", Layout(1, 1, batch)) for batch in batches]
+    return [machine.trial("", Setup(1, 1, batch)) for batch in batches]
 
 
 def test_the_best_of_every_engine_is_measured_again_in_turns() -> None:
@@ -143,13 +143,13 @@ def test_the_best_of_every_engine_is_measured_again_in_turns() -> None:
     tried = {"ours": trials(machine, [1, 4, 8]), "peer": trials(machine, [1, 2])}
     machine.asked.clear()
     found = confirm(tried, machine.turn, 6.0)
-    assert {name: m.layout.batch for name, m in found.items()} == {"ours": 4, "peer": 2}
-    once = [("ours", Layout(1, 1, 4)), ("peer", Layout(1, 1, 2))]
+    assert {name: m.setup.batch for name, m in found.items()} == {"ours": 4, "peer": 2}
+    once = [("ours", Setup(1, 1, 4)), ("peer", Setup(1, 1, 2))]
     assert machine.asked == once * tool.TURNS
     assert found["ours"].calls == tool.TURNS
 
 
-def test_a_layout_that_misses_when_measured_again_gives_way() -> None:
+def test_a_setup_that_misses_when_measured_again_gives_way() -> None:
     machine = Machine(per_sample_ms=1)
     tried = {"ours": trials(machine, [1, 2, 4, 7, 8])}
     machine.asked.clear()
@@ -157,17 +157,17 @@ def test_a_layout_that_misses_when_measured_again_gives_way() -> None:
     found = confirm(tried, machine.turn, 9.0)
     # 8 misses; 7 is more than 3/4 of it and is not tried.
     assert machine.batches() == [8] * tool.TURNS + [4] * tool.TURNS
-    assert found["ours"].layout.batch == 4
+    assert found["ours"].setup.batch == 4
 
 
 def test_nothing_meets_the_limit() -> None:
     machine = Machine(per_sample_ms=1)
     tried = {"ours": trials(machine, [4, 2, 3])}
-    assert confirm(tried, machine.turn, 0.5)["ours"].layout.batch == 2
+    assert confirm(tried, machine.turn, 0.5)["ours"].setup.batch == 2
     machine.per_sample_ms = 100  # nor when measured again
     found = confirm(tried, machine.turn, 6.0)["ours"]
     assert found.p99_ms > 6.0
-    assert found.layout.batch == 2
+    assert found.setup.batch == 2
 
 
 def engine(met: bool, rate: float, p99: float) -> dict[str, object]:
