@@ -20,6 +20,7 @@ import onnx.helper
 import onnx.numpy_helper
 
 from sparsec.errors import InvalidInput
+from sparsec.files import replacing
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 PRODUCTS = ("MatMul", "Gemm")
@@ -179,18 +180,18 @@ def _products_of_activations(path: Path) -> list[str]:
 
 @contextmanager
 def _whole(output: Path) -> Iterator[Path]:
-    """A name to write at, renamed to `output` at the end; without the quantiser's advice."""
-    partial = output.with_name(f"partial-{output.name}")
+    """As `replacing`, without the quantiser's advice."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        yield partial
-        partial.replace(output)
+        with replacing(output) as partial:
+            yield partial
     finally:
         logging.disable(before)
-        partial.unlink(missing_ok=True)
 
 
 def _check_installed() -> None:
     if importlib.util.find_spec("onnxruntime") is None:
-        raise InvalidInput("int8 files for the peers need onnxruntime: pip install sparsec[bench]")
+        raise InvalidInput(
+            "int8 files for the peers need onnxruntime: pip install 'sparsec[bench]'"
+        )

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from sparsec.errors import InvalidInput
+from sparsec.files import replacing
 from sparsec.models.compress import export_qdq, mixing, prune, quantise
 from sparsec.models.compress.data import Batch, Encoded, batches, load_tokenizer
 from sparsec.models.compress.folders import load_model, save_model
@@ -168,10 +169,12 @@ class _Run:
         self._check_lessons()
         self.config = model.config
         self.output.mkdir(parents=True, exist_ok=True)
-        (self.output / "recipe.json").write_text(self.recipe.to_json(), encoding="utf-8")
+        with replacing(self.output / "recipe.json") as part:
+            part.write_text(self.recipe.to_json(), encoding="utf-8")
         if self.targets is not None:
             text = json.dumps(dict(self.targets), indent=1)
-            (self.output / SPARSITIES).write_text(text + "\n", encoding="utf-8")
+            with replacing(self.output / SPARSITIES) as part:
+                part.write_text(text + "\n", encoding="utf-8")
 
     def _check_pattern(self) -> None:
         """That what prunes can make the pattern, and that something prunes."""

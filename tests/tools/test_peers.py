@@ -184,7 +184,7 @@ def test_dynamic_file_multiplies_integers(model: Path) -> None:
     quantize_dynamic(model, output)
     kinds = [node.op_type for node in onnx.load(output).graph.node]
     assert "MatMulInteger" in kinds
-    assert not list(output.parent.glob("partial-*"))
+    assert not list(output.parent.glob(".*.tmp"))
 
 
 @pytest.mark.parametrize("attention", [False, True])
