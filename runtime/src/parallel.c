@@ -131,8 +131,9 @@ static int place_on(int32_t cpu, cpu_set_t *place) {
 
 static int start_workers(sparsec_pool *pool) {
   /* Signals are for the threads of the program that uses the model; all but those that an
-   * instruction raises, whose handlers run where it is. */
-  static const int faults[] = {SIGBUS, SIGFPE, SIGILL, SIGSEGV};
+   * instruction or a system call raises: their handlers run where it is, and the process ends
+   * where they are blocked. */
+  static const int faults[] = {SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGSYS, SIGTRAP};
   sigset_t most, before;
   sigfillset(&most);
   for (size_t i = 0; i < sizeof faults / sizeof faults[0]; i++) sigdelset(&most, faults[i]);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -272,10 +273,32 @@ def test_external_threads(
     context.destroy()
 
 
+def _status(thread: str, key: str) -> str:
+    """What the system says of a thread of this process."""
+    lines = Path(f"/proc/self/task/{thread}/status").read_text().splitlines()
+    return next(x for x in lines if x.startswith(key)).split()[1]
+
+
 def _sleeps(thread: str) -> int:
     """How often a thread of this process has gone to sleep."""
-    lines = Path(f"/proc/self/task/{thread}/status").read_text().splitlines()
-    return int(next(x for x in lines if x.startswith("voluntary_ctxt")).split()[1])
+    return int(_status(thread, "voluntary_ctxt"))
+
+
+def test_workers_take_the_signals_that_they_raise_and_no_others(
+    model: ModelStruct, example: Callable[..., dict[str, Array]]
+) -> None:
+    before = set(os.listdir("/proc/self/task"))
+    context = Context(model, threads=2)
+    (worker,) = set(os.listdir("/proc/self/task")) - before
+    y, z = np.empty((2, 40, 4), np.float32), np.empty((2, 4), np.float32)
+    assert context.prepare((2, 40), (2, 40, 4)) == OK
+    assert context.run(example(2, 40), y, z) == OK  # a thread that starts takes none at first
+    mask = int(_status(worker, "SigBlk"), 16)
+    context.destroy()
+    taken = {number for number in signal.valid_signals() if not mask >> (number - 1) & 1}
+    raised = {signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV}
+    raised |= {signal.SIGSYS, signal.SIGTRAP}
+    assert taken - {signal.SIGKILL, signal.SIGSTOP} == raised
 
 
 def test_threads_wait_awake_for_the_next_step(
