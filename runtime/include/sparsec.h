@@ -139,7 +139,7 @@ typedef struct sparsec_model_v1 {
    * whenever a shape changes. shapes[i] has `rank` sizes; it may be NULL for rank 0. */
   int32_t (*prepare)(sparsec_context *context, const int64_t *const *shapes);
 
-  /* Writes the `rank` sizes of an output for the prepared shapes; `shape` may be NULL for rank 0. */
+  /* Writes an output's `rank` sizes for the prepared shapes; `shape` may be NULL for rank 0. */
   int32_t (*output_shape)(sparsec_context *context, uint32_t index, int64_t *shape);
 
   /* Inputs and outputs in the order of the tables, in the prepared shapes, aligned to their

@@ -16,7 +16,7 @@ typedef struct sparsec_chain_run {
   const int64_t *items; /* per step */
   int64_t block;        /* panels at a time */
   int64_t *places;      /* memory for place_count numbers of each worker */
-  uint64_t *step_ns;    /* what worker 0 takes for each step is added, unless it is a null pointer */
+  uint64_t *step_ns;    /* what worker 0 takes for each step is added; may be a null pointer */
 } sparsec_chain_run;
 
 /* How many panels a worker should take at a time; 0: the steps are better done one by one. */

@@ -51,7 +51,8 @@ typedef struct job {
 const char *sparsec_status_text(int32_t status) {
   switch (status) {
     case SPARSEC_OK: return "ok";
-    case SPARSEC_INDEX_OUT_OF_RANGE: return "an index is out of range: a token id, or a position past its table";
+    case SPARSEC_INDEX_OUT_OF_RANGE:
+      return "an index is out of range: a token id, or a position past its table";
     case SPARSEC_INVALID_ARGUMENT: return "invalid argument";
     case SPARSEC_INVALID_SHAPE: return "invalid shape";
     case SPARSEC_TOO_LARGE: return "the sizes need more memory than can be addressed";
@@ -299,7 +300,8 @@ static int32_t prepare(sparsec_context *context, const int64_t *const *shapes) {
 
   int64_t bytes = lay_out(context);
   if (bytes < 0)
-    return fail(context, SPARSEC_TOO_LARGE, "the input shapes need an arena of more than 2^46 bytes");
+    return fail(context, SPARSEC_TOO_LARGE,
+                "the input shapes need an arena of more than 2^46 bytes");
   status = grow_arena(context, bytes);
   if (status != SPARSEC_OK) return status;
   context->prepared = 1;
@@ -329,8 +331,8 @@ static int32_t output_shape(sparsec_context *context, uint32_t index, int64_t *s
   if (!context->prepared)
     return fail(context, SPARSEC_NOT_PREPARED, "output_shape comes after prepare");
   if (index >= model->output_count)
-    return fail(context, SPARSEC_INVALID_ARGUMENT, "there are %" PRIu32 " outputs, no output %" PRIu32,
-                model->output_count, index);
+    return fail(context, SPARSEC_INVALID_ARGUMENT,
+                "there are %" PRIu32 " outputs, no output %" PRIu32, model->output_count, index);
   const int64_t *dims = context->sizes.dims;
   for (uint32_t i = 0; i < model->input_count; i++) dims += model->inputs[i].rank;
   for (uint32_t i = 0; i < index; i++) dims += model->outputs[i].rank;

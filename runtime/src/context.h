@@ -82,7 +82,7 @@ typedef struct sparsec_code {
   uint32_t found_count; /* symbols beyond the model's */
   const sparsec_place *places;
   const sparsec_chain *chains; /* in the order of their steps */
-  const int64_t *own_slots; /* per chained slot: the bytes of a panel that a worker has for itself */
+  const int64_t *own_slots; /* per chained slot: bytes of a panel that a worker has for itself */
   const sparsec_step *steps;
   const sparsec_limit *limits;
   /* An upper bound of the absolute value of everything that `sizes` computes on the way. */

@@ -140,6 +140,12 @@ def test_runtime_compiles_without_warnings(tmp_path: Path) -> None:
         _zig(tmp_path, "cc", *args, "-o", str(tmp_path / "x.o"))
 
 
+def test_lines_of_c_have_100_columns_at_most() -> None:
+    files = [f for folder in (INCLUDE, SOURCES) for f in folder.iterdir()]
+    lines = [(f.name, line) for f in [*files, EXAMPLE] for line in f.read_text().splitlines()]
+    assert [(name, line) for name, line in lines if len(line) > 100] == []
+
+
 def test_unsupported_cpu_is_an_error(build_hand: Callable[..., Path]) -> None:
     """A library for the first level that this machine lacks."""
     lacking = [isa for isa in Isa if not Target.host().has(isa)]
