@@ -9,7 +9,7 @@ copied to another folder, or under another name, this file is imported like any 
 
 Inputs and outputs are dicts of arrays. A Model may be called from many threads at the same time;
 the interpreter lock is released while it computes. `python model.py` prints what the library
-beside it says about itself.
+beside it says about itself, on a CPU that can not run it too.
 """
 
 from __future__ import annotations
@@ -575,5 +575,6 @@ def _unique_spelling(path: Path, status: os.stat_result) -> str:
 
 
 if __name__ == "__main__":
-    with load(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_suffix(".so")) as _model:
+    _path = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_suffix(".so")
+    with Model(_path, check_cpu=False) as _model:
         print(json.dumps(_model.description, indent=2))

@@ -169,6 +169,13 @@ const sparsec_model_v1 *sparsec_query(uint32_t version) { return version == VERS
 """
 
 
+def _fake_library(folder: Path, version: int = 1, shorter: int = 0) -> Path:
+    source = folder / "fake.c"
+    source.write_text(_FAKE)
+    defines = [f"-DVERSION={version}", f"-DSHORTER={shorter}", f"-I{INCLUDE}"]
+    return _zig_library(folder, source, *defines)
+
+
 @pytest.mark.parametrize(
     ("version", "shorter", "error", "message"),
     [
@@ -181,12 +188,17 @@ const sparsec_model_v1 *sparsec_query(uint32_t version) { return version == VERS
 def test_libraries_of_others(
     version: int, shorter: int, error: type[Exception], message: str, tmp_path: Path
 ) -> None:
-    source = tmp_path / "fake.c"
-    source.write_text(_FAKE)
-    defines = [f"-DVERSION={version}", f"-DSHORTER={shorter}", f"-I{INCLUDE}"]
-    path = _zig_library(tmp_path, source, *defines)
+    path = _fake_library(tmp_path, version, shorter)
     with pytest.raises(error, match=message):
         load(path)
+
+
+def test_the_loader_alone_describes_what_this_cpu_lacks(tmp_path: Path) -> None:
+    """And the library that it stands beside is found by its name."""
+    _fake_library(tmp_path)
+    alone = shutil.copy(loader.__file__, tmp_path / "fake.py")
+    shown = subprocess.run([sys.executable, alone], capture_output=True, text=True)
+    assert (shown.stdout, shown.stderr) == ("{}\n", "")
 
 
 # What LLVM calls a feature, where it is not the flag that Linux shows.
