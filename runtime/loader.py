@@ -20,7 +20,8 @@ import os
 import struct
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -189,7 +190,6 @@ class Model:
         self._closed = False
         self._lock = threading.Lock()
         self._idle: list[_ContextHandle] = []
-        self._pid = os.getpid()
         self._options = self._make_options(threads, pin)
         self._library = self._open()
         best = self._query()
@@ -200,6 +200,7 @@ class Model:
         self.outputs = _ports(self._model.outputs, self._model.output_count)
         if check_cpu:
             self._check_cpu()
+        _after_forks(weakref.WeakMethod(self._renew))
 
     @property
     def targets(self) -> dict[str, str]:
@@ -412,14 +413,20 @@ class Model:
         with self._lock:
             if self._closed:
                 raise self._errors.invalid_input(f"{self.path}: the model is closed")
-            if os.getpid() != self._pid:  # the threads of these stayed in the parent process
-                self._idle, self._pid = [], os.getpid()
             if self._idle:
                 return self._idle.pop()
         handle = ctypes.c_void_p()
         options = ctypes.byref(self._options)
         self._check(self._model.context_create(options, ctypes.byref(handle)), None)
         return _ContextHandle(handle)
+
+    def _renew(self) -> None:
+        """In the child of a fork the threads of the contexts are missing, and so is one that
+        may have held the lock."""
+        self._lock = threading.Lock()
+        idle, self._idle = self._idle, []
+        for context in idle:
+            self._model.context_destroy(context.handle)
 
     def _give_back(self, context: _ContextHandle) -> None:
         with self._lock:
@@ -506,6 +513,16 @@ def load(
 ) -> Model:
     """Loads a compiled model; see Model for the options."""
     return Model(path, threads=threads, pin=pin, isa=isa)
+
+
+def _after_forks(method: weakref.WeakMethod[Callable[[], None]]) -> None:
+    """Calls the method in every later child of this process while its object lives."""
+
+    def call() -> None:
+        if (bound := method()) is not None:
+            bound()
+
+    os.register_at_fork(after_in_child=call)
 
 
 def _tables(model: ModelStruct) -> list[_Table]:
