@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 /* Linux arch/x86/include/uapi/asm/prctl.h */
+#define GET_SUPPORTED 0x1021      /* ARCH_GET_XCOMP_SUPP */
 #define REQUEST_PERMISSION 0x1023 /* ARCH_REQ_XCOMP_PERM */
 #define TILE_DATA 18              /* XFEATURE_XTILE_DATA */
 
@@ -86,14 +87,22 @@ static const char *missing_of(size_t count) {
   return NULL;
 }
 
-const char *sparsec_missing_feature(const char *isa) {
-  for (size_t i = 0; i < sizeof levels / sizeof levels[0]; i++) {
-    if (strcmp(isa, levels[i].isa) != 0) continue;
-    const char *missing = missing_of(levels[i].features);
-    if (missing) return missing;
-    if (strcmp(isa, "amx") == 0 && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) != 0)
-      return "permission to use AMX (Linux 5.16 or newer)";
-    return NULL;
-  }
+static const char *missing_in_cpu(const char *isa) {
+  for (size_t i = 0; i < sizeof levels / sizeof levels[0]; i++)
+    if (strcmp(isa, levels[i].isa) == 0) return missing_of(levels[i].features);
   return isa;
+}
+
+const char *sparsec_missing_feature(const char *isa) {
+  const char *missing = missing_in_cpu(isa);
+  if (missing || strcmp(isa, "amx") != 0) return missing;
+  if (syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0) return NULL;
+  return "permission to use AMX (Linux 5.16 or newer)";
+}
+
+int sparsec_is_machine_of(const char *isa) {
+  if (missing_in_cpu(isa)) return 0;
+  if (strcmp(isa, "amx") != 0) return 1;
+  uint64_t supported = 0;
+  return syscall(SYS_arch_prctl, GET_SUPPORTED, &supported) == 0 && supported >> TILE_DATA & 1;
 }

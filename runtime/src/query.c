@@ -12,7 +12,7 @@ const sparsec_model_v1 *sparsec_query(uint32_t abi_version) {
   const sparsec_model_v1 *const *last = table + sparsec_target_count - 1;
   while (table < last && sparsec_missing_feature(table[0]->required_isa)) table++;
   /* Of several that use the same instructions, the one for a machine like this. */
-  while (table < last && sparsec_missing_feature(table[0]->target_isa) &&
+  while (table < last && !sparsec_is_machine_of(table[0]->target_isa) &&
          strcmp(table[0]->required_isa, table[1]->required_isa) == 0)
     table++;
   return *table;

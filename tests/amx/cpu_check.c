@@ -7,3 +7,8 @@ const char *sparsec_missing_feature(const char *isa) {
   (void)isa;
   return NULL;
 }
+
+int sparsec_is_machine_of(const char *isa) {
+  (void)isa;
+  return 1;
+}

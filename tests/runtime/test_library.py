@@ -222,4 +222,37 @@ def test_missing_feature(host: Target, tmp_path: Path) -> None:
     for isa in Isa:
         missing = check.sparsec_missing_feature(isa.value.encode())
         assert host.has(isa) == (missing is None), (isa, missing)
+        assert host.has(isa) == bool(check.sparsec_is_machine_of(isa.value.encode())), isa
     assert check.sparsec_missing_feature(b"warp") == b"warp"
+    assert not check.sparsec_is_machine_of(b"warp")
+
+
+# sparsec_query on a machine with AMX; it counts what it asks of the kernel.
+_QUERY = """
+#include <string.h>
+#include "query.c"
+int requests;
+const char *sparsec_missing_feature(const char *isa) {
+  requests += strcmp(isa, "amx") == 0;
+  return NULL;
+}
+int sparsec_is_machine_of(const char *isa) { return isa != NULL; }
+static const sparsec_model_v1 best = {.required_isa = NEEDED, .target_isa = "amx"};
+static const sparsec_model_v1 other = {.required_isa = "avx512", .target_isa = "avx512"};
+const sparsec_model_v1 *const sparsec_targets[] = {&best, &other};
+const uint32_t sparsec_target_count = 2;
+"""
+
+
+@pytest.mark.parametrize(("needed", "requests"), [("amx", 1), ("avx512", 0)])
+def test_permission_is_requested_for_code_that_needs_it(
+    needed: str, requests: int, tmp_path: Path
+) -> None:
+    """From then on a process can have no signal stack that is too small for tile registers."""
+    source = tmp_path / "query_alone.c"
+    source.write_text(_QUERY)
+    flags = (f'-DNEEDED="{needed}"', f"-I{INCLUDE}", f"-I{SOURCES}")
+    library = ctypes.CDLL(str(_zig_library(tmp_path, source, *flags)))
+    library.sparsec_query.restype = ctypes.POINTER(loader.ModelStruct)
+    assert library.sparsec_query(1).contents.target_isa == b"amx"
+    assert ctypes.c_int.in_dll(library, "requests").value == requests
