@@ -35,7 +35,7 @@ static int32_t do_step(const sparsec_chain_run *run, uint32_t index, uint32_t wo
 int32_t sparsec_chain_work(const sparsec_chain_run *run, uint32_t worker, void *scratch,
                            int64_t begin, int64_t end) {
   uint32_t count = run->code->place_count;
-  int64_t *places = run->places + (size_t)worker * count;
+  int64_t *places = run->places + worker * sparsec_chain_places(count);
   memcpy(places, run->frame->places, count * sizeof *places);
   sparsec_frame frame = *run->frame;
   frame.places = places;

@@ -4,9 +4,18 @@
 #ifndef SPARSEC_CHAIN_H
 #define SPARSEC_CHAIN_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 #include "context.h"
+
+#define CACHE_LINE 64
+
+/* Places of a worker: whole cache lines of them, since it rewrites some at each step. */
+static inline size_t sparsec_chain_places(uint32_t place_count) {
+  size_t line = CACHE_LINE / sizeof(int64_t);
+  return (place_count + line - 1) / line * line;
+}
 
 /* One chain in one run. */
 typedef struct sparsec_chain_run {
@@ -15,7 +24,7 @@ typedef struct sparsec_chain_run {
   const sparsec_frame *frame;
   const int64_t *items; /* per step */
   int64_t block;        /* panels at a time */
-  int64_t *places;      /* memory for place_count numbers of each worker */
+  int64_t *places;      /* memory for sparsec_chain_places numbers of each worker */
   uint64_t *step_ns;    /* what worker 0 takes for each step is added; may be a null pointer */
 } sparsec_chain_run;
 

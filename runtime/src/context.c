@@ -116,6 +116,15 @@ static sparsec_context *allocate(const sparsec_code *code) {
   return context;
 }
 
+static int32_t allocate_worker_places(sparsec_context *context) {
+  size_t each = sparsec_chain_places(context->code->place_count) * sizeof(int64_t);
+  void *memory;
+  if (posix_memalign(&memory, CACHE_LINE, each * sparsec_pool_threads(context->pool)) != 0)
+    return SPARSEC_OUT_OF_MEMORY;
+  context->worker_places = memory;
+  return SPARSEC_OK;
+}
+
 int32_t sparsec_context_create(const sparsec_code *code, const sparsec_options_v1 *options,
                                sparsec_context **result) {
   static const sparsec_options_v1 defaults = {.struct_bytes = sizeof(sparsec_options_v1)};
@@ -129,11 +138,7 @@ int32_t sparsec_context_create(const sparsec_code *code, const sparsec_options_v
   sparsec_context *context = allocate(code);
   if (!context) return SPARSEC_OUT_OF_MEMORY;
   int32_t status = sparsec_pool_create(options, &context->pool);
-  if (status == SPARSEC_OK && code->chain_count) {
-    size_t numbers = (size_t)code->place_count * sparsec_pool_threads(context->pool);
-    context->worker_places = calloc(numbers ? numbers : 1, sizeof(int64_t));
-    if (!context->worker_places) status = SPARSEC_OUT_OF_MEMORY;
-  }
+  if (status == SPARSEC_OK && code->chain_count) status = allocate_worker_places(context);
   if (status != SPARSEC_OK) {
     sparsec_context_destroy(context);
     return status;

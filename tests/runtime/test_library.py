@@ -227,6 +227,38 @@ def test_missing_feature(host: Target, tmp_path: Path) -> None:
     assert not check.sparsec_is_machine_of(b"warp")
 
 
+# A chain of one step, which notes where the places of the worker are.
+_CHAIN = """
+#include "chain.c"
+int64_t sparsec_now_ns(void) { return 0; }
+static const int64_t *seen;
+static int32_t note(const sparsec_frame *frame, void *scratch, int64_t begin, int64_t end) {
+  seen = frame->places;
+  return (scratch || begin < end) ? SPARSEC_OK : SPARSEC_INVALID_SHAPE;
+}
+int64_t offset_of_places(uint32_t worker, uint32_t count) {
+  static int64_t memory[64], places[16], items[] = {1};
+  static const sparsec_chain chain = {0, 0, 1};
+  static const sparsec_step step = {.run = note, .per_panel = 1};
+  const sparsec_code code = {.place_count = count, .steps = &step};
+  const sparsec_frame frame = {.places = places};
+  const sparsec_chain_run run = {&code, &chain, &frame, items, 1, memory, NULL};
+  return sparsec_chain_work(&run, worker, NULL, 0, 1) == SPARSEC_OK ? (seen - memory) * 8 : -1;
+}
+"""
+
+
+def test_workers_in_a_chain_share_no_cache_line(tmp_path: Path) -> None:
+    source = tmp_path / "chain_alone.c"
+    source.write_text(_CHAIN)
+    flags = (f"-I{INCLUDE}", f"-I{SOURCES}")
+    library = ctypes.CDLL(str(_zig_library(tmp_path, source, *flags)))
+    library.offset_of_places.restype = ctypes.c_int64
+    for count, stride in ((1, 64), (7, 64), (8, 64), (9, 128)):
+        offsets = [library.offset_of_places(worker, count) for worker in range(3)]
+        assert offsets == [0, stride, 2 * stride]
+
+
 # sparsec_query on a machine with AMX; it counts what it asks of the kernel.
 _QUERY = """
 #include <string.h>
