@@ -102,8 +102,14 @@ SUM_TOKENS = HandKernel(
 )
 
 
-def hand_program(name: str = "hand", *, scale: float = 2.0, padding_bytes: int = 0) -> Program:
-    """See the top; `padding_bytes` of weights that no kernel reads."""
+def hand_program(
+    name: str = "hand",
+    *,
+    scale: float = 2.0,
+    padding_bytes: int = 0,
+    order: tuple[int, ...] = (0, 1, 2),
+) -> Program:
+    """See the top; `padding_bytes` of weights that no kernel reads; `order` of h, y and z."""
     batch, seq = symbol("batch"), symbol("seq")
     f32 = DType.F32
     ids_type = TensorType(DType.I64, (batch, seq))
@@ -125,6 +131,11 @@ def hand_program(name: str = "hand", *, scale: float = 2.0, padding_bytes: int =
     ids = ref(Region.INPUT, 0, ids_type, "ids")
     y = ref(Region.OUTPUT, 0, token_type, "y")
     z = ref(Region.OUTPUT, 1, sum_type, "z")
+    calls = (
+        KernelCall(SCALE_ADD, (x, w_ref, h, CHANNELS, scale), token_type.elements, "scale"),
+        KernelCall(LOOK_UP, (ids, table_ref, h, y, ROWS, CHANNELS), batch * seq, "embedding"),
+        KernelCall(SUM_TOKENS, (h, z, seq, CHANNELS), batch, "sums", scratch_bytes=4 * CHANNELS),
+    )
     return Program(
         name,
         (Port("ids", ids_type), Port("x", token_type)),
@@ -132,13 +143,7 @@ def hand_program(name: str = "hand", *, scale: float = 2.0, padding_bytes: int =
         ("batch", "seq"),
         weights,
         (token_type.nbytes,),
-        (
-            KernelCall(SCALE_ADD, (x, w_ref, h, CHANNELS, scale), token_type.elements, "scale"),
-            KernelCall(LOOK_UP, (ids, table_ref, h, y, ROWS, CHANNELS), batch * seq, "embedding"),
-            KernelCall(
-                SUM_TOKENS, (h, z, seq, CHANNELS), batch, "sums", scratch_bytes=4 * CHANNELS
-            ),
-        ),
+        tuple(calls[index] for index in order),
     )
 
 

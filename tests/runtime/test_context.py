@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -63,12 +64,16 @@ class Context:
         self.model.context_destroy(self.handle)
 
 
-@pytest.fixture
-def model(library: Path) -> ModelStruct:
+def _table(library: Path) -> ModelStruct:
     query = ctypes.CDLL(str(library)).sparsec_query
     query.restype = ctypes.POINTER(ModelStruct)
     table: ModelStruct = query(1).contents
     return table
+
+
+@pytest.fixture
+def model(library: Path) -> ModelStruct:
+    return _table(library)
 
 
 @pytest.fixture
@@ -322,7 +327,41 @@ def test_threads_wait_awake_for_the_next_step(
     assert np.quantile(slept, 0.1) <= 1
 
 
-def test_no_spinning(model: ModelStruct, example: Callable[..., dict[str, Array]]) -> None:
+def _sleeps_at_rest(thread: str) -> int:
+    """How often a thread has gone to sleep, once it stays asleep."""
+    for _ in range(1000):
+        before = _sleeps(thread)
+        time.sleep(0.01)
+        if _status(thread, "State") == "S" and _sleeps(thread) == before:
+            return before
+    raise AssertionError("the thread does not go to sleep")
+
+
+def test_without_spinning_a_worker_sleeps_between_steps(
+    build_hand: Callable[..., Path], example: Callable[..., dict[str, Array]]
+) -> None:
+    """The second of three steps is one for the caller alone, of milliseconds."""
+    before = set(os.listdir("/proc/self/task"))
+    library = build_hand("no_spin", order=(0, 2, 1))
+    context = Context(_table(library), threads=2, no_spin=1, spin_us=1_000_000)
+    (worker,) = set(os.listdir("/proc/self/task")) - before
+    inputs = example(1, 1 << 21)
+    ids, x = inputs["ids"].shape, inputs["x"].shape
+    assert context.prepare(ids, x) == OK
+    y, z = np.empty(x, np.float32), np.empty(x[::2], np.float32)
+    slept = []
+    for _ in range(10):
+        start = _sleeps_at_rest(worker)
+        assert context.run(inputs, y, z) == OK
+        slept.append(_sleeps_at_rest(worker) - start)
+    context.destroy()
+    # Once after the run and once within, but not in each when others keep the worker off its core.
+    assert max(slept) >= 2
+
+
+def test_spinning_changes_no_number(
+    model: ModelStruct, example: Callable[..., dict[str, Array]]
+) -> None:
     inputs = example(2, 40)
     results = []
     for options in ({"threads": 1}, {"threads": 3, "no_spin": 1}, {"threads": 2, "spin_us": 5000}):
