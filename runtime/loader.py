@@ -21,7 +21,7 @@ import struct
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -200,7 +200,7 @@ class Model:
         self.outputs = _ports(self._model.outputs, self._model.output_count)
         if check_cpu:
             self._check_cpu()
-        _after_forks(weakref.WeakMethod(self._renew))
+        _models.add(self)
 
     @property
     def targets(self) -> dict[str, str]:
@@ -515,16 +515,6 @@ def load(
     return Model(path, threads=threads, pin=pin, isa=isa)
 
 
-def _after_forks(method: weakref.WeakMethod[Callable[[], None]]) -> None:
-    """Calls the method in every later child of this process while its object lives."""
-
-    def call() -> None:
-        if (bound := method()) is not None:
-            bound()
-
-    os.register_at_fork(after_in_child=call)
-
-
 def _tables(model: ModelStruct) -> list[_Table]:
     """Those of all targets in the library, best first."""
     if model.struct_bytes < ctypes.sizeof(ModelStruct):  # one of before there were several
@@ -589,6 +579,17 @@ def _unique_spelling(path: Path, status: os.stat_result) -> str:
     filler = "".join("./" if bits >> i & 1 else "/" for i in range(32))
     path = path.absolute()
     return f"{path.parent}/{filler}{path.name}"
+
+
+_models: weakref.WeakSet[Model] = weakref.WeakSet()
+
+
+def _renew_all() -> None:
+    for model in list(_models):
+        model._renew()
+
+
+os.register_at_fork(after_in_child=_renew_all)
 
 
 if __name__ == "__main__":
