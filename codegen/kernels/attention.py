@@ -24,6 +24,13 @@ from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, best_vector_isa, by_name
 from sparsec.codegen.isa.pack8 import Packer
 from sparsec.codegen.isa.polynomials import exp_negative
 from sparsec.codegen.isa.vector import keep, ramp, splat
+from sparsec.codegen.kernels.attention_args import (
+    attention_call,
+    attention_parameters,
+    longest_sequence,
+    mask_kind,
+    result_of,
+)
 from sparsec.codegen.kernels.base import Binder, TirKernel
 from sparsec.codegen.kernels.full_mask import transpose_mask
 from sparsec.codegen.kernels.panels import (
@@ -35,22 +42,18 @@ from sparsec.codegen.kernels.panels import (
     loop,
     mod,
 )
-from sparsec.codegen.kernels.quantize import inverse_of
 from sparsec.codegen.kernels.query_blocks import (
     PACKED,
     Sequences,
     over_query_blocks,
     queries_before,
-    sequence_args,
-    sequence_pointers,
-    sequence_sizes,
     store_context,
 )
-from sparsec.codegen.program import Arg, Kernel, KernelCall, Kind, Parameter
-from sparsec.ir.dims import Dim, ceildiv, round_up
+from sparsec.codegen.program import Kernel, KernelCall, Parameter
+from sparsec.ir.dims import round_up
 from sparsec.ir.graph import Node
 from sparsec.ir.schedule import Schedule, Workload
-from sparsec.ir.types import DType, TensorType
+from sparsec.ir.types import DType
 from sparsec.target import Target
 
 # (groups of 16 queries at once, keys or channels at once) per vector length
@@ -82,25 +85,7 @@ class Attention(TirKernel):
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
-        """The mask is read at batch, head, query and key times their steps; a key's step is 1."""
-        masked = self.mask != "none"
-        pointers = ["q", "k", "v", *(["mask"] if masked else [])]
-        steps = ("batch_step", "head_step", "query_step")
-        y = Parameter("y", dtype="float32" if self.result == "f32" else "uint8")
-        quant = (Parameter("inverse", Kind.FLOAT), Parameter("zero_point", Kind.INT))
-        sizes = ["heads", "head_size"]
-        sizes += [f"{x}_{what}" for x in "qkv" for what in ("channels", "offset")]
-        sizes += steps if masked and self.mask != PACKED else []
-        return (
-            *(Parameter(n) for n in pointers),
-            *sequence_pointers(self.mask),
-            y,
-            Parameter("tokens", Kind.INT),
-            *sequence_sizes(self.mask),
-            *(Parameter(n, Kind.INT) for n in sizes),
-            Parameter("scale", Kind.FLOAT),
-            *(quant if self.result == "u8" else ()),
-        )
+        return attention_parameters(self.mask, self.result)
 
     def _body(self, s: tir.KernelScope) -> None:
         def compute(head: Any, first: Any, sequence: Any, groups: int) -> None:
@@ -311,39 +296,17 @@ class AttentionFamily:
         ]
 
     def lower(self, node: Node, schedule: Schedule, binder: Binder) -> list[KernelCall]:
-        q, y, mask = node.input(0), node.output, node.optional_input(3)
         assert all(is_planar(v.type) for v in map(node.input, range(3))), node
-        kind = mask_kind(node)
-        pointers, lengths, longest = sequence_args(node, binder)
         kernel = Attention(
             by_name(schedule.isa),
             schedule.param("groups"),
             schedule.param("rows"),
-            kind,
-            "f32" if y.type.dtype is DType.F32 else "u8",
+            mask_kind(node),
+            result_of(node),
         )
-        heads, head_size = int(node.attrs["heads"]), int(node.attrs["head_size"])
-        tokens = q.type.tokens
-        args: list[Arg] = [binder.ref(node.input(i)) for i in range(3)]
-        args += [] if mask is None else [binder.ref(mask)]
-        args += [*pointers, binder.ref(y), tokens, *lengths, heads, head_size]
-        for i, name in enumerate("qkv"):
-            args += [node.input(i).type.channels, int(node.attrs[f"{name}_offset"])]
-        if mask is not None and kind != PACKED:
-            args += mask_steps(mask.type, q.type)[1]
-        args += [float(node.attrs["scale"])]
-        if kernel.result == "u8":
-            args += [inverse_of(node.attrs["out_scale"]), node.attrs.get("out_zero_point", 0)]
-        return [
-            KernelCall(
-                kernel,
-                tuple(args),
-                ceildiv(tokens, WIDTH) * heads,
-                f"{node.name}: {heads} heads of {head_size}, mask {kind}",
-                scratch_bytes=round_up(longest, GROUP) * (WIDTH * 4),
-                macs=tokens * longest * (2 * heads * head_size),
-            )
-        ]
+        scratch_bytes = round_up(longest_sequence(node), GROUP) * (WIDTH * 4)
+        own = {"scale": float(node.attrs["scale"])}
+        return [attention_call(node, kernel, binder, scratch_bytes, own)]
 
     def variants(self) -> list[Kernel]:
         return [
@@ -353,31 +316,3 @@ class AttentionFamily:
             for mask in MASKS
             for result in RESULTS
         ]
-
-
-def mask_kind(node: Node) -> str:
-    """Which of MASKS an attention has; "other" is one without a kernel."""
-    mask = node.optional_input(3)
-    if node.optional_input(4) is not None:
-        one_per_token = mask is not None and mask.type.shape == (
-            1,
-            1,
-            1,
-            node.input(0).type.tokens,
-        )
-        return PACKED if one_per_token else "other"
-    return "none" if mask is None else mask_steps(mask.type, node.input(0).type)[0]
-
-
-def mask_steps(mask: TensorType, q: TensorType) -> tuple[str, tuple[Dim, ...]]:
-    """The kind of a mask and its (batch, head, query) steps; "other" is one without a kernel."""
-    batch, seq = q.shape[0], q.shape[-2]
-    shape = (1,) * (4 - mask.rank) + mask.shape
-    mask_batch, mask_heads, queries, keys = shape
-    known = mask_batch in (1, batch) and queries in (1, seq) and keys == seq
-    if not known or mask.dtype is not DType.F32 or q.rank != 3:
-        return "other", ()
-    head_step = 0 if mask_heads == 1 else queries * keys
-    batch_step = 0 if mask_batch == 1 else mask_heads * queries * keys
-    kind = "key" if queries == 1 else "full"
-    return kind, (batch_step, head_step, 0 if queries == 1 else keys)

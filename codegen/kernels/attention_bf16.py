@@ -9,29 +9,22 @@ from typing import Any
 from sparsec.codegen import tir
 from sparsec.codegen.isa import amx, by_name
 from sparsec.codegen.isa.bf16 import AMX_BF16, AVX512_BF16, LANES
-from sparsec.codegen.kernels.attention import (
-    MASKS,
-    REGISTER_BLOCKS,
-    Attention,
+from sparsec.codegen.kernels.attention import MASKS, REGISTER_BLOCKS, Attention
+from sparsec.codegen.kernels.attention_args import (
+    attention_call,
+    attention_parameters,
+    longest_sequence,
     mask_kind,
-    mask_steps,
+    result_of,
 )
 from sparsec.codegen.kernels.attention_bf16_block import PairBlock
 from sparsec.codegen.kernels.attention_bf16_tiles import TilePairBlock
 from sparsec.codegen.kernels.base import Binder
-from sparsec.codegen.kernels.panels import GROUP, WIDTH
-from sparsec.codegen.kernels.quantize import inverse_of
-from sparsec.codegen.kernels.query_blocks import (
-    PACKED,
-    Sequences,
-    over_query_blocks,
-    sequence_args,
-)
+from sparsec.codegen.kernels.panels import GROUP
+from sparsec.codegen.kernels.query_blocks import PACKED, Sequences, over_query_blocks
 from sparsec.codegen.program import Arg, Kernel, KernelCall, Parameter
-from sparsec.ir.dims import ceildiv
 from sparsec.ir.graph import Node
 from sparsec.ir.schedule import Schedule, Workload
-from sparsec.ir.types import DType
 from sparsec.target import Target
 
 RESULTS = ("f32", "u8", "bf16")
@@ -53,11 +46,8 @@ class AttentionBf16(Attention):
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
-        pairs = {"q", "k", "v", *(["y"] if self.result == "bf16" else [])}
-        plain = Attention.parameters.fget(self)  # type: ignore[attr-defined]
         tiles = [Parameter("tiles", dtype="uint8")] if self.has_tiles else []
-        typed = [Parameter(p.name, dtype="int32") if p.name in pairs else p for p in plain]
-        return (*typed, *tiles)
+        return (*attention_parameters(self.mask, self.result, operand="int32"), *tiles)
 
     @property
     def block(self) -> type[PairBlock]:
@@ -97,7 +87,7 @@ class AttentionBf16Family:
     def workload(self, node: Node) -> Workload:
         q, kind = node.input(0).type, mask_kind(node)
         sizes = tuple((n, int(node.attrs[n])) for n in ("heads", "head_size"))
-        result = _result(node)
+        result = result_of(node)
         return Workload("attention", sizes, str(q.dtype), epilogue=f"mask {kind} to {result}")
 
     def schedules(self, workload: Workload, target: Target) -> list[Schedule]:
@@ -114,35 +104,15 @@ class AttentionBf16Family:
         ]
 
     def lower(self, node: Node, schedule: Schedule, binder: Binder) -> list[KernelCall]:
-        q, mask = node.input(0), node.optional_input(3)
-        kind = mask_kind(node)
-        pointers, lengths, longest = sequence_args(node, binder)
         groups, rows = schedule.param("groups"), schedule.param("rows")
-        kernel = AttentionBf16(by_name(schedule.isa), groups, rows, kind, _result(node))
-        heads, head_size = int(node.attrs["heads"]), int(node.attrs["head_size"])
-        tokens = q.type.tokens
-        args: list[Arg] = [binder.ref(node.input(i)) for i in range(3)]
-        args += [] if mask is None else [binder.ref(mask)]
-        args += [*pointers, binder.ref(node.output), tokens, *lengths, heads, head_size]
-        for i, name in enumerate("qkv"):
-            args += [node.input(i).type.channels // 2, int(node.attrs[f"{name}_offset"]) // 2]
-        if mask is not None and kind != PACKED:
-            args += mask_steps(mask.type, q.type)[1]
-        args += [float(node.attrs["scale"])]
-        if kernel.result == "u8":
-            args += [inverse_of(node.attrs["out_scale"]), node.attrs.get("out_zero_point", 0)]
+        isa, mask = by_name(schedule.isa), mask_kind(node)
+        kernel = AttentionBf16(isa, groups, rows, mask, result_of(node))
+        own: dict[str, Arg] = {"scale": float(node.attrs["scale"])}
         if kernel.has_tiles:
-            args.append(binder.weight(f"{node.name}.tiles", amx.ALL_FULL))
-        return [
-            KernelCall(
-                kernel,
-                tuple(args),
-                ceildiv(tokens, WIDTH) * heads,
-                f"{node.name}: {heads} heads of {head_size} in bf16, mask {kind}",
-                scratch_bytes=kernel.block.scratch_bytes(longest, head_size),
-                macs=tokens * longest * (2 * heads * head_size),
-            )
-        ]
+            own["tiles"] = binder.weight(f"{node.name}.tiles", amx.ALL_FULL)
+        head_size = int(node.attrs["head_size"])
+        scratch_bytes = kernel.block.scratch_bytes(longest_sequence(node), head_size)
+        return [attention_call(node, kernel, binder, scratch_bytes, own)]
 
     def variants(self) -> list[Kernel]:
         blocks = [(AVX512_BF16, *block) for block in REGISTER_BLOCKS[LANES]]
@@ -152,7 +122,3 @@ class AttentionBf16Family:
             for mask in MASKS
             for result in RESULTS
         ]
-
-
-def _result(node: Node) -> str:
-    return {DType.F32: "f32", DType.U8: "u8", DType.BF16: "bf16"}[node.output.type.dtype]

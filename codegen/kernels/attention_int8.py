@@ -15,23 +15,19 @@ from tvm.script.ir_builder import tirx as T
 from sparsec.codegen import tir
 from sparsec.codegen.isa import amx
 from sparsec.codegen.isa.int8 import AMX_INT8, AVX2_INT8, AVX512_VNNI, Int8Isa, int8_isa, int8_isas
-from sparsec.codegen.kernels.attention import mask_kind, mask_steps
+from sparsec.codegen.kernels.attention_args import (
+    attention_call,
+    attention_parameters,
+    longest_sequence,
+    mask_kind,
+    result_of,
+)
 from sparsec.codegen.kernels.attention_int8_block import Block
 from sparsec.codegen.kernels.attention_int8_pairs import PairBlock
 from sparsec.codegen.kernels.attention_int8_tiles import LEAST_HEAD_SIZE, TileBlock
 from sparsec.codegen.kernels.base import Binder, TirKernel
-from sparsec.codegen.kernels.panels import WIDTH
-from sparsec.codegen.kernels.quantize import inverse_of
-from sparsec.codegen.kernels.query_blocks import (
-    PACKED,
-    Sequences,
-    over_query_blocks,
-    sequence_args,
-    sequence_pointers,
-    sequence_sizes,
-)
-from sparsec.codegen.program import Arg, Kernel, KernelCall, Kind, Parameter
-from sparsec.ir.dims import ceildiv
+from sparsec.codegen.kernels.query_blocks import PACKED, Sequences, over_query_blocks
+from sparsec.codegen.program import Arg, Kernel, KernelCall, Parameter
 from sparsec.ir.graph import Node
 from sparsec.ir.layouts import Panels
 from sparsec.ir.schedule import Schedule, Workload
@@ -63,26 +59,13 @@ class AttentionInt8(TirKernel):
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
-        """`factor` is scale * q_scale * k_scale; the mask is read as `attention` reads it."""
-        masked = self.mask != "none"
-        sizes = ["heads", "head_size"]
-        sizes += [f"{x}_{what}" for x in "qkv" for what in ("channels", "offset")]
-        sizes += ["batch_step", "head_step"] if masked and self.mask != PACKED else []
-        sizes += ["query_step"] if self.mask == "full" else []
-        quant = (Parameter("inverse", Kind.FLOAT), Parameter("zero_point", Kind.INT))
-        return (
-            *(Parameter(n, dtype="uint8") for n in "qkv"),
-            *((Parameter("mask"),) if masked else ()),
-            *sequence_pointers(self.mask),
-            Parameter("y", dtype="float32" if self.result == "f32" else "uint8"),
-            Parameter("tokens", Kind.INT),
-            *sequence_sizes(self.mask),
-            *(Parameter(n, Kind.INT) for n in sizes),
-            Parameter("factor", Kind.FLOAT),
-            Parameter("v_scale", Kind.FLOAT),
-            *(quant if self.result == "u8" else ()),
-            *((Parameter("tiles", dtype="uint8"),) if self.has_tiles else ()),
+        """`factor` is scale * q_scale * k_scale."""
+        factors, steps = ("factor", "v_scale"), 2 if self.mask == "key" else 3
+        tiles = [Parameter("tiles", dtype="uint8")] if self.has_tiles else []
+        plain = attention_parameters(
+            self.mask, self.result, operand="uint8", steps=steps, factors=factors
         )
+        return (*plain, *tiles)
 
     @property
     def isa(self) -> str:
@@ -124,7 +107,7 @@ class AttentionInt8Family:
     def workload(self, node: Node) -> Workload:
         q, kind = node.input(0).type, mask_kind(node)
         sizes = tuple((n, int(node.attrs[n])) for n in ("heads", "head_size"))
-        return Workload(node.op, sizes, str(q.dtype), epilogue=f"mask {kind} to {_result(node)}")
+        return Workload(node.op, sizes, str(q.dtype), epilogue=f"mask {kind} to {result_of(node)}")
 
     def schedules(self, workload: Workload, target: Target) -> list[Schedule]:
         kind = workload.epilogue.split()[1]
@@ -137,41 +120,17 @@ class AttentionInt8Family:
         return [Schedule("attention_int8", isa.name) for isa in found]
 
     def lower(self, node: Node, schedule: Schedule, binder: Binder) -> list[KernelCall]:
-        q, mask = node.input(0).type, node.optional_input(3)
+        attrs, mask = node.attrs, mask_kind(node)
         assert all(v.type.layout == Panels() for v in (*map(node.input, range(3)), node.output))
-        kind = mask_kind(node)
-        pointers, lengths, longest = sequence_args(node, binder)
-        kernel = AttentionInt8(int8_isa(schedule.isa), kind, _result(node))
-        heads, head_size = int(node.attrs["heads"]), int(node.attrs["head_size"])
-        tokens = q.tokens
-        args: list[Arg] = [binder.ref(node.input(i)) for i in range(3)]
-        args += [] if mask is None else [binder.ref(mask)]
-        args += [*pointers, binder.ref(node.output), tokens, *lengths, heads, head_size]
-        for i, name in enumerate("qkv"):
-            args += [node.input(i).type.channels, int(node.attrs[f"{name}_offset"])]
-        scale, q_scale, k_scale = (float(node.attrs[n]) for n in ("scale", "q_scale", "k_scale"))
-        if mask is not None and kind != PACKED:
-            args += mask_steps(mask.type, q)[1][: 3 if kind == "full" else 2]
-        args += [scale * q_scale * k_scale, float(node.attrs["v_scale"])]
-        if kernel.result == "u8":
-            args += [inverse_of(node.attrs["out_scale"]), node.attrs.get("out_zero_point", 0)]
+        kernel = AttentionInt8(int8_isa(schedule.isa), mask, result_of(node))
+        heads, head_size = int(attrs["heads"]), int(attrs["head_size"])
+        scale, q_scale, k_scale = (float(attrs[n]) for n in ("scale", "q_scale", "k_scale"))
+        own: dict[str, Arg] = {"factor": scale * q_scale * k_scale}
+        own["v_scale"] = float(attrs["v_scale"])
         if kernel.has_tiles:
-            args.append(binder.weight(f"{node.name}.tiles", amx.ALL_FULL))
-        return [
-            KernelCall(
-                kernel,
-                tuple(args),
-                ceildiv(tokens, WIDTH) * heads,
-                f"{node.name}: {heads} heads of {head_size}, mask {kind}",
-                scratch_bytes=kernel.block.scratch_bytes(longest, head_size, kind),
-                macs=tokens * longest * (2 * heads * head_size),
-                per_panel=heads,
-            )
-        ]
+            own["tiles"] = binder.weight(f"{node.name}.tiles", amx.ALL_FULL)
+        scratch_bytes = kernel.block.scratch_bytes(longest_sequence(node), head_size, mask)
+        return [attention_call(node, kernel, binder, scratch_bytes, own, per_panel=heads)]
 
     def variants(self) -> list[Kernel]:
         return [AttentionInt8(i, mask, to) for i in BLOCKS for mask in MASKS for to in RESULTS]
-
-
-def _result(node: Node) -> str:
-    return "f32" if node.attrs.get("out_scale") is None else "u8"

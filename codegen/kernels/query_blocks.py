@@ -15,7 +15,6 @@ from tvm.script.ir_builder import tirx as T
 from sparsec.codegen import tir
 from sparsec.codegen.isa.pack8 import Packer
 from sparsec.codegen.isa.vector import keep, ramp
-from sparsec.codegen.kernels.base import Binder
 from sparsec.codegen.kernels.panels import (
     GROUP,
     WIDTH,
@@ -25,9 +24,6 @@ from sparsec.codegen.kernels.panels import (
     item_rectangles,
     loop,
 )
-from sparsec.codegen.program import Arg, Kind, Parameter
-from sparsec.ir.dims import Dim
-from sparsec.ir.graph import Node
 
 PACKED = "packed"  # the kind of mask of packed tokens: one value per token
 
@@ -60,27 +56,6 @@ class Sequences:
 
 # (head, first token, sequence, groups): computes these queries against that sequence's keys.
 Compute = Callable[[Any, Any, Any, int], None]
-
-
-def sequence_pointers(mask: str) -> tuple[Parameter, ...]:
-    """The parameters of a kernel that say where packed sequences lie."""
-    if mask != PACKED:
-        return ()
-    return tuple(Parameter(name, dtype="int64") for name in ("sequence_of", "starts"))
-
-
-def sequence_sizes(mask: str) -> tuple[Parameter, ...]:
-    """The parameter of a kernel that says how long sequences are that are not packed."""
-    return () if mask == PACKED else (Parameter("seq", Kind.INT),)
-
-
-def sequence_args(node: Node, binder: Binder) -> tuple[list[Arg], list[Arg], Dim]:
-    """Of an attention: the arguments for these pointers and sizes, and the longest sequence."""
-    sequence_of, starts = node.optional_input(4), node.optional_input(5)
-    if sequence_of is None or starts is None:
-        seq = node.input(0).type.shape[-2]
-        return [], [seq], seq
-    return [binder.ref(sequence_of), binder.ref(starts)], [], node.attrs["longest"]
 
 
 def over_query_blocks(
