@@ -25,7 +25,7 @@ import bench_kernels
 import numpy as np
 from single_kernels import Library
 
-from sparsec.codegen.isa import VECTOR_ISAS
+from sparsec.codegen.isa import VECTOR_ISAS, vector_isas
 from sparsec.codegen.isa.int8 import INT8_ISAS
 from sparsec.codegen.kernels.attention import REGISTER_BLOCKS, Attention, AttentionFamily
 from sparsec.codegen.kernels.attention_int8 import AttentionInt8, AttentionInt8Family
@@ -171,7 +171,7 @@ def int8_attention_samples(target: Target, isa: Any, folder: Path) -> Iterator[l
 
 def samples(target: Target, folder: Path) -> Iterator[list[Sample]]:
     """Of the best instruction sets that the target has."""
-    vector = next(v for v in reversed(VECTOR_ISAS) if target.has(v.isa))
+    vector = vector_isas(target)[0]
     int8 = next(i for i in reversed(INT8_ISAS) if target.has(i.isa))
     for name, found in (
         ("int8", int8_samples), ("int8_attention", int8_attention_samples), ("f32", f32_samples),

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from single_kernels import Candidate, Library, floats, measure, peak_rate
 
-from sparsec.codegen.isa import VECTOR_ISAS, by_name
+from sparsec.codegen.isa import VECTOR_ISAS, by_name, vector_isas
 from sparsec.codegen.kernels import FAMILIES
 from sparsec.codegen.kernels.attention import Attention, AttentionFamily
 from sparsec.codegen.kernels.dense_gemm import DenseGemm, DenseGemmFamily
@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--only", choices=TIMED)
     parser.add_argument("--rounds", type=int, default=30)
     options = parser.parse_args()
-    isa = options.isa or next(v.name for v in reversed(VECTOR_ISAS) if Target.host().has(v.isa))
+    isa = options.isa or vector_isas(Target.host())[0].name
     with tempfile.TemporaryDirectory() as folder:
         library = Library(kernels_of(isa), Isa(isa), Path(folder))
         most = peak_of(library, isa)

@@ -27,14 +27,14 @@ __all__ = [
     "FEATURES",
     "VECTOR_ISAS",
     "VectorIsa",
-    "best_vector_isa",
     "by_name",
+    "vector_isas",
 ]
 
 
-def best_vector_isa(target: Target) -> VectorIsa | None:
-    """The widest fp32 vectors that the target has."""
-    return next((v for v in reversed(VECTOR_ISAS) if target.has(v.isa)), None)
+def vector_isas(target: Target) -> list[VectorIsa]:
+    """The fp32 vectors that the target has, the widest first."""
+    return [v for v in reversed(VECTOR_ISAS) if target.has(v.isa)]
 
 
 def by_name(name: str) -> VectorIsa:

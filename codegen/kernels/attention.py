@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from tvm.script.ir_builder import tirx as T
 
 from sparsec.codegen import tir
-from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, best_vector_isa, by_name
+from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, by_name, vector_isas
 from sparsec.codegen.isa.pack8 import Packer
 from sparsec.codegen.isa.polynomials import exp_negative
 from sparsec.codegen.isa.vector import keep, ramp, splat
@@ -286,12 +286,11 @@ class AttentionFamily:
     def schedules(self, workload: Workload, target: Target) -> list[Schedule]:
         kind = workload.epilogue.split()[1]
         fits = workload.dtype == str(DType.F32) and kind in MASKS
-        if best_vector_isa(target) is None or not fits:
+        if not fits:
             return []
         return [
             Schedule("attention", v.name, (("groups", groups), ("rows", rows)))
-            for v in reversed(VECTOR_ISAS)
-            if target.has(v.isa)
+            for v in vector_isas(target)
             for groups, rows in REGISTER_BLOCKS[v.lanes]
         ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Protocol
 
 from sparsec.codegen import tir
+from sparsec.codegen.isa import vector_isas
 from sparsec.codegen.isa.vector import VectorIsa
 from sparsec.codegen.program import Arg, BufferRef, Kernel, KernelCall, Parameter
 from sparsec.ir.graph import Node, Value
@@ -60,6 +61,11 @@ class Binder(Protocol):
 def same_memory(a: BufferRef, b: BufferRef) -> bool:
     """Whether two values lie in the same place: the one is to be written over the other."""
     return (a.region, a.index) == (b.region, b.index)
+
+
+def vector_schedules(family: str, target: Target) -> list[Schedule]:
+    """One on each level of fp32 vectors that the target has, the widest first."""
+    return [Schedule(family, v.name) for v in vector_isas(target)]
 
 
 class KernelFamily(Protocol):

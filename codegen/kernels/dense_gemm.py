@@ -25,7 +25,7 @@ import numpy as np
 from tvm.script.ir_builder import tirx as T
 
 from sparsec.codegen import tir
-from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, best_vector_isa, by_name
+from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, by_name, vector_isas
 from sparsec.codegen.isa.polynomials import ACTIVATIONS
 from sparsec.codegen.isa.vector import keep, ramp, splat
 from sparsec.codegen.kernels.base import Binder, TirKernel
@@ -233,13 +233,12 @@ class DenseGemmFamily:
                         epilogue)  # fmt: skip
 
     def schedules(self, workload: Workload, target: Target) -> list[Schedule]:
-        best = best_vector_isa(target)
-        if best is None or workload.dtype != str(DType.F32):
+        if workload.dtype != str(DType.F32):
             return []
         most = workload.bucket.most
         few = most is not None and most <= MOST_TOKENS
         found = []
-        for v in (v for v in reversed(VECTOR_ISAS) if target.has(v.isa)):
+        for v in vector_isas(target):
             params = self._params(v, workload.size("k"), target)
             found += [Schedule(FEW_TOKENS, v.name, (("kc", params[0][3]),))] if few else []
             found += [Schedule(DENSE, v.name, tuple(zip(PARAMS, p, strict=True))) for p in params]

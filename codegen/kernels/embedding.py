@@ -15,9 +15,9 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from sparsec.codegen import tir
-from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, best_vector_isa, by_name
+from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, by_name
 from sparsec.codegen.isa.vector import keep, ramp, splat, transpose
-from sparsec.codegen.kernels.base import Binder, TirKernel
+from sparsec.codegen.kernels.base import Binder, TirKernel, vector_schedules
 from sparsec.codegen.kernels.layout_change import lanes_below
 from sparsec.codegen.kernels.panels import GROUP, WIDTH, div, is_planar, loop, mod
 from sparsec.codegen.program import Arg, Kernel, KernelCall, Kind, Parameter
@@ -155,9 +155,7 @@ class EmbeddingFamily:
     def schedules(self, workload: Workload, target: Target) -> list[Schedule]:
         known = all(d in map(str, ID_TYPES) for d in workload.epilogue.split())
         fits = workload.size("tables") <= MAX_TABLES and workload.dtype == str(DType.F32)
-        if best_vector_isa(target) is None or not known or not fits:
-            return []
-        return [Schedule("embedding", v.name) for v in reversed(VECTOR_ISAS) if target.has(v.isa)]
+        return vector_schedules("embedding", target) if known and fits else []
 
     def lower(self, node: Node, schedule: Schedule, binder: Binder) -> list[KernelCall]:
         parts, y = _parts(node), node.output

@@ -13,11 +13,11 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from sparsec.codegen import tir
-from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, best_vector_isa, by_name
+from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, by_name
 from sparsec.codegen.isa.bf16 import AVX512_BF16, pairs_of
 from sparsec.codegen.isa.pack8 import Packer
 from sparsec.codegen.isa.vector import keep, ramp, splat
-from sparsec.codegen.kernels.base import Binder, TirKernel, same_memory
+from sparsec.codegen.kernels.base import Binder, TirKernel, same_memory, vector_schedules
 from sparsec.codegen.kernels.panels import (
     GROUP,
     WIDTH,
@@ -268,12 +268,12 @@ class LayerNormFamily:
         return Workload("layer_norm", (("c", x.channels),), str(x.dtype), epilogue=" ".join(parts))
 
     def schedules(self, workload: Workload, target: Target) -> list[Schedule]:
-        if best_vector_isa(target) is None or workload.dtype != str(DType.F32):
+        if workload.dtype != str(DType.F32):
             return []
         if workload.epilogue.endswith("bf16"):
             isa = AVX512_BF16
             return [Schedule("layer_norm", isa.name)] if target.has(isa.isa) else []
-        return [Schedule("layer_norm", v.name) for v in reversed(VECTOR_ISAS) if target.has(v.isa)]
+        return vector_schedules("layer_norm", target)
 
     def lower(self, node: Node, schedule: Schedule, binder: Binder) -> list[KernelCall]:
         x, gamma = node.input(0), node.input(1)

@@ -10,9 +10,9 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from sparsec.codegen import tir
-from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, best_vector_isa, by_name
+from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, by_name
 from sparsec.codegen.isa.vector import keep, ramp, transpose
-from sparsec.codegen.kernels.base import Binder, TirKernel
+from sparsec.codegen.kernels.base import Binder, TirKernel, vector_schedules
 from sparsec.codegen.kernels.panels import GROUP, WIDTH, const, div, loop, mod
 from sparsec.codegen.program import Kernel, KernelCall, Kind, Parameter
 from sparsec.ir.dims import ceildiv
@@ -117,11 +117,7 @@ class LayoutChangeFamily:
         return Workload(node.op, (("c", x.channels),), str(x.dtype))
 
     def schedules(self, workload: Workload, target: Target) -> list[Schedule]:
-        if best_vector_isa(target) is None or workload.dtype not in MOVED:
-            return []
-        return [
-            Schedule("layout_change", v.name) for v in reversed(VECTOR_ISAS) if target.has(v.isa)
-        ]
+        return vector_schedules("layout_change", target) if workload.dtype in MOVED else []
 
     def lower(self, node: Node, schedule: Schedule, binder: Binder) -> list[KernelCall]:
         x, y = node.input(0), node.output

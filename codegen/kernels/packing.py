@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from tvm.script.ir_builder import tirx as T
 
 from sparsec.codegen import tir
-from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, best_vector_isa, by_name
+from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, by_name
 from sparsec.codegen.isa.vector import keep, ramp, splat, transpose
-from sparsec.codegen.kernels.base import Binder, TirKernel
+from sparsec.codegen.kernels.base import Binder, TirKernel, vector_schedules
 from sparsec.codegen.kernels.panels import GROUP, WIDTH, const, div, is_planar, loop, mod
 from sparsec.codegen.program import Kernel, KernelCall, Kind, Parameter
 from sparsec.ir.dims import ceildiv
@@ -135,9 +135,7 @@ class PackingFamily:
         return Workload(node.op, sizes, str(x.dtype))
 
     def schedules(self, workload: Workload, target: Target) -> list[Schedule]:
-        if best_vector_isa(target) is None:
-            return []
-        return [Schedule("packing", v.name) for v in reversed(VECTOR_ISAS) if target.has(v.isa)]
+        return vector_schedules("packing", target)
 
     def lower(self, node: Node, schedule: Schedule, binder: Binder) -> list[KernelCall]:
         vector = by_name(schedule.isa)

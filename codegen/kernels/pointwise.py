@@ -13,9 +13,9 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from sparsec.codegen import tir
-from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, best_vector_isa, by_name, polynomials
+from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, by_name, polynomials
 from sparsec.codegen.isa.vector import keep, ramp, splat
-from sparsec.codegen.kernels.base import Binder, TirKernel
+from sparsec.codegen.kernels.base import Binder, TirKernel, vector_schedules
 from sparsec.codegen.kernels.panels import const, div, loop
 from sparsec.codegen.program import Kernel, KernelCall, Kind, Parameter
 from sparsec.ir.dims import ceildiv, floordiv
@@ -136,9 +136,7 @@ class PointwiseFamily:
 
     def schedules(self, workload: Workload, target: Target) -> list[Schedule]:
         fits = workload.dtype == str(DType.F32) and workload.epilogue in SHAPES
-        if best_vector_isa(target) is None or not fits:
-            return []
-        return [Schedule("pointwise", v.name) for v in reversed(VECTOR_ISAS) if target.has(v.isa)]
+        return vector_schedules("pointwise", target) if fits else []
 
     def lower(self, node: Node, schedule: Schedule, binder: Binder) -> list[KernelCall]:
         work = self.workload(node)

@@ -17,10 +17,10 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from sparsec.codegen import tir
-from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, best_vector_isa, by_name
+from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, by_name
 from sparsec.codegen.isa.pack8 import BYTE_TYPES, Packer
 from sparsec.codegen.isa.vector import keep, ramp, splat
-from sparsec.codegen.kernels.base import Binder, TirKernel
+from sparsec.codegen.kernels.base import Binder, TirKernel, vector_schedules
 from sparsec.codegen.kernels.panels import const, div, loop
 from sparsec.codegen.program import Kernel, KernelCall, Kind, Parameter
 from sparsec.ir.dims import ceildiv, floordiv
@@ -121,9 +121,7 @@ class QuantizeFamily:
         return Workload(node.op, (), dtype)
 
     def schedules(self, workload: Workload, target: Target) -> list[Schedule]:
-        if best_vector_isa(target) is None or _bytes_in(workload) is None:
-            return []
-        return [Schedule("quantize", v.name) for v in reversed(VECTOR_ISAS) if target.has(v.isa)]
+        return vector_schedules("quantize", target) if _bytes_in(workload) else []
 
     def lower(self, node: Node, schedule: Schedule, binder: Binder) -> list[KernelCall]:
         x, y = node.input(0), node.output

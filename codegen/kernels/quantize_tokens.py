@@ -16,10 +16,10 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from sparsec.codegen import tir
-from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, best_vector_isa, by_name
+from sparsec.codegen.isa import VECTOR_ISAS, VectorIsa, by_name
 from sparsec.codegen.isa.pack8 import Packer
 from sparsec.codegen.isa.vector import keep, ramp, splat
-from sparsec.codegen.kernels.base import Binder, TirKernel
+from sparsec.codegen.kernels.base import Binder, TirKernel, vector_schedules
 from sparsec.codegen.kernels.panels import (
     GROUP,
     WIDTH,
@@ -144,9 +144,8 @@ class QuantizeTokensFamily:
         return Workload(OP, (("c", x.channels),), str(x.dtype))
 
     def schedules(self, workload: Workload, target: Target) -> list[Schedule]:
-        if best_vector_isa(target) is None or workload.dtype != str(DType.F32):
-            return []
-        return [Schedule(OP, v.name) for v in reversed(VECTOR_ISAS) if target.has(v.isa)]
+        fits = workload.dtype == str(DType.F32)
+        return vector_schedules(OP, target) if fits else []
 
     def lower(self, node: Node, schedule: Schedule, binder: Binder) -> list[KernelCall]:
         x, zero_point = node.input(0), int(node.attrs["zero_point"])

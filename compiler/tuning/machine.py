@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sparsec.codegen import probes, tir
-from sparsec.codegen.isa import VECTOR_ISAS, amx, best_vector_isa
+from sparsec.codegen.isa import amx, vector_isas
 from sparsec.codegen.probes import NOTHING, Probe
 from sparsec.codegen.program import BufferRef, KernelCall, Port, Program, Region
 from sparsec.codegen.toolchain import build_library, link_kernels
@@ -49,9 +49,8 @@ def calibrate(folder: Path, *, force: bool = False, progress: Progress) -> Known
 
 def measure(target: Target, progress: Progress) -> Rates:
     """The rates of this machine."""
-    vectors = [v for v in VECTOR_ISAS if target.has(v.isa)]
-    widest = best_vector_isa(target)
-    assert widest is not None, target
+    vectors = vector_isas(target)[::-1]
+    assert vectors, target
     ports = {v: probes.port_probes(v) for v in vectors}
     products = {n: p for n, p in probes.product_probes(cpu_flags()).items() if _runs(p, target)}
     cycle = probes.cycle_probe()
@@ -65,7 +64,7 @@ def measure(target: Target, progress: Progress) -> Rates:
         )
         hertz = max(hertz, b.rate(cycle))
         progress("measuring the caches and memory")
-        (read,) = (p for p in ports[widest] if p.kind == "read")
+        (read,) = (p for p in ports[vectors[-1]] if p.kind == "read")
         bandwidth = tuple(b.bandwidth(read, size) for size in _buffer_sizes(target))
     progress("measuring calls and barriers")
     call_seconds, barrier_seconds = _call_and_barrier(target)
