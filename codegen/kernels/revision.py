@@ -1,7 +1,8 @@
 """Which code makes a kernel: a fingerprint that changes when that code does, and only then.
 
-It covers the family's module and what that imports of kernels and instruction sets, as syntax
-trees without docstrings: comments, formatting and other families leave it alone.
+It covers the family's module and what that imports of kernels, of instruction sets, and of what
+calls LLVM, as syntax trees without docstrings: comments, formatting and other families leave it
+alone.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pathlib import Path
 
 from sparsec.codegen.kernels import FAMILIES
 
-_COVERED = ("sparsec.codegen.kernels.", "sparsec.codegen.isa.")
+# The isa package itself too: most families find their vectors in its lists.
+_COVERED = re.compile(r"sparsec\.codegen\.(kernels\..*|isa(\..*)?|tir)$")
 # The cost model says how long a kernel takes, and makes none.
 _COST_MODEL = re.compile(r".*(_cost|\.costs|\.counts|\.work)$")
 _DIGITS = 12
@@ -61,7 +63,7 @@ def _imports(module: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(_source(module))):
         if isinstance(node, ast.ImportFrom) and node.module:
             for name in (node.module, *(f"{node.module}.{a.name}" for a in node.names)):
-                covered = name.startswith(_COVERED) and not _COST_MODEL.match(name)
+                covered = _COVERED.match(name) and not _COST_MODEL.match(name)
                 if covered and _is_module(name):
                     yield name
 

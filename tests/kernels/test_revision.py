@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import time
 
+import pytest
+
+from sparsec.codegen.kernels import FAMILIES
 from sparsec.codegen.kernels.revision import _reached, fingerprint, module_revision, revision
 
 
@@ -19,6 +22,12 @@ def test_a_family_covers_its_instruction_sets_and_no_other_family() -> None:
     assert {"sparsec.codegen.kernels.int8_gemm", "sparsec.codegen.isa.int8"} <= reached
     assert "sparsec.codegen.kernels.layer_norm" not in reached
     assert "sparsec.codegen.kernels.int8_cost" not in reached  # it makes no kernel
+
+
+@pytest.mark.parametrize("op", ["linear", "linear_int8", "attention", "layer_norm", "to_bf16"])
+def test_all_families_cover_what_calls_llvm_and_their_vectors(op: str) -> None:
+    reached = _reached(type(FAMILIES[op]).__module__)
+    assert {"sparsec.codegen.tir", "sparsec.codegen.isa.avx512"} <= reached
 
 
 def test_what_does_not_run_does_not_count() -> None:
