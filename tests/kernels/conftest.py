@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -16,8 +16,12 @@ import pytest
 
 from sparsec.codegen import tir
 from sparsec.codegen.isa import FEATURES
-from sparsec.codegen.program import Kernel, Kind
+from sparsec.codegen.kernels import family_for
+from sparsec.codegen.program import Arg, BufferRef, Kernel, KernelCall, Kind, Region
 from sparsec.codegen.toolchain import link_kernels
+from sparsec.ir.dims import evaluate
+from sparsec.ir.graph import Node, Value
+from sparsec.ir.schedule import Schedule
 from sparsec.target import Isa
 
 WIDTH = 64
@@ -43,6 +47,37 @@ def aligned(array: Array, *, guard: int = 0, fill: float | None = None) -> tuple
     inner = whole[guard : guard + array.size].reshape(array.shape)
     inner[...] = array
     return inner, whole
+
+
+@dataclass
+class ArrayBinder:
+    """Binds values to the arrays that stand for them: to one place where that is one array."""
+
+    arrays: Mapping[str, Array]
+    bound: list[Array] = field(default_factory=list)
+
+    def ref(self, value: Value) -> BufferRef:
+        data = self.arrays[value.name] if value.data is None else value.data
+        return self._add(value.name, data, value.type)
+
+    def weight(self, name: str, data: Array) -> BufferRef:
+        assert data.size, f"{name} is empty"
+        return self._add(name, data, None)
+
+    def optional(self, value: Value | None) -> BufferRef | None:
+        return None if value is None else self.ref(value)
+
+    def argument(self, arg: Arg, env: Mapping[str, int]) -> Any:
+        """The array or the number that is passed for `arg`."""
+        if isinstance(arg, BufferRef):
+            return self.bound[arg.index]
+        return arg if arg is None or isinstance(arg, float) else evaluate(arg, env)
+
+    def _add(self, name: str, data: Array, type: Any) -> BufferRef:
+        places = [i for i, known in enumerate(self.bound) if known is data]
+        if not places:
+            self.bound.append(data)
+        return BufferRef(Region.ARENA, places[0] if places else len(self.bound) - 1, type, name)
 
 
 @dataclass
@@ -104,6 +139,22 @@ class Runner:
         types = [C_TYPES[p.kind] for p in kernel.parameters]
         function.argtypes = [*types, *scratch, ctypes.c_int64, ctypes.c_int64]
         return function
+
+    def node(
+        self, node: Node, schedule: Schedule, arrays: Mapping[str, Array], env: Mapping[str, int]
+    ) -> list[KernelCall]:
+        """Fills the arrays of a node's outputs from those of its inputs; the calls that did it."""
+        family, binder = family_for(node), ArrayBinder(arrays)
+        assert family is not None
+        calls = family.lower(node, schedule, binder)
+        for call in calls:
+            args = [binder.argument(a, env) for a in call.args]
+            outputs = [arrays[v.name] for v in node.outputs]
+            status = self(call.kernel, *args, output=outputs, items=evaluate(call.items, env),
+                          scratch_bytes=evaluate(call.scratch_bytes, env))  # fmt: skip
+            assert status == 0
+            assert evaluate(call.grain, env) >= 1
+        return calls
 
     def __call__(
         self,

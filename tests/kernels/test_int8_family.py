@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,7 @@ import pytest
 from sparsec.codegen.isa.int8 import AMX_INT8, INT8_ISAS
 from sparsec.codegen.kernels import family_for, schedule_for
 from sparsec.codegen.kernels.int8_pack import pack_channels, pack_dense, pack_quads, pack_tiles
-from sparsec.codegen.program import BufferRef, Region
-from sparsec.ir.dims import evaluate, symbol
+from sparsec.ir.dims import symbol
 from sparsec.ir.graph import Graph, Node, Value
 from sparsec.ir.layouts import ROW_MAJOR, Bsr, Layout, Panels
 from sparsec.ir.ops import OPS
@@ -30,28 +29,6 @@ TARGETS = {
     "amx": Target.named("sapphirerapids"),
 }
 LAYOUTS = [ROW_MAJOR, *(Bsr(*b) for b in ((1, 1), (1, 4), (4, 1), (8, 1), (16, 4), (6, 2)))]
-
-
-@dataclass
-class ArrayBinder:
-    """Binds values to the arrays that stand for them."""
-
-    arrays: dict[str, Array]
-    bound: list[Array] = field(default_factory=list)
-
-    def ref(self, value: Value) -> BufferRef:
-        return self.weight(value.name, self.arrays[value.name])
-
-    def weight(self, name: str, data: Array) -> BufferRef:
-        assert data.size, f"{name} is empty"
-        places = [i for i, known in enumerate(self.bound) if known is data]
-        if not places:
-            self.bound.append(data)
-        type, index = None, places[0] if places else len(self.bound) - 1
-        return BufferRef(Region.ARENA, index, type, name)  # type: ignore[arg-type]
-
-    def optional(self, value: Value | None) -> BufferRef | None:
-        return None if value is None else self.ref(value)
 
 
 def example(
@@ -172,17 +149,7 @@ def check(
         output = np.full((-(-tokens // 64), 24, 64), 99, expected.dtype)
         arrays = {n: run.to_panels(a) for n, a in logical.items()}
         output = arrays["residual"] if over else output
-        binder = ArrayBinder({**arrays, node.output.name: output})
-        for call in family.lower(node, schedule, binder):
-            args = [
-                binder.bound[a.index] if isinstance(a, BufferRef)
-                else (a if isinstance(a, float) else evaluate(a, env))
-                for a in call.args if a is not None
-            ]  # fmt: skip
-            status = run(call.kernel, *args, output=output, items=evaluate(call.items, env),
-                         scratch_bytes=evaluate(call.scratch_bytes, env))  # fmt: skip
-            assert status == 0
-            assert evaluate(call.grain, env) >= 1
+        run.node(node, schedule, {**arrays, node.output.name: output}, env)
         np.testing.assert_array_equal(run.from_panels(output, tokens), expected, str(schedule))
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
 
 from sparsec.codegen.kernels import FAMILIES, KERNELS, family_for, schedule_for
-from sparsec.codegen.program import BufferRef, KernelCall, Region
+from sparsec.codegen.program import BufferRef
 from sparsec.ir.dims import Dim, evaluate, symbol
 from sparsec.ir.graph import Graph, Node, Value
 from sparsec.ir.layouts import Panels
@@ -33,29 +32,6 @@ TARGETS = {
     )
 }
 BF16 = {"to_bf16", "linear_bf16", "attention_bf16"}
-
-
-@dataclass
-class ArrayBinder:
-    """Binds values to the arrays that stand for them."""
-
-    arrays: dict[str, Array]
-    bound: list[Array] = field(default_factory=list)
-
-    def ref(self, value: Value) -> BufferRef:
-        data = self.arrays[value.name] if value.data is None else value.data
-        return self._add(value.name, data, value)
-
-    def weight(self, name: str, data: Array) -> BufferRef:
-        return self._add(name, data, None)
-
-    def optional(self, value: Value | None) -> BufferRef | None:
-        return None if value is None else self.ref(value)
-
-    def _add(self, name: str, data: Array, value: Value | None) -> BufferRef:
-        self.bound.append(data)
-        type = None if value is None else value.type
-        return BufferRef(Region.ARENA, len(self.bound) - 1, type, name)  # type: ignore[arg-type]
 
 
 def example(op: str, g: Graph, rng: np.random.Generator) -> tuple[Node, dict[str, Array]]:
@@ -146,25 +122,6 @@ def in_memory(run: Any, value: Value, data: Array) -> Array:
     return data
 
 
-def execute(run: Any, calls: list[KernelCall], binder: ArrayBinder, output: Array) -> None:
-    for call in calls:
-        args = [_argument(a, binder) for a in call.args]
-        status = run(call.kernel, *args, output=output, items=evaluate(call.items, ENV),
-                     scratch_bytes=evaluate(call.scratch_bytes, ENV))  # fmt: skip
-        assert status == 0
-        assert evaluate(call.grain, ENV) >= 1
-
-
-def _argument(arg: BufferRef | Dim | float | None, binder: ArrayBinder) -> Any:
-    match arg:
-        case BufferRef(index=index):
-            return binder.bound[index]
-        case float() | None:
-            return arg
-        case _:
-            return evaluate(arg, ENV)
-
-
 def cases() -> list[Any]:
     others = sorted(FAMILIES.keys() - ELSEWHERE - BF16)
     pairs = [(op, level) for op in others for level in ("avx2", "avx512")]
@@ -190,8 +147,7 @@ def test_every_schedule_of_a_node_computes_it(
     assert schedules[0].isa == level
     for schedule in schedules:
         output = np.full_like(in_memory(run, node.output, np.asarray(expected)), 99)
-        binder = ArrayBinder({**arrays, node.output.name: output})
-        execute(run, family.lower(node, schedule, binder), binder, output)
+        run.node(node, schedule, {**arrays, node.output.name: output}, ENV)
         if isinstance(node.output.type.layout, Panels):
             tokens = ENV["batch"] * ENV["seq"]
             stored = np.asarray(expected).dtype == DType.BF16.numpy
@@ -232,16 +188,11 @@ def test_quantised_results(
               if v is not None and v.data is None}  # fmt: skip
     results = [np.full_like(in_memory(run, v, y), 99)
                for v, y in zip(node.outputs, expected, strict=True)]  # fmt: skip
-    binder = ArrayBinder(
-        {**arrays, **{v.name: y for v, y in zip(node.outputs, results, strict=True)}}
-    )
-    for call in family.lower(node, schedule, binder):
-        args = [_argument(a, binder) for a in call.args]
-        bound = [y for y in results if any(y is a for a in args)]
-        assert len(bound) == (len(results) if is_read else 1)
-        status = run(call.kernel, *args, output=bound, items=evaluate(call.items, ENV),
-                     scratch_bytes=evaluate(call.scratch_bytes, ENV))  # fmt: skip
-        assert status == 0
+    arrays |= {v.name: y for v, y in zip(node.outputs, results, strict=True)}
+    for call in run.node(node, schedule, arrays, ENV):
+        bound = {a.name for a in call.args if isinstance(a, BufferRef)}
+        written = bound & {v.name for v in node.outputs}
+        assert len(written) == (len(results) if is_read else 1)
     stored = run.from_panels(results[-1], ENV["batch"] * ENV["seq"]).reshape(expected[-1].shape)
     assert stored.dtype == np.uint8
     # The numbers before the rounding differ by up to 2e-5, so a byte may be off by one, seldom.
@@ -304,11 +255,8 @@ def test_bytes_and_scales_of_tokens(level: str, run: Any, rng: np.random.Generat
                for v, y in zip(node.outputs, expected, strict=True)]  # fmt: skip
     arrays = {x.name: in_memory(run, x, logical[x.name])}
     arrays |= {v.name: y for v, y in zip(node.outputs, results, strict=True)}
-    binder = ArrayBinder(arrays)
     schedule = family.schedules(family.workload(node), TARGETS[level])[0]
-    (call,) = family.lower(node, schedule, binder)
-    args = [_argument(a, binder) for a in call.args]
-    assert run(call.kernel, *args, output=results, items=evaluate(call.items, ENV)) == 0
+    run.node(node, schedule, arrays, ENV)
     for got, wanted in zip(results, expected, strict=True):
         rows = run.from_panels(got, ENV["batch"] * ENV["seq"])
         np.testing.assert_array_equal(rows.reshape(wanted.shape), wanted)
