@@ -6,6 +6,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,6 +44,21 @@ def rng() -> np.random.Generator:
 @pytest.fixture(scope="session")
 def host() -> Target:
     return Target.host()
+
+
+@pytest.fixture(scope="session")
+def zig(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """`zig("cc", ...)`, without an error and without a warning."""
+    folder = str(tmp_path_factory.mktemp("zig"))
+    env = {"ZIG_GLOBAL_CACHE_DIR": folder, "ZIG_LOCAL_CACHE_DIR": folder}
+
+    def call(*args: str) -> None:
+        command = [sys.executable, "-m", "ziglang", *args]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "warning" not in done.stderr
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,19 +69,25 @@ def program() -> Program:
     )
 
 
-def compile_kernel(text: str, folder: Path) -> bytes:
-    source, object = folder / "kernel.c", folder / "kernel.o"
-    source.write_text(text)
-    env = {"ZIG_GLOBAL_CACHE_DIR": str(folder), "ZIG_LOCAL_CACHE_DIR": str(folder)}
-    target = ["-target", "x86_64-linux-gnu.2.17", "-O2", "-fPIC"]
-    command = [sys.executable, "-m", "ziglang", "cc", "-c", *target, str(source)]
-    subprocess.run([*command, "-o", str(object)], env=env, check=True)
-    return object.read_bytes()
+@pytest.fixture(scope="module")
+def compile_kernel(
+    zig: Callable[..., None], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], bytes]:
+    """The object of a kernel's C text."""
+
+    def compile(text: str) -> bytes:
+        source = tmp_path_factory.mktemp("kernel") / "kernel.c"
+        source.write_text(text)
+        target = ["-target", "x86_64-linux-gnu.2.17", "-O2", "-fPIC"]
+        zig("cc", "-c", *target, str(source), "-o", str(source.with_suffix(".o")))
+        return source.with_suffix(".o").read_bytes()
+
+    return compile
 
 
 @pytest.fixture(scope="module")
-def kernel(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    return compile_kernel(KERNEL, tmp_path_factory.mktemp("kernel"))
+def kernel(compile_kernel: Callable[[str], bytes]) -> bytes:
+    return compile_kernel(KERNEL)
 
 
 def build(output: Path, kernel: bytes, **options: Any) -> None:
@@ -135,7 +140,9 @@ def test_missing_compilers(kernel: bytes, tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == []
 
 
-def test_failure_leaves_what_was_there(kernel: bytes, tmp_path: Path) -> None:
+def test_failure_leaves_what_was_there(
+    kernel: bytes, compile_kernel: Callable[[str], bytes], tmp_path: Path
+) -> None:
     output = tmp_path / "exp.so"
     output.write_text("precious")
     with pytest.raises(errors.ToolchainFailed, match=r"ld\.lld .*ended with status 1") as caught:
@@ -143,18 +150,11 @@ def test_failure_leaves_what_was_there(kernel: bytes, tmp_path: Path) -> None:
     assert "kernel_0.o" in str(caught.value)
     unknown = KERNEL.replace("expf", "no_such_function")
     with pytest.raises(errors.ToolchainFailed, match="undefined symbol: no_such_function"):
-        build(output, compile_kernel(unknown, tmp_path_of(tmp_path)))
-    shutil.rmtree(tmp_path_of(tmp_path))
+        build(output, compile_kernel(unknown))
     with pytest.raises(errors.ToolchainFailed, match=r"duplicate symbol: exp_add"):
         build_library(program(), {"a": kernel, "b": kernel}, output, isa=Isa.AVX2, metadata={})
     assert [p.name for p in tmp_path.iterdir()] == ["exp.so"]
     assert output.read_text() == "precious"
-
-
-def tmp_path_of(folder: Path) -> Path:
-    inner = folder / "kernel"
-    inner.mkdir(exist_ok=True)
-    return inner
 
 
 def test_a_compiler_that_fails(kernel: bytes, tmp_path: Path) -> None:

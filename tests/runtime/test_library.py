@@ -24,6 +24,7 @@ INCLUDE = Path(loader.__file__).parent / "include"
 SOURCES = Path(loader.__file__).parent / "src"
 EXAMPLE = ROOT / "examples" / "run_from_c" / "main.c"
 GLIBC = {"libc.so.6", "libm.so.6", "libpthread.so.0"}
+CLibrary = Callable[..., Path]
 
 
 def _tool(name: str) -> str:
@@ -33,22 +34,18 @@ def _tool(name: str) -> str:
     return path
 
 
-def _zig(folder: Path, *args: str) -> None:
-    """`zig args...` with a cache in `folder`."""
-    env = {"ZIG_GLOBAL_CACHE_DIR": str(folder), "ZIG_LOCAL_CACHE_DIR": str(folder)}
-    command = [sys.executable, "-m", "ziglang", *args]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "warning" not in done.stderr
-
-
-def _zig_library(folder: Path, source: Path, *flags: str) -> Path:
+@pytest.fixture
+def c_library(zig: Callable[..., None], tmp_path: Path) -> CLibrary:
     """A shared library of one C file; an executable would take zig half a minute."""
-    compiled, library = folder / "x.o", folder / f"{source.stem}.so"
-    target = ("-target", "x86_64-linux-gnu.2.17", "-O2", "-fno-sanitize=all")
-    _zig(folder, "cc", "-c", "-fPIC", *target, *flags, str(source), "-o", str(compiled))
-    _zig(folder, "ld.lld", "-shared", str(compiled), "-o", str(library))
-    return library
+
+    def build(source: Path, *flags: str) -> Path:
+        compiled, library = tmp_path / "x.o", tmp_path / f"{source.stem}.so"
+        target = ("-target", "x86_64-linux-gnu.2.17", "-O2", "-fno-sanitize=all")
+        zig("cc", "-c", "-fPIC", *target, *flags, str(source), "-o", str(compiled))
+        zig("ld.lld", "-shared", str(compiled), "-o", str(library))
+        return library
+
+    return build
 
 
 def test_exports_one_symbol(library: Path) -> None:
@@ -82,11 +79,11 @@ def test_needs_old_glibc_only(library: Path) -> None:
     assert max(versions) <= (2, 17)
 
 
-def _build_example(compiler: str, folder: Path) -> list[str]:
+def _build_example(compiler: str, c_library: CLibrary, folder: Path) -> list[str]:
     """The command that runs examples/run_from_c."""
     flags = ["-std=c11", "-Wall", "-Wextra", "-Werror", f"-I{INCLUDE}"]
     if compiler == "zig":
-        library = _zig_library(folder, EXAMPLE, *flags)
+        library = c_library(EXAMPLE, *flags)
         call = (
             "import ctypes, sys; words = [w.encode() for w in sys.argv];"
             f"library = ctypes.CDLL({str(library)!r});"
@@ -104,9 +101,10 @@ def test_runs_from_c(
     compiler: str,
     library: Path,
     expected: Callable[..., dict[str, np.ndarray[Any, Any]]],
+    c_library: CLibrary,
     tmp_path: Path,
 ) -> None:
-    command = _build_example(compiler, tmp_path)
+    command = _build_example(compiler, c_library, tmp_path)
     shown = subprocess.run(
         [*command, library, "2", "3"], capture_output=True, text=True, check=True
     ).stdout
@@ -124,20 +122,22 @@ def test_runs_from_c(
 
 
 @pytest.mark.parametrize(("name", "standard"), [("c", "c99"), ("c", "c11"), ("cpp", "c++17")])
-def test_header_is_plain(name: str, standard: str, tmp_path: Path) -> None:
+def test_header_is_plain(
+    name: str, standard: str, zig: Callable[..., None], tmp_path: Path
+) -> None:
     source = tmp_path / f"use.{name}"
     source.write_text('#include "sparsec.h"\nint use(void) { return (int)SPARSEC_OK; }\n')
     strict = ["-Wall", "-Wextra", "-Werror", "-pedantic", f"-I{INCLUDE}", "-nostdlibinc"]
     # Only stdint.h, which is clang's own: with `zig c++` a C++ library would be built first.
     args = [f"-std={standard}", "-ffreestanding", *strict, "-c", str(source)]
-    _zig(tmp_path, "cc", *args, "-o", str(tmp_path / "use.o"))
+    zig("cc", *args, "-o", str(tmp_path / "use.o"))
 
 
-def test_runtime_compiles_without_warnings(tmp_path: Path) -> None:
+def test_runtime_compiles_without_warnings(zig: Callable[..., None], tmp_path: Path) -> None:
     strict = ["-std=c11", "-Wall", "-Wextra", "-pedantic", "-Wconversion", "-Wno-sign-conversion"]
     for source in sorted(SOURCES.glob("*.c")):
         args = [*strict, "-Werror", f"-I{INCLUDE}", "-c", str(source)]
-        _zig(tmp_path, "cc", *args, "-o", str(tmp_path / "x.o"))
+        zig("cc", *args, "-o", str(tmp_path / "x.o"))
 
 
 def test_lines_of_c_have_100_columns_at_most() -> None:
@@ -169,11 +169,11 @@ const sparsec_model_v1 *sparsec_query(uint32_t version) { return version == VERS
 """
 
 
-def _fake_library(folder: Path, version: int = 1, shorter: int = 0) -> Path:
+def _fake_library(c_library: CLibrary, folder: Path, version: int = 1, shorter: int = 0) -> Path:
     source = folder / "fake.c"
     source.write_text(_FAKE)
     defines = [f"-DVERSION={version}", f"-DSHORTER={shorter}", f"-I{INCLUDE}"]
-    return _zig_library(folder, source, *defines)
+    return c_library(source, *defines)
 
 
 @pytest.mark.parametrize(
@@ -186,16 +186,23 @@ def _fake_library(folder: Path, version: int = 1, shorter: int = 0) -> Path:
     ],
 )
 def test_libraries_of_others(
-    version: int, shorter: int, error: type[Exception], message: str, tmp_path: Path
+    version: int,
+    shorter: int,
+    error: type[Exception],
+    message: str,
+    c_library: CLibrary,
+    tmp_path: Path,
 ) -> None:
-    path = _fake_library(tmp_path, version, shorter)
+    path = _fake_library(c_library, tmp_path, version, shorter)
     with pytest.raises(error, match=message):
         load(path)
 
 
-def test_the_loader_alone_describes_what_this_cpu_lacks(tmp_path: Path) -> None:
+def test_the_loader_alone_describes_what_this_cpu_lacks(
+    c_library: CLibrary, tmp_path: Path
+) -> None:
     """And the library that it stands beside is found by its name."""
-    _fake_library(tmp_path)
+    _fake_library(c_library, tmp_path)
     alone = shutil.copy(loader.__file__, tmp_path / "fake.py")
     shown = subprocess.run([sys.executable, alone], capture_output=True, text=True)
     assert (shown.stdout, shown.stderr) == ("{}\n", "")
@@ -215,9 +222,9 @@ def test_the_check_covers_what_kernels_are_compiled_for(isa: Isa) -> None:
     assert int(levels[isa.value]) == len(required_flags(isa))
 
 
-def test_missing_feature(host: Target, tmp_path: Path) -> None:
+def test_missing_feature(host: Target, c_library: CLibrary) -> None:
     """The C check agrees with the flags that the system shows, and refuses unknown levels."""
-    check = ctypes.CDLL(str(_zig_library(tmp_path, SOURCES / "cpu_check.c", "-std=c11")))
+    check = ctypes.CDLL(str(c_library(SOURCES / "cpu_check.c", "-std=c11")))
     check.sparsec_missing_feature.restype = ctypes.c_char_p
     for isa in Isa:
         missing = check.sparsec_missing_feature(isa.value.encode())
@@ -248,11 +255,11 @@ int64_t offset_of_places(uint32_t worker, uint32_t count) {
 """
 
 
-def test_workers_in_a_chain_share_no_cache_line(tmp_path: Path) -> None:
+def test_workers_in_a_chain_share_no_cache_line(c_library: CLibrary, tmp_path: Path) -> None:
     source = tmp_path / "chain_alone.c"
     source.write_text(_CHAIN)
     flags = (f"-I{INCLUDE}", f"-I{SOURCES}")
-    library = ctypes.CDLL(str(_zig_library(tmp_path, source, *flags)))
+    library = ctypes.CDLL(str(c_library(source, *flags)))
     library.offset_of_places.restype = ctypes.c_int64
     for count, stride in ((1, 64), (7, 64), (8, 64), (9, 128)):
         offsets = [library.offset_of_places(worker, count) for worker in range(3)]
@@ -278,13 +285,13 @@ const uint32_t sparsec_target_count = 2;
 
 @pytest.mark.parametrize(("needed", "requests"), [("amx", 1), ("avx512", 0)])
 def test_permission_is_requested_for_code_that_needs_it(
-    needed: str, requests: int, tmp_path: Path
+    needed: str, requests: int, c_library: CLibrary, tmp_path: Path
 ) -> None:
     """From then on a process can have no signal stack that is too small for tile registers."""
     source = tmp_path / "query_alone.c"
     source.write_text(_QUERY)
     flags = (f'-DNEEDED="{needed}"', f"-I{INCLUDE}", f"-I{SOURCES}")
-    library = ctypes.CDLL(str(_zig_library(tmp_path, source, *flags)))
+    library = ctypes.CDLL(str(c_library(source, *flags)))
     library.sparsec_query.restype = ctypes.POINTER(loader.ModelStruct)
     assert library.sparsec_query(1).contents.target_isa == b"amx"
     assert ctypes.c_int.in_dll(library, "requests").value == requests
