@@ -43,6 +43,7 @@ from typing import Any
 import numpy as np
 from bench_files import Library, Side, build, peers, progress, source_digest
 from model_tables import print_tables
+from onednn import WITHOUT_AMX
 from remote import Remote
 from sparse_peers import SPARSE_ENGINES, add_python_options, installed_version, sparse_peers
 
@@ -62,8 +63,6 @@ DEFAULTS = {  # per precision: models, blocks, shapes
     "fp32": ("bert-mini,minilm-l6,distilbert", "dense", "1x128"),
 }
 ALL_SHAPES = "1x32,1x128,1x384,8x128"
-# oneDNN, inside OpenVINO, then uses all of AVX-512 but no AMX.
-WITHOUT_AMX = ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 IDENTITY = ("model", "precision", "batch", "seq", "threads", "block", "sparsity")
 Identity = tuple[Any, ...]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

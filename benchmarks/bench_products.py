@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 from bench_int8 import peak_of, peak_probe
-from onednn import OneDnn, find_onednn
+from onednn import WITHOUT_AMX, OneDnn, find_onednn
 from rich.table import Table
 from single_kernels import Library, aligned
 
@@ -48,7 +48,6 @@ SHAPES = "256x256,1024x256,256x1024,768x768,3072x768,768x3072,1024x1024,4096x102
 FULL = {"shapes": SHAPES, "tokens": "32,128,384,1024", "zeros": "70,75,80,85,90",
         "blocks": "4x1,16x1,32x1,4x4,16x4"}  # fmt: skip
 QUICK = {"shapes": "768x768,3072x768", "tokens": "32,128", "zeros": "80,90", "blocks": "4x1,16x1"}
-WITHOUT_AMX = ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 SECONDS = 0.02  # of each side of each product, at least
 X_SCALE, X_ZERO, Y_ZERO = 0.02, 128, 120
 WIDTH = Panels().width

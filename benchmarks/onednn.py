@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, Any]
+# A variable with which oneDNN, in OpenVINO too, uses all of AVX-512 but no AMX.
+WITHOUT_AMX = ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 CPU, IN_ORDER, ANY = 1, 1, 1
 F32, S32, S8, U8 = 3, 4, 5, 6
 DTYPES = {"float32": F32, "int32": S32, "int8": S8, "uint8": U8}
