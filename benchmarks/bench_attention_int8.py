@@ -27,8 +27,7 @@ from sparsec.codegen.kernels.attention_int8 import AttentionInt8
 from sparsec.codegen.kernels.attention_int8_block import Block
 from sparsec.codegen.kernels.panels import WIDTH
 from sparsec.ir.dims import evaluate
-from sparsec.target import Isa, Target
-from sparsec.tuning.machine import may_use_tiles
+from sparsec.target import Isa, Target, may_use_tiles
 
 SHAPES = [(1, 32, 4, 64), (1, 384, 4, 64), *ATTENTION_SHAPES]  # batch, seq, heads, head_size
 ROUNDS = 60

@@ -36,7 +36,6 @@ from sparsec.codegen.program import Kernel
 from sparsec.ir.schedule import Schedule, Workload, buckets
 from sparsec.sparse.bsr import block_zeros
 from sparsec.target import Isa, Target, required_flags
-from sparsec.tuning.machine import may_use_tiles
 
 Array = np.ndarray[Any, Any]
 SHAPES = ["768x768", "3072x768", "768x3072", "256x1024", "1024x256"]
@@ -162,8 +161,6 @@ def main() -> None:
     host = Target.host()
     best = next(i.name for i in reversed(INT8_ISAS) if host.has(i.isa))
     isa = int8_isa(options.isa or best)
-    if isa is AMX_INT8 and not may_use_tiles():
-        raise SystemExit("this system does not permit the use of AMX")
     epilogue = (
         Epilogue(options.activation) if options.f32 else u8_epilogue(options.activation, isa)
     )

@@ -16,7 +16,7 @@ from sparsec.codegen.isa import FEATURES
 from sparsec.codegen.probes import Probe
 from sparsec.codegen.program import Kernel, Kind
 from sparsec.codegen.toolchain import link_kernels
-from sparsec.target import Isa
+from sparsec.target import Isa, may_use_tiles
 
 Array = np.ndarray[Any, Any]
 C_TYPES = {Kind.POINTER: ctypes.c_void_p, Kind.INT: ctypes.c_int64, Kind.FLOAT: ctypes.c_float}
@@ -38,6 +38,8 @@ class Library:
     """Kernels in one shared library in `folder`, which holds no other: they are known by path."""
 
     def __init__(self, kernels: Sequence[Kernel], isa: Isa, folder: Path):
+        if isa is Isa.AMX and not may_use_tiles():
+            raise SystemExit("this system does not permit the use of AMX")
         path = folder / "kernels.so"
         link_kernels([tir.build_object([k.build() for k in kernels], FEATURES[isa])], path)
         self.library = ctypes.CDLL(str(path))

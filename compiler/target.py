@@ -5,6 +5,7 @@ Instruction sets are read from cpuid flags, never from the CPU's name: guests re
 
 from __future__ import annotations
 
+import ctypes
 import enum
 import itertools
 import os
@@ -60,6 +61,7 @@ _KB = 1024
 _MB = 1024 * _KB
 # Where the system does not say: the smallest caches of the CPUs in the table below.
 _DEFAULT_CACHES = {"1": 32 * _KB, "2": 256 * _KB, "3": 8 * _MB}
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # Linux: arch_prctl(2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +156,13 @@ def _first_sibling(cpu: int) -> int:
     except OSError:
         return cpu
     return int(text.replace("-", ",").split(",")[0])
+
+
+def may_use_tiles() -> bool:
+    """Asks Linux for the tile registers of AMX, for all threads and children of this process;
+    False where it refuses. Without it a kernel for AMX ends the process."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    return int(libc.syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA)) == 0
 
 
 def required_flags(isa: Isa) -> frozenset[str]:

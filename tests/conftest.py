@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 
 from sparsec.codegen import toolchain
-from sparsec.target import Isa, Target
+from sparsec.target import Isa, Target, may_use_tiles
 
 GOLDEN = Path(__file__).parent / "golden"
 AMX = Path(__file__).parent / "amx"
-ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = 158, 0x1023, 18  # Linux, x86-64
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -96,8 +95,7 @@ def amx(request: pytest.FixtureRequest, host: Target) -> ctypes.CDLL | None:
     if not host.has(Isa.AMX):
         library: ctypes.CDLL = request.getfixturevalue("emulate_amx")()
         return library
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.syscall(ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA) == 0
+    assert may_use_tiles()
     return None
 
 

@@ -21,7 +21,7 @@ from sparsec.ir.dims import symbol
 from sparsec.ir.types import DType, TensorType
 from sparsec.rates import Ports, Rates, default_rates
 from sparsec.runtime import load
-from sparsec.target import Isa, Target, cpu_flags
+from sparsec.target import Isa, Target, cpu_flags, may_use_tiles
 from sparsec.tuning.rates_file import Known, check_folder, keep_rates, known_rates
 
 Progress = Callable[[str], None]
@@ -30,7 +30,6 @@ TARGET_SECONDS = 3e-3  # of one timed call
 MAX_BUFFER_BYTES = 256 << 20
 BARRIER_STEPS = 64
 BARRIER_RUNS = 50
-_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # Linux: arch_prctl(2)
 
 
 def calibrate(folder: Path, *, force: bool = False, progress: Progress) -> Known:
@@ -84,12 +83,6 @@ def _runs(probe: Probe, target: Target) -> bool:
     if "amx" in probe.kind and not may_use_tiles():
         return False
     return target.has(Isa(probe.isa))
-
-
-def may_use_tiles() -> bool:
-    """Asks Linux for the tile registers of AMX; False where it refuses."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    return int(libc.syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA)) == 0
 
 
 def _ports(bench: _Bench, group: list[Probe], hertz: float) -> Ports:

@@ -16,7 +16,7 @@ from sparsec.codegen.isa import FEATURES
 from sparsec.codegen.lower import lower_alone
 from sparsec.codegen.program import BufferRef, Program, Region
 from sparsec.codegen.toolchain import link_kernels
-from sparsec.errors import CompilerError
+from sparsec.errors import CompilerError, UnsupportedCpu
 from sparsec.interpreter import run_node
 from sparsec.ir.dims import evaluate
 from sparsec.ir.graph import Value
@@ -24,7 +24,7 @@ from sparsec.ir.layouts import Panels
 from sparsec.ir.op_spec import Array
 from sparsec.ir.schedule import Schedule
 from sparsec.ir.types import DType, TensorType
-from sparsec.target import Isa, Target
+from sparsec.target import Isa, Target, may_use_tiles
 from sparsec.tuning.harness import BoundCalls, Harness, aligned, arena
 from sparsec.tuning.task import Task
 
@@ -113,10 +113,15 @@ class Workbench:
                 raise WrongResult(f"{schedule}: {value.name} is off by up to {worst:g}")
 
     def _build(self, program: Program) -> None:
-        """Compiles the kernels that were not built before."""
+        """Compiles the kernels that were not built before, and makes sure that they may run."""
         new = {c.kernel.name: c.kernel for c in program.calls
                if c.kernel.name not in self._functions}  # fmt: skip
         for isa in sorted({kernel.isa for kernel in new.values()}):
+            if isa == Isa.AMX.value and not may_use_tiles():
+                raise UnsupportedCpu(
+                    "this system does not permit the use of AMX, which Linux does from 5.16 on; "
+                    f"tune with --isa {Isa.AVX512_BF16.value}"
+                )
             kernels = [kernel for kernel in new.values() if kernel.isa == isa]
             data = tir.build_object([kernel.build() for kernel in kernels], FEATURES[Isa(isa)])
             path = self._folder / f"kernels_{len(self._functions)}_{isa}.so"

@@ -11,6 +11,7 @@ import pytest
 
 import sparsec
 from sparsec.cli import main
+from sparsec.errors import UnsupportedCpu
 from sparsec.ir.graph import Graph
 from sparsec.ir.schedule import Bucket, buckets
 from sparsec.models.build import Pruning, build_model
@@ -21,6 +22,7 @@ from sparsec.stages import scheduled_graph
 from sparsec.target import Target
 from sparsec.tools.inputs import random_inputs
 from sparsec.tools.tune import TuneOptions, jobs_of
+from sparsec.tuning import workbench
 from sparsec.tuning.harness import build_harness
 from sparsec.tuning.log import LogNotWritten, TuningLog
 from sparsec.tuning.lookup import DEFAULT_LOG
@@ -92,6 +94,31 @@ def test_results_of_the_candidate_before_do_not_count(
     nothing = bench._harness.bind([], {}, {}, {})
     with pytest.raises(WrongResult, match="is off by"):
         bench._check(nothing, job.schedules[0])
+
+
+@pytest.mark.isa("amx")
+def test_the_system_is_asked_for_tiles_before_they_are_used(
+    model: Path, harness: Path, tmp_path: Path, amx: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its permission the first candidate would end the process."""
+    target = Target.named("sapphirerapids")
+    options = CompileOptions(
+        target=target, precision="int8", calibration=Calibration(random=True), log="none"
+    )
+    jobs = jobs_of(scheduled_graph(model, options), target, TuneOptions(tmp_path / "log", (24,)))
+    job = next(j for j in jobs if j.schedules[0].isa == "amx")
+    asked: list[bool] = []
+
+    def answer(permits: bool) -> bool:
+        asked.append(permits)
+        return permits
+
+    monkeypatch.setattr(workbench, "may_use_tiles", lambda: answer(False))
+    with pytest.raises(UnsupportedCpu, match=r"does not permit .* AMX.*--isa avx512bf16"):
+        Workbench(job.task, target, job.schedules[0], tmp_path, harness)
+    monkeypatch.setattr(workbench, "may_use_tiles", lambda: answer(True))
+    Workbench(job.task, target, job.schedules[0], tmp_path, harness)
+    assert asked == [False, True]
 
 
 @pytest.mark.parametrize(
