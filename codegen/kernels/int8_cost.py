@@ -48,6 +48,9 @@ from sparsec.codegen.kernels.weight_blocks import block_of
 from sparsec.ir.schedule import Schedule, Workload
 from sparsec.target import Isa, Target
 
+# Weights of i16, up to 255 on either side: the sum of i8 parts. The density of a dense one is the
+# share of numbers that are one part.
+WIDE = "u8s9"
 STRIP_CYCLES = 40.0  # to start and end the loop over steps: sums in, sums out, one misprediction
 INDEX_LOADS = QUAD / 2  # what the loads of four scalars cost, in loads of vectors
 UNPACKS = {4: 8, 2: 8, 1: 5}  # shuffles and joins that make quads of four channels, by tiles
@@ -74,6 +77,14 @@ def block_density(density: float, block: tuple[int, int], form: Form) -> float:
     return float(1.0 - (1.0 - density) ** covered)
 
 
+def stored_density(workload: Workload, form: Form) -> float:
+    """Share of the form's blocks that are stored: of a dense wide weight more than all."""
+    block = block_of(workload.layout)
+    if block is None and workload.dtype == WIDE:
+        return 1.0 + block_density(1.0 - workload.density, (1, 1), form)
+    return block_density(workload.density, block or (1, 1), form)
+
+
 def cycles(
     form: Form, sizes: tuple[int, int], density: float, isa: Int8Isa, target: Target
 ) -> float:
@@ -84,8 +95,7 @@ def cycles(
 def counts(workload: Workload, schedule: Schedule, tokens: int, target: Target) -> Counts:
     """Of a schedule of Int8GemmFamily."""
     form = Form(*(schedule.param(n) for n in ("rows", "cols", "strip")))
-    density = block_density(workload.density, block_of(workload.layout) or (1, 1), form)
-    sizes = (workload.size("m"), workload.size("k"))
+    density, sizes = stored_density(workload, form), (workload.size("m"), workload.size("k"))
     isa, group, most = int8_isa(schedule.isa), schedule.param("group"), schedule.param("most")
     if most:  # a kernel of that narrow form alone
         isa = replace(isa.form_for(most), narrow=None)

@@ -108,6 +108,18 @@ def test_every_schedule_of_a_wide_weight_computes_it(level: str, layout: Layout,
     check(node, [s for s in schedules if s.isa == level], ENV, run)
 
 
+@pytest.mark.parametrize("level", ["avx2", "avx512vnni"])
+def test_the_more_numbers_are_wide_the_lower_the_blocks(level: str) -> None:
+    """Each costs its block once more."""
+    family = family_for(example(ROW_MAJOR))
+    assert family is not None
+    sizes = (("m", 768), ("k", 768))
+    narrow = (1.0, 0.9999, 0.995)
+    works = [Workload("linear_int8", sizes, "u8s9", "dense", "none u8", d) for d in narrow]
+    found = [family.schedules(work, TARGETS[level])[0] for work in works]
+    assert [s.param("rows") for s in found] == [16, 16, 4]
+
+
 @pytest.mark.parametrize("level", [pytest.param("avx2", marks=pytest.mark.isa("avx2"))])
 @pytest.mark.parametrize("layout", [ROW_MAJOR, Bsr(16, 4)], ids=str)
 def test_a_result_that_lies_where_its_residual_lies(level: str, layout: Layout, run: Any) -> None:
