@@ -222,9 +222,12 @@ def _kin(vendor: str, level: Isa, flags: frozenset[str]) -> str:
     return "znver5" if "avx_vnni" in flags else "znver4"  # the first that has it
 
 
-def _server(name: str, highest: Isa, l1d: int, l2: int, l3: int) -> Target:
+def _server(
+    name: str, highest: Isa, l1d: int, l2: int, l3: int, *, kin: str | None = None
+) -> Target:
+    """`kin` is the target whose instructions take the time that those of this one do."""
     isas = tuple(i for i in Isa if i.rank <= highest.rank)
-    return Target(name, isas, 8, l1d, l2, l3, default_rates(name))
+    return Target(name, isas, 8, l1d, l2, l3, default_rates(kin or name))
 
 
 # Intel's: guests of a Sapphire Rapids may lack AMX.
@@ -242,9 +245,12 @@ _NAMED: dict[str, Target] = {
     t.name: t
     for t in (
         _server("sapphirerapids", Isa.AMX, 48 * _KB, 2 * _MB, 30 * _MB),
+        _server("emeraldrapids", Isa.AMX, 48 * _KB, 2 * _MB, 36 * _MB, kin="sapphirerapids"),
+        _server("graniterapids", Isa.AMX, 48 * _KB, 2 * _MB, 48 * _MB, kin="sapphirerapids"),
         _server("znver4", Isa.AVX512_BF16, 32 * _KB, 1 * _MB, 32 * _MB),
         _server("znver5", Isa.AVX512_BF16, 48 * _KB, 1 * _MB, 32 * _MB),
-        _server("cooperlake", Isa.AVX512_VNNI, 32 * _KB, 1 * _MB, 24 * _MB),
+        _server("cooperlake", Isa.AVX512_VNNI, 32 * _KB, 1 * _MB, 24 * _MB, kin="skylake-avx512"),
+        _server("cascadelake", Isa.AVX512_VNNI, 32 * _KB, 1 * _MB, 16 * _MB, kin="skylake-avx512"),
         _server("icelake-server", Isa.AVX512_VBMI2, 48 * _KB, 1280 * _KB, 24 * _MB),
         _server("skylake-avx512", Isa.AVX512, 32 * _KB, 1 * _MB, 16 * _MB),
         _server("haswell", Isa.AVX2, 32 * _KB, 256 * _KB, 20 * _MB),

@@ -88,9 +88,12 @@ def test_named_targets() -> None:
     assert Target.named("native") == Target.host()
     highest = {
         "sapphirerapids": Isa.AMX,
+        "emeraldrapids": Isa.AMX,
+        "graniterapids": Isa.AMX,
         "znver4": Isa.AVX512_BF16,
         "znver5": Isa.AVX512_BF16,
         "cooperlake": Isa.AVX512_VNNI,
+        "cascadelake": Isa.AVX512_VNNI,
         "icelake-server": Isa.AVX512_VBMI2,
         "skylake-avx512": Isa.AVX512,
         "haswell": Isa.AVX2,
