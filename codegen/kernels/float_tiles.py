@@ -2,8 +2,9 @@
 
 Panels of pairs are what the second factor of a product of tiles is: a row of 16 tokens' pairs for
 each pair of channels. A dense weight multiplies them where they lie. Those of a sparse weight are
-put together first, an even channel and an odd one of any two rows, in tiles in L1 that take turns:
-one step is fetched while the one before is multiplied. A step is 16 pairs, the depth of a tile.
+put together first, an even channel and an odd one of any two rows, in tiles in L1 that take turns.
+A step is 16 pairs, the depth of a tile. Of two tiles one step is fetched before the one before it
+is multiplied, for the reason that int8_tiles gives.
 
     strip of 16 rows   one tile of weights by the four tiles of a panel: 4 sums
     strip of 32 rows   two tiles of weights by two tiles of a panel: 4 sums
@@ -113,13 +114,21 @@ class TileFloatGemm(FloatGemm):
 
     def _sparse(self, s: tir.KernelScope, strip: Any, x0: Any, nv: int) -> None:
         first, end = (keep(T.cast(s["starts"][strip + i], "int64")) for i in (0, 1))
-        with loop(first, end) as step:
+        ahead = int(2 * nv <= SUMS)
+
+        def place(step: Any) -> Any:
             turn = T.bitwise_and(step, const(TURNS - 1))
-            here = keep(turn * (nv * TILE) + self._fetched_at)
-            with loop(0, DEPTH // FETCH) as part:
-                for i in range(FETCH):
-                    self._fetch(s, here, keep(part * FETCH + i), x0, step, nv)
-            self._multiply_fetched(s, step, here, nv)
+            return keep(turn * (nv * TILE) + self._fetched_at)
+
+        with loop(first, end + ahead) as step:
+            with T.If(step < end), T.Then():
+                here = place(step)
+                with loop(0, DEPTH // FETCH) as part:
+                    for i in range(FETCH):
+                        self._fetch(s, here, keep(part * FETCH + i), x0, step, nv)
+            with T.If(step >= first + ahead), T.Then():
+                before = keep(step - ahead)
+                self._multiply_fetched(s, before, place(before), nv)
 
     def _fetch(
         self, s: tir.KernelScope, here: Any, pair: Any, x0: Any, step: Any, nv: int

@@ -7,10 +7,15 @@ A step is 16 quads, the depth of a tile. A register block has four tiles of sums
 
 Products read their quads as tiles, rows of 64 bytes at a constant distance. A dense weight takes
 them from the copy of the panel. Those of a sparse weight are fetched: unpacked from channels or
-copied from the copy of the panel into the rows of tiles in L1, which take turns so that
-a step is fetched while the one before is multiplied. A pass fetches only what it multiplies: two
-tiles need half of the unpacks, so that in a strip of 32 rows the 64 unpacks of a step's pass run
-beside products of 64 cycles. A tall block fetches in its first strip and keeps all steps.
+copied from the copy of the panel into the rows of tiles in L1. A pass fetches only what it
+multiplies: two tiles need half of the unpacks, so that in a strip of 32 rows the 64 unpacks of a
+step's pass run beside products of 64 cycles. A tall block fetches in its first strip and keeps all
+steps.
+
+Stores do not forward to the loads of tiles, which wait until those are in L1. Where a pass has two
+tiles a step is fetched before the one before it is multiplied, whose rows are in L1 by then, and
+their rows differ in the lower 12 bits of their addresses: a load would wait for a store that does
+not. Four tiles fill 4 KB, so there it would; they are multiplied as soon as they are fetched.
 
 A last step of fewer quads multiplies old bytes as well, by weights of zero.
 """
@@ -64,11 +69,21 @@ class TileGemm(Int8Gemm):
     def _area(self) -> int:
         return self.strip * (WIDTH + LANES)
 
+    @property
+    def _fetches_ahead(self) -> bool:
+        return 2 * self._columns <= TILES
+
+    @property
+    def _stride(self) -> int:
+        """From the tiles of a step to those of the next."""
+        return STEP + TILES // 2 * TILE if self._fetches_ahead else STEP
+
     def scratch_bytes(self, k: int, group: int, most_steps: int) -> int:
         copy = 0 if self.form == "channels" else group * -(-k // QUAD) * WIDTH
         steps = max(1, most_steps) if self.tall else 2
-        # A dense weight's last step may reach past the copy.
-        return 4 * (self._area + copy + (steps if self.is_sparse else 1) * STEP)
+        # A dense weight's last step may reach past the copy. The narrow form of a strip of 16 rows
+        # has steps of half the tiles that lie further apart: two of them need no more.
+        return 4 * (self._area + copy + (steps if self.is_sparse else 1) * self._stride)
 
     def _body(self, s: tir.KernelScope) -> None:
         amx.configure(s["tiles"])
@@ -125,12 +140,15 @@ class TileGemm(Int8Gemm):
 
     def _fetched(self, s: tir.KernelScope, at: Place, block: _Block, part: _Pass) -> None:
         """Steps whose quads are fetched before they are multiplied."""
-        with loop(0, block.steps) as step:
-            fetches = keep(T.min(const(FETCHES), block.fetches - step * FETCHES))
-            with loop(0, fetches) as fetch:
-                for quad in range(FETCH):
-                    self._fetch(s, at, block, part, step, keep(fetch * FETCH + quad))
-            self._multiply(s, at, block, part, step)
+        ahead = int(self._fetches_ahead)
+        with loop(0, block.steps + ahead) as turn:
+            with T.If(turn < block.steps), T.Then():
+                fetches = keep(T.min(const(FETCHES), block.fetches - turn * FETCHES))
+                with loop(0, fetches) as fetch:
+                    for quad in range(FETCH):
+                        self._fetch(s, at, block, part, turn, keep(fetch * FETCH + quad))
+            with T.If(turn >= ahead), T.Then():
+                self._multiply(s, at, block, part, keep(turn - ahead))
 
     def _fetch(
         self, s: tir.KernelScope, at: Place, block: _Block, part: _Pass, step: Any, quad: Any
@@ -185,7 +203,7 @@ class TileGemm(Int8Gemm):
     def _step_place(self, block: _Block, step: Any) -> Any:
         """Where in scratch memory the tiles of a step are."""
         turn = step if self.tall else T.bitwise_and(step, const(1))
-        return block.tiles + turn * STEP
+        return block.tiles + turn * self._stride
 
     def _offsets(self, register: int) -> int:
         return self._start + register // self._columns * ROWS * LANES
