@@ -2,9 +2,9 @@
 
 Panels of pairs are what the second factor of a product of tiles is: a row of 16 tokens' pairs for
 each pair of channels. A dense weight multiplies them where they lie. Those of a sparse weight are
-put together first, an even channel and an odd one of any two rows, in tiles in L1 that take turns.
-A step is 16 pairs, the depth of a tile. Of two tiles one step is fetched before the one before it
-is multiplied, for the reason that int8_tiles gives.
+put together first, an even channel and an odd one of any two rows, in rows of tiles in L1. A step
+is 16 pairs, the depth of a tile. It is fetched before the one in front of it is multiplied, and
+the rows of the two take turns in memory, for the reasons that int8_tiles gives.
 
     strip of 16 rows   one tile of weights by the four tiles of a panel: 4 sums
     strip of 32 rows   two tiles of weights by two tiles of a panel: 4 sums
@@ -31,7 +31,7 @@ from sparsec.codegen.kernels.panels import WIDTH, const, div, loop, mod
 LANES = 16
 TILE = ROWS * LANES  # words
 FETCH = 4  # pairs fetched at a time: 16 would be four times the code
-TURNS = 2  # steps in L1
+TURNS = 2  # steps in L1, whose rows lie side by side
 STEPS_AHEAD = 2  # of weights, fetched while others are multiplied; past the end too
 
 
@@ -114,20 +114,19 @@ class TileFloatGemm(FloatGemm):
 
     def _sparse(self, s: tir.KernelScope, strip: Any, x0: Any, nv: int) -> None:
         first, end = (keep(T.cast(s["starts"][strip + i], "int64")) for i in (0, 1))
-        ahead = int(2 * nv <= SUMS)
 
         def place(step: Any) -> Any:
             turn = T.bitwise_and(step, const(TURNS - 1))
-            return keep(turn * (nv * TILE) + self._fetched_at)
+            return keep(turn * LANES + self._fetched_at)
 
-        with loop(first, end + ahead) as step:
+        with loop(first, end + 1) as step:
             with T.If(step < end), T.Then():
                 here = place(step)
                 with loop(0, DEPTH // FETCH) as part:
                     for i in range(FETCH):
                         self._fetch(s, here, keep(part * FETCH + i), x0, step, nv)
-            with T.If(step >= first + ahead), T.Then():
-                before = keep(step - ahead)
+            with T.If(step > first), T.Then():
+                before = keep(step - 1)
                 self._multiply_fetched(s, before, place(before), nv)
 
     def _fetch(
@@ -146,10 +145,15 @@ class TileFloatGemm(FloatGemm):
         """A row of each of the tiles from `here` on."""
         for i, word in enumerate(words):
             bits = T.reinterpret(f"float32x{LANES}", word)
-            T.buffer_store(s.scratch, bits, [ramp(here + i * TILE + pair * LANES, LANES)])
+            place = here + (i * TILE + pair * LANES) * TURNS
+            T.buffer_store(s.scratch, bits, [ramp(place, LANES)])
 
     def _multiply_fetched(self, s: tir.KernelScope, step: Any, here: Any, nv: int) -> None:
-        self._multiply(s, step, nv, lambda tile, i: amx.load(tile, s.scratch, here + i * TILE))
+        stride = TURNS * ROW_BYTES
+        self._multiply(
+            s, step, nv,
+            lambda tile, i: amx.load(tile, s.scratch, here + i * (TURNS * TILE), stride),
+        )  # fmt: skip
 
     def _multiply(self, s: tir.KernelScope, step: Any, nv: int, load_pairs: Any) -> None:
         """The products of one step; `load_pairs(register, i)` loads the pairs of tile i."""

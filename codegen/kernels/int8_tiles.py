@@ -12,10 +12,10 @@ multiplies: two tiles need half of the unpacks, so that in a strip of 32 rows th
 step's pass run beside products of 64 cycles. A tall block fetches in its first strip and keeps all
 steps.
 
-Stores do not forward to the loads of tiles, which wait until those are in L1. Where a pass has two
-tiles a step is fetched before the one before it is multiplied, whose rows are in L1 by then, and
-their rows differ in the lower 12 bits of their addresses: a load would wait for a store that does
-not. Four tiles fill 4 KB, so there it would; they are multiplied as soon as they are fetched.
+Stores do not forward to the loads of tiles, which wait until those are in L1. So a step is fetched
+before the one in front of it is multiplied, whose rows are in L1 by then. The rows of the two take
+turns in memory, 64 bytes each: a load also waits for an earlier store whose address has the same
+lower 12 bits.
 
 A last step of fewer quads multiplies old bytes as well, by weights of zero.
 """
@@ -29,7 +29,7 @@ from tvm.script.ir_builder import tirx as T
 
 from sparsec.codegen import tir
 from sparsec.codegen.isa import amx
-from sparsec.codegen.isa.amx import ROWS, SUMS
+from sparsec.codegen.isa.amx import ROW_BYTES, ROWS, SUMS
 from sparsec.codegen.isa.int8 import TILES
 from sparsec.codegen.isa.vector import keep, prefetch, ramp, splat
 from sparsec.codegen.kernels.int8_gemm import Int8Gemm, Place
@@ -40,6 +40,7 @@ LANES = 16
 TILE = TILE_QUADS * LANES  # elements
 STEP = TILES * TILE
 FETCHES = TILE_QUADS // FETCH  # of a whole step
+TURNS = 2  # steps whose rows lie side by side
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,21 +70,11 @@ class TileGemm(Int8Gemm):
     def _area(self) -> int:
         return self.strip * (WIDTH + LANES)
 
-    @property
-    def _fetches_ahead(self) -> bool:
-        return 2 * self._columns <= TILES
-
-    @property
-    def _stride(self) -> int:
-        """From the tiles of a step to those of the next."""
-        return STEP + TILES // 2 * TILE if self._fetches_ahead else STEP
-
     def scratch_bytes(self, k: int, group: int, most_steps: int) -> int:
         copy = 0 if self.form == "channels" else group * -(-k // QUAD) * WIDTH
-        steps = max(1, most_steps) if self.tall else 2
-        # A dense weight's last step may reach past the copy. The narrow form of a strip of 16 rows
-        # has steps of half the tiles that lie further apart: two of them need no more.
-        return 4 * (self._area + copy + (steps if self.is_sparse else 1) * self._stride)
+        steps = -(-max(1, most_steps) // TURNS) * TURNS if self.tall else TURNS
+        # A dense weight's last step may reach past the copy.
+        return 4 * (self._area + copy + (steps if self.is_sparse else 1) * STEP)
 
     def _body(self, s: tir.KernelScope) -> None:
         amx.configure(s["tiles"])
@@ -139,16 +130,15 @@ class TileGemm(Int8Gemm):
             amx.store(register, s.scratch, const(place), 4 * self.hooks.chunk)
 
     def _fetched(self, s: tir.KernelScope, at: Place, block: _Block, part: _Pass) -> None:
-        """Steps whose quads are fetched before they are multiplied."""
-        ahead = int(self._fetches_ahead)
-        with loop(0, block.steps + ahead) as turn:
-            with T.If(turn < block.steps), T.Then():
-                fetches = keep(T.min(const(FETCHES), block.fetches - turn * FETCHES))
+        """Steps whose quads are fetched before they are multiplied, each a step ahead."""
+        with loop(0, block.steps + 1) as step:
+            with T.If(step < block.steps), T.Then():
+                fetches = keep(T.min(const(FETCHES), block.fetches - step * FETCHES))
                 with loop(0, fetches) as fetch:
                     for quad in range(FETCH):
-                        self._fetch(s, at, block, part, turn, keep(fetch * FETCH + quad))
-            with T.If(turn >= ahead), T.Then():
-                self._multiply(s, at, block, part, keep(turn - ahead))
+                        self._fetch(s, at, block, part, step, keep(fetch * FETCH + quad))
+            with T.If(step > 0), T.Then():
+                self._multiply(s, at, block, part, keep(step - 1))
 
     def _fetch(
         self, s: tir.KernelScope, at: Place, block: _Block, part: _Pass, step: Any, quad: Any
@@ -163,9 +153,9 @@ class TileGemm(Int8Gemm):
         else:
             start = keep(T.cast(s["indices"][index], "int64") * self.hooks.chunk + block.copy)
             rows = [keep(s.scratch[ramp(start + c * LANES, LANES)]) for c in columns]
-        place = self._step_place(block, step) + quad * LANES
+        place = self._step_place(block, step) + quad * (TURNS * LANES)
         for column, row in zip(columns, rows, strict=True):
-            T.buffer_store(s.scratch, row, [ramp(place + column * TILE, LANES)])
+            T.buffer_store(s.scratch, row, [ramp(place + column * (TURNS * TILE), LANES)])
 
     def _multiply(
         self, s: tir.KernelScope, at: Place, block: _Block, part: _Pass, step: Any
@@ -185,7 +175,8 @@ class TileGemm(Int8Gemm):
         self, s: tir.KernelScope, block: _Block, register: int, step: Any, tile: int
     ) -> None:
         if self.is_sparse:
-            amx.load(register, s.scratch, self._step_place(block, step) + tile * TILE)
+            place = self._step_place(block, step) + tile * (TURNS * TILE)
+            amx.load(register, s.scratch, place, TURNS * ROW_BYTES)
             return
         chunk = self.hooks.chunk
         place = block.tiles + step * (TILE_QUADS * chunk) + tile * LANES
@@ -202,8 +193,9 @@ class TileGemm(Int8Gemm):
 
     def _step_place(self, block: _Block, step: Any) -> Any:
         """Where in scratch memory the tiles of a step are."""
-        turn = step if self.tall else T.bitwise_and(step, const(1))
-        return block.tiles + turn * self._stride
+        turn = keep(T.bitwise_and(step, const(TURNS - 1)))
+        pair = (step - turn) * STEP if self.tall else 0
+        return keep(block.tiles + pair + turn * LANES)
 
     def _offsets(self, register: int) -> int:
         return self._start + register // self._columns * ROWS * LANES
