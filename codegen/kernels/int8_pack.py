@@ -158,7 +158,9 @@ def _stored_blocks(w: Array, rows: int, cols: int) -> BsrMatrix:
 
 def _parts(w: Array) -> list[Array]:
     """Matrices of i8 whose sum is `w`: most of wide weights is in the first."""
-    rest, found = w.astype(np.int16), list[Array]()
+    if w.dtype == np.int8:
+        return [w]
+    rest, found = w, list[Array]()
     while rest.any() or not found:
         found.append(rest.clip(-128, 127).astype(np.int8))
         rest = rest - found[-1]

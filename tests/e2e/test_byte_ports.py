@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -54,19 +55,23 @@ def test_bytes_come_and_go(kind: int, bytes_in: bool, all_roundings: bool, tmp_p
     onnx.save(proto, tmp_path / "m.onnx")
     library = tmp_path / "m.so"
     sparsec.compile_model(tmp_path / "m.onnx", library, all_roundings=all_roundings)
-    rng = np.random.default_rng(1)
+    # Sums are whole numbers below 2**24, so exact in fp32 too: only the last product may round
+    # apart, and the scales are such that hardly a result is near a tie.
+    check_numbers(library, proto, ZEROS[kind], bytes_in)
+
+
+def check_numbers(library: Path, proto: onnx.ModelProto, zero: Any, bytes_in: bool) -> None:
+    """The library gives the oracle's stored numbers, but for one in a thousand a step apart."""
+    rng, limits = np.random.default_rng(1), np.iinfo(zero.dtype)
     with sparsec.load(library) as loaded:
         for batch, seq in ((1, 1), (2, 9), (3, 33)):
             x = rng.standard_normal((batch, seq, INPUTS)).astype(np.float32)
             if bytes_in:
-                numbers = np.rint(x * 40) + ZEROS[kind]
-                limits = np.iinfo(ZEROS[kind].dtype)
-                x = numbers.clip(limits.min, limits.max).astype(ZEROS[kind].dtype)
+                numbers = np.rint(x * 40) + zero
+                x = numbers.clip(limits.min, limits.max).astype(zero.dtype)
             feed = {"stored" if bytes_in else "x": x}
             got, wanted = loaded(feed)["y"], run(import_model(proto), feed)["y"]
-            assert got.dtype == ZEROS[kind].dtype
-            # Sums are whole numbers below 2**24, so exact in fp32 too: only the last product may
-            # round apart, and the scales are such that hardly a result is near a tie.
+            assert got.dtype == zero.dtype
             off = np.abs(got.astype(int) - wanted.astype(int))
             assert off.max() <= 1
             assert np.count_nonzero(off) <= 0.001 * off.size
@@ -80,16 +85,5 @@ def test_16_bits_come_and_go(kind: int, bytes_in: bool, tmp_path: Path) -> None:
     onnx.save(proto, tmp_path / "m.onnx")
     library = tmp_path / "m.so"
     sparsec.compile_model(tmp_path / "m.onnx", library, all_roundings=not bytes_in)
-    rng = np.random.default_rng(1)
-    with sparsec.load(library) as loaded:
-        for batch, seq in ((1, 1), (2, 9), (3, 33)):
-            x = rng.standard_normal((batch, seq, INPUTS)).astype(np.float32)
-            if bytes_in:
-                x = (np.rint(x * 40) + WIDE_ZEROS[kind]).astype(WIDE_ZEROS[kind].dtype)
-            feed = {"stored" if bytes_in else "x": x}
-            got, wanted = loaded(feed)["y"], run(import_model(proto), feed)["y"]
-            assert got.dtype == WIDE_ZEROS[kind].dtype
-            # A product is some hundred steps of 0.0371, and its sum in fp32 off by 1e-6 of that.
-            off = np.abs(got.astype(int) - wanted.astype(int))
-            assert off.max() <= 1
-            assert np.count_nonzero(off) <= 0.001 * off.size
+    # A product is some hundred steps of 0.0371, and its sum in fp32 off by 1e-6 of that.
+    check_numbers(library, proto, WIDE_ZEROS[kind], bytes_in)
